@@ -1,0 +1,59 @@
+# Two commands on a fresh clone, each of which sets everything up first:
+#   make reproduce   the whole study; PROFILE=demo (default), reduced or paper
+#   make test        the tests
+# Others: make lab (JupyterLab), make clean (what was made; the environment stays).
+
+PYTHON ?= python3
+VENV   ?= .venv
+PROFILE ?= demo
+DATA ?=
+SAM ?=
+DATASETS ?=
+PERCENTS ?=
+SEEDS ?=
+JOBS ?=
+
+BIN := $(VENV)/bin
+# "5 10", "5,10" and "5, 10" are the same list
+comma := ,
+empty :=
+space := $(empty) $(empty)
+list = $(subst $(space),$(comma),$(strip $(subst $(comma),$(space),$(1))))
+option = $(if $(strip $(2)),--$(1) "$(2)")
+
+.PHONY: help setup reproduce test lab clean lock
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -4
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 13) else "Python 3.10 to 3.13 is needed, %s is %d.%d; choose another: make PYTHON=python3.11 ..." % ((sys.executable,) + v))'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	touch $@
+
+reproduce: setup
+	$(BIN)/xmask reproduce --profile $(PROFILE) $(call option,data,$(DATA)) \
+	  $(call option,sam,$(SAM)) $(call option,datasets,$(call list,$(DATASETS))) \
+	  $(call option,percents,$(call list,$(PERCENTS))) \
+	  $(call option,seeds,$(call list,$(SEEDS))) $(call option,jobs,$(JOBS))
+
+test: setup
+	$(BIN)/python -m pytest -q
+
+lab: setup
+	$(BIN)/jupyter lab notebooks
+
+clean:
+	rm -rf work build .pytest_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# for maintainers: resolve the dependencies anew (then update environment.yml)
+lock: setup
+	$(BIN)/uv pip compile pyproject.toml --extra test --universal --fork-strategy fewest \
+	  --python-version 3.10 --generate-hashes --no-emit-index-url --no-annotate --no-header \
+	  --upgrade --output-file requirements.lock

@@ -1,0 +1,10 @@
+"""XMask: masks for every person of a crowd from dots, counting and segmenting from few labels.
+
+A companion to "Exclusivity-Guided Mask Learning for Semi-Supervised Crowd Instance Segmentation
+and Counting" (arXiv 2603.16241). The modules, in the order in which data flows: `data` (readers,
+synthetic crowds), `nnec` (exclusion circles), `segmenters` and `edp_sam` (dots to masks), `model`,
+`losses`, `trainer` (learning), `decode` (network output to points and masks), `evaluate`,
+`metrics`, `report` (tables and figures), `study` (the steps that notebooks call).
+"""
+
+__version__ = "0.1.0"

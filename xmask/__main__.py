@@ -1,0 +1,5 @@
+"""`python -m xmask` is the `xmask` command."""
+
+from xmask.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,201 @@
+"""The `xmask` command: every step of the study, and the tools around it, from a shell."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from xmask.config import ABLATIONS, DATASETS, PERCENTS, PROFILES, VARIANTS
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit codes: 0 done, 1 something failed or was found wrong, 2 a wrong command line."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.function(options)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, RuntimeError) as error:
+        if os.environ.get("XMASK_TRACEBACK"):
+            raise
+        print(f"xmask: {error}\n(XMASK_TRACEBACK=1 shows where)", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="xmask", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, function, text: str, within=commands) -> argparse.ArgumentParser:
+        made = within.add_parser(name, help=text, description=text)
+        made.set_defaults(function=function)
+        return made
+
+    made = command("reproduce", _reproduce, "run the study: what is missing or stale, then compare")
+    made.add_argument("--profile", choices=PROFILES, default="demo")
+    made.add_argument("--data", default="", help="folder of the real datasets")
+    made.add_argument("--sam", default="", help="SAM checkpoint (.pth); default: classical")
+    made.add_argument("--datasets", type=_names, default=DATASETS, help="e.g. sha,qnrf")
+    made.add_argument("--percents", type=_numbers, default=PERCENTS, help="e.g. 5,40")
+    made.add_argument("--seeds", type=_numbers, default=(1,), help="e.g. 1,2,3")
+    made.add_argument("--jobs", type=int, help="steps at a time")
+    made.add_argument("--no-extras", action="store_true",
+                      help="leave out supervised-only runs and ablations")
+
+    made = command("masks", _masks, "EDP-SAM masks of a dataset's images, resumable")
+    made.add_argument("--dataset", required=True, choices=(*DATASETS, "shb", "synthetic"))
+    made.add_argument("--root", required=True, type=Path, help="folder of the dataset")
+    made.add_argument("--out", required=True, type=Path)
+    made.add_argument("--split", default="train")
+    made.add_argument("--segmenter", default="classical", help="or a SAM checkpoint (.pth)")
+    made.add_argument("--limit", type=int, help="only the first images")
+
+    for name, function, text in (
+        ("train", _train, "train one run of the study"),
+        ("evaluate", _evaluate, "evaluate one run of the study (training it if needed)"),
+    ):
+        made = command(name, function, text)
+        made.add_argument("--profile", choices=PROFILES, default="demo")
+        made.add_argument("--dataset", choices=(*DATASETS, "shb"), default="sha")
+        made.add_argument("--percent", type=int, default=10)
+        made.add_argument("--seed", type=int, default=1)
+        made.add_argument("--variant", choices=VARIANTS, default="xmask",
+                          help="an ablation: " + ", ".join(ABLATIONS))
+        made.add_argument("--data", default="", help="folder of the real datasets")
+        made.add_argument("--sam", default="", help="SAM checkpoint (.pth)")
+        made.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE",
+                          help="change a field, e.g. --set loss.tau=0.5")
+
+    for name, function, text in (
+        ("tables", _tables, "regenerate the tables of a profile from its run folders"),
+        ("figures", _figures, "regenerate the figures of a profile from its run folders"),
+    ):
+        made = command(name, function, text)
+        made.add_argument("--profile", choices=PROFILES, default="demo")
+        made.add_argument("--data", default="", help="folder of the real datasets")
+
+    data = commands.add_parser("data", help="look at datasets").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    made = command("check", _check, "what is missing or odd in a dataset folder", data)
+    made.add_argument("--dataset", required=True, choices=(*DATASETS, "shb", "synthetic"))
+    made.add_argument("--root", required=True, type=Path)
+    made = command("draw", _draw, "draw a synthetic dataset in an official layout", data)
+    made.add_argument("--layout", required=True, choices=DATASETS)
+    made.add_argument("--out", required=True, type=Path)
+    made.add_argument("--train", type=int, default=40)
+    made.add_argument("--test", type=int, default=16)
+    made.add_argument("--seed", type=int, default=2024)
+    made.add_argument("--jobs", type=int, default=1)
+    return parser
+
+
+def _reproduce(o: argparse.Namespace) -> int:
+    from xmask import reproduce
+
+    unknown = [name for name in o.datasets if name not in DATASETS]
+    if unknown:
+        raise ValueError(f"--datasets: {', '.join(unknown)} unknown; known: {', '.join(DATASETS)}")
+    ok = reproduce.run(o.profile, data=o.data, sam=o.sam, jobs=o.jobs, datasets=o.datasets,
+                       percents=o.percents, seeds=o.seeds, extras=not o.no_extras)
+    return 0 if ok else 1
+
+
+def _masks(o: argparse.Namespace) -> int:
+    from xmask import edp_sam, study
+    from xmask.data import open_dataset
+    from xmask.segmenters import open_segmenter
+
+    dataset = open_dataset(o.dataset, o.root, o.split)
+    indices = list(range(len(dataset)))[: o.limit]
+    segmenter = open_segmenter(o.segmenter, study.device())
+    print(edp_sam.mask_dataset(dataset, indices, segmenter, o.out))
+    return 0
+
+
+def _configuration(o: argparse.Namespace):
+    from xmask import study
+
+    overrides = {}
+    for change in o.set:
+        name, equals, value = change.partition("=")
+        if not equals:
+            raise ValueError(f"--set: {change!r} is not FIELD=VALUE")
+        try:
+            overrides[name] = json.loads(value.lower() if value in ("True", "False") else value)
+        except json.JSONDecodeError:
+            overrides[name] = value
+    return study.configure(o.profile, o.dataset, o.percent, o.seed, variant=o.variant, sam=o.sam,
+                           overrides=overrides)
+
+
+def _train(o: argparse.Namespace) -> int:
+    from xmask import study
+
+    print(study.train(_configuration(o), o.data))
+    return 0
+
+
+def _evaluate(o: argparse.Namespace) -> int:
+    from xmask import study
+
+    result = study.evaluate(_configuration(o), o.data)
+    print(json.dumps({k: result[k] for k in ("run", "synthetic", "counting", "localization",
+                                             "segmentation", "baselines")}, indent=1))
+    return 0
+
+
+def _tables(o: argparse.Namespace) -> int:
+    from xmask import report, study
+
+    results = study.results_folder(o.profile)
+    for path in report.write_tables(results, results / "tables"):
+        print(path)
+    return 0
+
+
+def _figures(o: argparse.Namespace) -> int:
+    from xmask import figures, study
+
+    paths = figures.write_figures(
+        study.results_folder(o.profile), Path("figures") / o.profile,
+        lambda dataset: (study.open_test(o.profile, dataset, o.data)
+                         if o.data or o.profile == "demo" else None),
+    )
+    for path in paths:
+        print(path)
+    return 0
+
+
+def _check(o: argparse.Namespace) -> int:
+    import pandas as pd
+
+    from xmask.data.check import check_dataset
+
+    table = check_dataset(o.dataset, o.root)
+    with pd.option_context("display.width", 200, "display.max_colwidth", 80,
+                           "display.max_rows", None):
+        print(table.to_string(index=False))
+    return 1 if (table["status"] == "error").any() else 0
+
+
+def _draw(o: argparse.Namespace) -> int:
+    from xmask.data.synthetic import write_dataset
+
+    print(write_dataset(o.layout, o.out, train=o.train, test=o.test, seed=o.seed, jobs=o.jobs))
+    return 0
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part for part in text.replace(",", " ").split())
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.replace(",", " ").split())
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected whole numbers, e.g. 5,40") from None

@@ -1,0 +1,146 @@
+"""Image files as the method wants them: upright 8-bit RGB, or an error naming the file."""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+#: What Pillow raises on a file that is not an image, is cut short, or is damaged.
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, TypeError, IndexError, KeyError,
+           OverflowError, struct.error, zlib.error, Image.DecompressionBombError)
+
+_ORIENTATION = 0x0112  # EXIF tag "Orientation"
+
+
+@dataclass(frozen=True, eq=False)
+class Decoded:
+    """An image as it lies in its file.
+
+    rgb: (H, W, 3) uint8 as stored, not turned.
+    orientation: the EXIF value, 1 to 8; 1 is upright.
+    mode: the colour mode of the file in Pillow's words ("RGB", "L", "CMYK", ...).
+    """
+
+    rgb: np.ndarray
+    orientation: int
+    mode: str
+
+
+def read_image(path: str | os.PathLike) -> np.ndarray:
+    """Read an image file as (H, W, 3) uint8 RGB, turned upright by its EXIF orientation.
+
+    Grey is copied to three channels; 16-bit grey keeps its high byte (65535 becomes 255);
+    palettes are looked up; transparent parts are laid over white; CMYK is converted by
+    Pillow's formula, without colour profiles. Of an animation, the first frame is read.
+
+    Raises FileNotFoundError if there is no such file, ValueError if it is cut short, damaged,
+    no image, or holds numbers without a natural 8-bit range (32-bit or floating point).
+    """
+    image = decode(path)
+    return np.ascontiguousarray(upright(image.rgb, image.orientation))
+
+
+def decode(path: str | os.PathLike) -> Decoded:
+    """Read an image file as stored, with its EXIF orientation; errors as in `read_image`."""
+    path = Path(path)
+    try:
+        with Image.open(path) as image:
+            image.load()
+            orientation = image.getexif().get(_ORIENTATION, 1)
+            rgb, mode = _to_rgb(image, path), image.mode
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such image. Check the path.") from None
+    except _UnsupportedDepth:
+        raise
+    except _BROKEN as error:
+        raise ValueError(
+            f"{path}: cannot be read as an image ({error or type(error).__name__}). The file is "
+            "cut short, damaged or no image: copy or download it again.") from None
+    return Decoded(rgb, orientation if orientation in range(1, 9) else 1, mode)
+
+
+def image_size(path: str | os.PathLike) -> tuple[int, int]:
+    """(H, W) as stored, from the head of the file, without decoding it."""
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except FileNotFoundError:
+        raise
+    except _BROKEN as error:
+        raise ValueError(f"{path}: not an image ({error or type(error).__name__}). "
+                         "Copy or download it again.") from None
+
+
+def upright(array: np.ndarray, orientation: int) -> np.ndarray:
+    """Turn an (H, W, ...) array as EXIF orientation 1 to 8 asks; 5 to 8 swap H and W."""
+    turns = {
+        1: lambda a: a,
+        2: lambda a: a[:, ::-1],
+        3: lambda a: a[::-1, ::-1],
+        4: lambda a: a[::-1],
+        5: lambda a: np.swapaxes(a, 0, 1),
+        6: lambda a: np.rot90(a, -1),
+        7: lambda a: np.swapaxes(a[::-1, ::-1], 0, 1),
+        8: lambda a: np.rot90(a, 1),
+    }
+    return turns[orientation](array)
+
+
+def resize_image(rgb: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Resample an (H, W, 3) uint8 image to `shape` = (H', W') with the LANCZOS filter."""
+    height, width = shape
+    return np.array(Image.fromarray(rgb).resize((width, height), Image.Resampling.LANCZOS))
+
+
+def resize_labels(labels: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Resample an (H, W) label map to `shape` by nearest pixel centre: labels never blend."""
+    rows, columns = (
+        np.minimum(((np.arange(new) + 0.5) * old / new).astype(np.int64), old - 1)
+        for new, old in zip(shape, labels.shape))
+    return labels[np.ix_(rows, columns)]
+
+
+def read_labels(path: str | os.PathLike) -> np.ndarray:
+    """Read a label map, a grey PNG of 8 or 16 bits, as (H, W) int32; ValueError otherwise."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            mode, labels = image.mode, np.array(image)
+    except FileNotFoundError:
+        raise
+    except _BROKEN as error:
+        raise ValueError(f"{path}: cannot be read as a label map ({error or type(error).__name__})."
+                         " Delete it and make it again.") from None
+    if mode not in ("L", "I", "I;16", "I;16B"):
+        raise ValueError(f"{path}: a label map is a grey PNG of 8 or 16 bits, found colour mode "
+                         f"{mode!r}. Delete it and make it again.")
+    return labels.astype(np.int32)
+
+
+class _UnsupportedDepth(ValueError):
+    """The file is whole, but its numbers have no natural 8-bit range."""
+
+
+def _to_rgb(image: Image.Image, path: Path) -> np.ndarray:
+    if image.mode.startswith("I"):
+        values = np.array(image).astype(np.int64)
+        if values.size and (values.min() < 0 or values.max() > 65535):
+            raise _UnsupportedDepth(
+                f"{path}: grey values from {values.min()} to {values.max()} have no natural "
+                "8-bit range. Convert the file to 8 or 16 bits.")
+        grey = (values >> 8).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    if image.mode == "F":
+        raise _UnsupportedDepth(f"{path}: floating-point pixels have no natural 8-bit range. "
+                                "Convert the file to 8 or 16 bits.")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        ground = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+        return np.array(Image.alpha_composite(ground, layer).convert("RGB"))
+    return np.array(image.convert("RGB"))

@@ -1,0 +1,598 @@
+"""EDP-SAM, exclusion-constrained dual-prompt SAM: head points -> exclusive instance label map.
+
+Implements the mask generation of the paper (its section on EDP-SAM). Known from the paper: each
+head prompts the Segment Anything Model twice, with its point and with the superpixel around it,
+and the nearest-neighbour exclusion circle cuts leakage between persons. The rest is our reading:
+
+1. Every head gets its circle C_i (radius r_i), and from the circles of heads at similar height
+   in the image a robust local head radius s_i: an isolated head has a huge circle, not a huge
+   head. Masks are looked for inside C_i and within 4 s_i.
+2. Point prompt: the head as positive point, its nearest neighbours as negative points, three
+   candidate masks. Superpixel prompt: SLIC at up to three scales that follow s_i, finer than a
+   head, because hair and face rarely fall into one superpixel; those around the head, cut to
+   C_i, give a box, prompted together with the same points.
+3. A candidate's score is the segmenter's predicted IoU, times agreement with the other prompt,
+   times plausibility of its size, times whether it holds the head. Sizes are judged twice:
+   first against s_i from geometry, then against the sizes found on well-scored neighbours.
+4. Two prompts that agree are merged (mean logits, and the superpixels vote); else the better one
+   stands; if no candidate is good enough the head gets a disc inside C_i, and the table says so.
+5. Contested pixels go to the lowest energy softplus(-logit) + d^2 / r^2, so the map is
+   exclusive by construction; each head then keeps the one component connected to it.
+
+Candidates live on the sparse list of (head, pixel) pairs; there is never an N x H x W array.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+from scipy.spatial import cKDTree
+from skimage.color import rgb2lab
+from skimage.measure import label as connected_components
+from skimage.segmentation import slic
+from tqdm.auto import tqdm
+
+from xmask import files, nnec as circles
+from xmask.segmenters import NEGATIVE, PADDING, POSITIVE, Prompts, Segmenter, check_image
+
+# Where a head's mask comes from; the same four words for every segmenter.
+SOURCES = ("point", "superpixel", "merged", "disc")
+COLUMNS = ["head", "x", "y", "radius", "score", "source", "area", "flags"]
+
+# Raised whenever masks change for the same input, so that stored masks are made anew.
+ALGORITHM = 1
+
+# All constants are ours unless said otherwise, set on drawn scenes (seeds 1000 to 1005).
+_WINDOW = 25  # heads at similar image height that tell the local head radius
+_QUANTILE = 0.3  # of their circles' radii ...
+_SHRINK = 0.44  # ... times this is a head's radius: neighbours in a crowd do not quite touch
+_SMALLEST_HEAD, _LARGEST_HEAD = 2.0, 0.08  # px; of min(H, W): limits of the local head radius
+_REACH = 4.0  # masks are looked for within this many local head radii
+_NEGATIVES, _NEGATIVE_RANGE = 4, 3.0  # at most so many neighbours, within so many r_i
+_SLIC_SCALES, _SLIC_STEPS = 3, 5
+_SLIC_SPACING = 0.8  # distance of superpixel centres, in local head radii
+_SLIC_NEAR = 1.0  # superpixels whose middle is within this many local head radii form the prompt
+_SLIC_PIXELS = 8  # coarser superpixels are computed on a smaller image, so many px apart there
+_FIRST_SPREAD, _SECOND_SPREAD = 0.8, 0.4  # of log radius: how sharply size is judged
+_AGREE = 0.4  # IoU of two prompts' masks from which they are merged
+_VOTE = 0.7  # logit that the superpixels themselves add to a merged mask, or take away outside
+_FLOOR = 0.02  # a lower score is a failure: disc
+_CORE = 0.35  # of the local head radius: never given to another head unless that one is nearer
+
+
+def generate_masks(
+    image: np.ndarray,
+    points: np.ndarray,
+    segmenter: Segmenter,
+    *,
+    nnec: bool = True,
+    point_prompt: bool = True,
+    superpixel_prompt: bool = True,
+    compactness: float = 10.0,
+) -> tuple[np.ndarray, pd.DataFrame]:
+    """Instance masks of the heads of one image.
+
+    image: (H, W, 3) uint8, RGB. points: (N, 2) float, (x, y) pixels; N may be 0.
+    segmenter: from `xmask.segmenters.open_segmenter`.
+    nnec: cut masks at the exclusion circle; False is the paper's ablation: masks may reach
+        twice as far, and still do not overlap.
+    point_prompt, superpixel_prompt: which of the two prompts to use (ablations), at least one.
+    compactness: of SLIC in Lab; higher makes squarer superpixels (scikit-image's default is 10).
+
+    Returns the label map, (H, W) int32 with value k on the pixels of points[k - 1] and 0 on the
+    background, and a table with one row per head: head (k), x, y, radius (r_i, px), score
+    (0..1), source ("point", "superpixel", "merged" or "disc"), area (px), flags ("" or words
+    separated by a space: "coincident", shares its place with another head; "failed", no
+    candidate was good enough; "clipped", more than a quarter of the mask's outline lies on the
+    circle; "empty", there was no pixel left for it).
+    Raises ValueError for an image or points that are not as described.
+    """
+    check_image(image)
+    if not (point_prompt or superpixel_prompt):
+        raise ValueError("prompts: both are switched off; switch on point_prompt or "
+                         "superpixel_prompt")
+    shape = image.shape[:2]
+    points = _check_points(points, shape)
+    if len(points) == 0:
+        return np.zeros(shape, np.int32), _table(points, *[np.zeros(0)] * 3, [], [])
+
+    radii = circles.exclusion_radii(points, shape)
+    limit = radii if nnec else np.minimum(2 * radii, max(0.5 * min(shape), 3.0))
+    scale = local_head_radius(points, radii, shape)
+    reach = np.minimum(limit, np.maximum(_REACH * scale, 3.0))
+    head, pixel = circles.incidence(points, reach, shape)
+    kept = circles.split_coincident(points, head, pixel, shape)
+    head, pixel = head[kept], pixel[kept]
+    squared = _squared_distance(points, head, pixel, shape)
+
+    segmenter.set_image(image)
+    candidates: list[tuple[str, np.ndarray, np.ndarray]] = []  # source, logits (M,), score (N,)
+    if point_prompt:
+        prompts = _point_prompts(points, radii)
+        logits, predicted = segmenter.predict(prompts, head, pixel)
+        candidates += [("point", *one) for one in zip(logits, predicted.T)]
+    region = None
+    if superpixel_prompt:
+        region = superpixel_regions(image, points, scale, head, pixel, compactness=compactness)
+        prompts = _superpixel_prompts(points, radii, scale, head[region], pixel[region], shape)
+        logits, predicted = segmenter.predict(prompts, head, pixel)
+        candidates += [("superpixel", *one) for one in zip(logits, predicted.T)]
+
+    logit, score, source = _choose(candidates, region, points, scale, head, squared)
+
+    failed = score < _FLOOR
+    source = np.where(failed, "disc", source)
+    disc = np.minimum(scale, 0.5 * limit)
+    in_disc = 4.0 * (1 - np.sqrt(squared) / np.maximum(disc, 1.0)[head])
+    logit = np.where(failed[head], in_disc, logit)
+
+    labels = _assign(logit, points, scale, limit, head, pixel, squared, shape)
+    area = np.bincount(labels.ravel(), minlength=len(points) + 1)[1:]
+    check_label_map(labels, points, limit)
+    flags = _flags(labels, points, limit, failed, area)
+    return labels, _table(points, radii, score, area, source, flags)
+
+
+def local_head_radius(
+    points: np.ndarray, radii: np.ndarray, shape: tuple[int, int]
+) -> np.ndarray:
+    """How large a head is about here, in pixels, from the points alone: (N,) float64.
+
+    Perspective makes heads at the same height in the image about equally large, and in a crowd
+    the tighter pairs stand about a head apart: a low quantile of r over the heads at similar
+    height. r_i itself would be far too large for isolated heads.
+    """
+    count = len(points)
+    window = min(_WINDOW, count)
+    order = np.argsort(points[:, 1], kind="stable")
+    windows = np.lib.stride_tricks.sliding_window_view(radii[order], window)
+    quantile = np.quantile(windows, _QUANTILE, axis=1)
+    local = np.empty(count)
+    local[order] = quantile[(np.arange(count) - window // 2).clip(0, count - window)]
+    # A head is no larger than its own circle: the other one of a close pair is as near as r_i.
+    largest = max(_LARGEST_HEAD * min(shape), _SMALLEST_HEAD)
+    return np.minimum(_SHRINK * local, np.maximum(radii, 3.0)).clip(_SMALLEST_HEAD, largest)
+
+
+def superpixel_regions(
+    image: np.ndarray, points: np.ndarray, scale: np.ndarray,
+    head: np.ndarray, pixel: np.ndarray, *, compactness: float = 10.0,
+) -> np.ndarray:
+    """Which incidences lie in the superpixels of their head: (M,) bool.
+
+    The superpixels of a head are the one that holds it and those whose middle is within the
+    head's local radius `scale`. Heads are grouped by octave of that radius, at most three
+    groups, and each group reads its own SLIC, with superpixels a little smaller than its heads.
+    Coarse superpixels are computed on a smaller image: cost does not grow with their size.
+    """
+    height, width = image.shape[:2]
+    lab = rgb2lab(image).astype(np.float32)
+    octave = np.floor(np.log2(scale))
+    octave = np.maximum(octave, octave.max() - _SLIC_SCALES + 1)
+    column, row = _home(points, (height, width))
+    region = np.zeros(len(head), dtype=bool)
+    y, x = np.divmod(pixel, width)
+    for one in np.unique(octave):
+        members = octave == one
+        spacing = _SLIC_SPACING * float(np.median(scale[members]))
+        shrink = max(1, int(spacing // _SLIC_PIXELS))
+        small = gaussian_filter(lab, (shrink / 2, shrink / 2, 0)) if shrink > 1 else lab
+        small = np.ascontiguousarray(small[shrink // 2::shrink, shrink // 2::shrink])
+        if small.size == 0:
+            small = lab[:1, :1]
+        # scikit-image stretches its input to 0..1; the same factor on the compactness keeps it
+        # in units of Lab.
+        stretch = max(float(np.ptp(small)), 1e-6)
+        regions = slic(
+            small, n_segments=max(1, round(height * width / spacing**2)),
+            compactness=compactness / stretch, max_num_iter=_SLIC_STEPS, convert2lab=False)
+        rows = np.minimum(np.arange(height) // shrink, small.shape[0] - 1)
+        columns = np.minimum(np.arange(width) // shrink, small.shape[1] - 1)
+        at_head = regions[rows[row], columns[column]]
+        mine = members[head]
+        own = regions[rows[y[mine]], columns[x[mine]]]
+        # Middle of every superpixel, in pixels of the image.
+        size = np.bincount(regions.ravel())
+        grid_y, grid_x = np.indices(regions.shape)
+        middle = [
+            (np.bincount(regions.ravel(), grid.ravel()) / np.maximum(size, 1) + 0.5) * shrink - 0.5
+            for grid in (grid_x, grid_y)]
+        away = np.hypot(*(middle[axis][own] - points[head[mine], axis] for axis in (0, 1)))
+        region[mine] = (own == at_head[head[mine]]) | (away <= _SLIC_NEAR * scale[head[mine]])
+    return region
+
+
+def check_label_map(label_map: np.ndarray, points: np.ndarray, radii: np.ndarray) -> None:
+    """Raise ValueError unless every instance lies in its circle and is one 4-connected piece.
+
+    label_map: (H, W) int, 0 background, k the instance of points[k - 1]. radii: (N,) px.
+    That no pixel has two owners needs no check: a label map cannot express it.
+    """
+    points = np.asarray(points, dtype=np.float64).reshape(-1, 2)
+    if label_map.min() < 0 or label_map.max() > len(points):
+        raise ValueError(
+            f"label map: values {label_map.min()}..{label_map.max()} for {len(points)} points; "
+            f"expected 0..{len(points)}")
+    pixel = np.flatnonzero(label_map)
+    owner = label_map.ravel()[pixel].astype(np.int64) - 1
+    squared = _squared_distance(points, owner, pixel, label_map.shape)
+    outside = squared > np.asarray(radii, dtype=np.float64)[owner] ** 2
+    if outside.any():
+        first = owner[outside.argmax()]
+        raise ValueError(
+            f"label map: {int(outside.sum())} pixels lie outside their head's circle, the first "
+            f"of head {first + 1} at {points[first].tolist()} with radius {radii[first]:.2f} px")
+    pieces = connected_components(label_map, background=0, connectivity=1)
+    _, at = np.unique(pieces.ravel()[pixel], return_index=True)
+    count = np.bincount(owner[at], minlength=len(points))
+    if (count > 1).any():
+        first = int(count.argmax())
+        raise ValueError(
+            f"label map: head {first + 1} has {count[first]} unconnected pieces, expected one")
+
+
+# -- prompts ---------------------------------------------------------------------------------
+
+def _point_prompts(points: np.ndarray, radii: np.ndarray) -> Prompts:
+    """The head as positive point, its nearest neighbours as negative points."""
+    count = len(points)
+    wanted = min(_NEGATIVES, count - 1)
+    coordinates = np.repeat(points[:, None], 1 + wanted, axis=1)
+    labels = np.full((count, 1 + wanted), PADDING)
+    labels[:, 0] = POSITIVE
+    if wanted:
+        distance, neighbour = cKDTree(points).query(points, k=wanted + 1)
+        # Among coincident heads the query may name the head itself at any rank: distances of
+        # less than a pixel are no negatives, whoever they belong to.
+        near = (distance >= 1) & (distance <= _NEGATIVE_RANGE * radii[:, None])
+        coordinates[:, 1:] = np.where(near[:, 1:, None], points[neighbour[:, 1:]], points[:, None])
+        labels[:, 1:][near[:, 1:]] = NEGATIVE
+    return Prompts(coordinates, labels, multimask=True)
+
+
+def _superpixel_prompts(
+    points: np.ndarray, radii: np.ndarray, scale: np.ndarray, head: np.ndarray,
+    pixel: np.ndarray, shape: tuple[int, int],
+) -> Prompts:
+    """The same points with the box of the superpixels; head, pixel: the region's incidences."""
+    boxes = np.concatenate([points - scale[:, None], points + scale[:, None]], axis=1)
+    if len(head):
+        present, start = np.unique(head, return_index=True)
+        y, x = np.divmod(pixel, shape[1])
+        boxes[present] = np.stack([
+            np.minimum.reduceat(x, start) - 0.5, np.minimum.reduceat(y, start) - 0.5,
+            np.maximum.reduceat(x, start) + 0.5, np.maximum.reduceat(y, start) + 0.5], axis=1)
+    return replace(_point_prompts(points, radii), boxes=boxes, multimask=False)
+
+
+# -- scoring and merging ---------------------------------------------------------------------
+
+def _choose(
+    candidates: list[tuple[str, np.ndarray, np.ndarray]], region: np.ndarray | None,
+    points: np.ndarray, scale: np.ndarray, head: np.ndarray, squared: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Each head's mask: logit (M,), score (N,), source (N,)."""
+    count = len(points)
+    sources = np.array([source for source, _, _ in candidates])
+    masks = [one > 0 for _, one, _ in candidates]
+    predicted = np.stack([quality for _, _, quality in candidates])  # (C, N)
+    areas = np.stack([np.bincount(head[mask], minlength=count) for mask in masks])
+    holds = np.stack([_holds_head(mask, head, squared, count) for mask in masks])
+
+    agreement = np.ones(predicted.shape)
+    overlap: dict[tuple[int, int], np.ndarray] = {}
+    of_point, of_superpixel = np.flatnonzero(sources == "point"), np.flatnonzero(
+        sources == "superpixel")
+    for i in of_point:
+        for j in of_superpixel:
+            overlap[i, j] = _iou(masks[i], masks[j], areas[i], areas[j], head, count)
+    if overlap:
+        for i in of_point:
+            agreement[i] = np.max([overlap[i, j] for j in of_superpixel], axis=0)
+        for j in of_superpixel:
+            agreement[j] = np.max([overlap[i, j] for i in of_point], axis=0)
+    if region is not None:
+        region_area = np.bincount(head[region], minlength=count)
+        with_region = np.stack([
+            _iou(mask, region, area, region_area, head, count)
+            for mask, area in zip(masks, areas)])
+        agreement = np.maximum(agreement, with_region) if overlap else with_region
+
+    radius = np.sqrt(np.maximum(areas, 0.5) / np.pi)
+    base = predicted * (0.4 + 0.6 * agreement) * np.where(holds, 1.0, 0.1) * (areas > 0)
+    rows = np.arange(count)
+    score = base * _plausible(radius, scale, _FIRST_SPREAD)
+    best = score.argmax(axis=0)
+    found = _neighbourhood(points, np.log(radius[best, rows]), score[best, rows], np.log(scale))
+    score = base * _plausible(radius, np.exp(found), _SECOND_SPREAD)
+
+    best = score.argmax(axis=0)
+    source = sources[best]
+    chosen = score[best, rows]
+    logits = [one for _, one, _ in candidates]
+    logit = np.choose(best[head], logits)
+    if overlap:
+        i = of_point[score[of_point].argmax(axis=0)]
+        j = of_superpixel[score[of_superpixel].argmax(axis=0)]
+        shared = np.select(
+            [(i == a) & (j == b) for a, b in overlap], list(overlap.values()), 0.0)
+        merge = (shared >= _AGREE) & (np.minimum(score[i, rows], score[j, rows]) >= _FLOOR)
+        mean = (np.choose(i[head], logits) + np.choose(j[head], logits)) / 2
+        mean = mean + np.where(region, _VOTE, -_VOTE)
+        logit = np.where(merge[head], mean, logit)
+        source = np.where(merge, "merged", source)
+    return logit, chosen.clip(0, 1), source
+
+
+def _plausible(radius: np.ndarray, expected: np.ndarray, spread: float) -> np.ndarray:
+    """1 for a mask as large as expected, falling off in log radius."""
+    return np.exp(-0.5 * (np.log(radius / expected) / spread) ** 2)
+
+
+def _neighbourhood(
+    points: np.ndarray, log_radius: np.ndarray, weight: np.ndarray, prior: np.ndarray
+) -> np.ndarray:
+    """Log radius of heads at similar height: mean weighted by score, drawn towards the prior."""
+    count = len(points)
+    window = min(_WINDOW, count)
+    order = np.argsort(points[:, 1], kind="stable")
+    view = np.lib.stride_tricks.sliding_window_view
+    values, weights = view(log_radius[order], window), view(weight[order] + 1e-6, window)
+    middle = np.median(values, axis=1, keepdims=True)
+    weights = weights / (1 + ((values - middle) / 0.3) ** 2)
+    pull = 1.0
+    mean = (weights * values).sum(axis=1)
+    total = weights.sum(axis=1)
+    at = (np.arange(count) - window // 2).clip(0, count - window)
+    result = np.empty(count)
+    result[order] = (mean[at] + pull * prior[order]) / (total[at] + pull)
+    return result
+
+
+def _holds_head(mask: np.ndarray, head: np.ndarray, squared: np.ndarray, count: int) -> np.ndarray:
+    """Whether the incidence nearest to each head is in the mask: (N,) bool."""
+    nearest = np.full(count, np.inf)
+    np.minimum.at(nearest, head, squared)
+    holds = np.zeros(count, dtype=bool)
+    holds[head[mask & (squared == nearest[head])]] = True
+    return holds
+
+
+def _iou(
+    a: np.ndarray, b: np.ndarray, area_a: np.ndarray, area_b: np.ndarray,
+    head: np.ndarray, count: int,
+) -> np.ndarray:
+    """IoU per head of two masks given on the incidences: (N,), 0 where both are empty."""
+    both = np.bincount(head[a & b], minlength=count)
+    return both / np.maximum(area_a + area_b - both, 1)
+
+
+# -- from logits to a label map --------------------------------------------------------------
+
+def _assign(
+    logit: np.ndarray, points: np.ndarray, scale: np.ndarray, limit: np.ndarray,
+    head: np.ndarray, pixel: np.ndarray, squared: np.ndarray, shape: tuple[int, int],
+) -> np.ndarray:
+    """Exclusive, connected label map: (H, W) int32."""
+    energy = np.logaddexp(0, -logit.astype(np.float64)) + squared / limit[head] ** 2
+    energy[logit <= 0] = np.inf
+    # A head keeps the pixels around it that are nearer to it than to any other head, so that no
+    # neighbour's mask can swallow it.
+    core = np.maximum(_CORE * np.minimum(scale, limit), 1.0)
+    in_core = squared <= core[head] ** 2
+    owner = circles.lowest_wins(squared[in_core], head[in_core], pixel[in_core], shape).ravel()
+    _give_pixels(owner, points, head, pixel, squared)
+    energy[owner[pixel] == head + 1] = -1.0
+    energy[(owner[pixel] != head + 1) & (owner[pixel] > 0)] = np.inf
+    return _keep_connected(circles.lowest_wins(energy, head, pixel, shape), points)
+
+
+def _give_pixels(
+    owner: np.ndarray, points: np.ndarray, head: np.ndarray, pixel: np.ndarray,
+    squared: np.ndarray,
+) -> None:
+    """Give each head without a core pixel the nearest one that costs nobody the last; in place.
+
+    Only heads crowded into one pixel come here, so this is the one loop over heads.
+    """
+    count = len(points)
+    size = np.bincount(owner, minlength=count + 1)
+    for k in np.flatnonzero(size[1:] == 0):
+        mine = slice(*np.searchsorted(head, [k, k + 1]))
+        for at in pixel[mine][np.argsort(squared[mine], kind="stable")]:
+            if owner[at] == 0 or size[owner[at]] > 1:
+                size[owner[at]] -= 1
+                size[k + 1] += 1
+                owner[at] = k + 1
+                break
+
+
+def _keep_connected(labels: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Of every instance only the 4-connected piece that comes nearest to its head."""
+    pieces = connected_components(labels, background=0, connectivity=1).ravel()
+    pixel = np.flatnonzero(pieces)
+    piece = pieces[pixel]
+    owner = labels.ravel()[pixel].astype(np.int64) - 1
+    squared = _squared_distance(points, owner, pixel, labels.shape)
+    nearest = np.full(len(points), np.inf)
+    np.minimum.at(nearest, owner, squared)
+    at_head = squared == nearest[owner]
+    kept = np.full(len(points), np.iinfo(np.int64).max)
+    np.minimum.at(kept, owner[at_head], piece[at_head])
+    result = np.zeros(labels.size, dtype=np.int32)
+    stays = piece == kept[owner]
+    result[pixel[stays]] = owner[stays] + 1
+    return result.reshape(labels.shape)
+
+
+def _flags(
+    labels: np.ndarray, points: np.ndarray, limit: np.ndarray, failed: np.ndarray,
+    area: np.ndarray,
+) -> list[str]:
+    """The words of the table's last column."""
+    _, place, sharers = np.unique(points, axis=0, return_inverse=True, return_counts=True)
+    pixel = np.flatnonzero(labels)
+    owner = labels.ravel()[pixel] - 1
+    squared = _squared_distance(points, owner, pixel, labels.shape)
+    # A mask whose outer ring (the last pixel inside the circle) is more than a quarter full
+    # was cut there; 2 pi r is the ring's area.
+    ring = squared > np.maximum(limit - 1, 0)[owner] ** 2
+    clipped = np.bincount(owner[ring], minlength=len(points)) > 0.25 * 2 * np.pi * limit
+    columns = {
+        "coincident": sharers[place.reshape(-1)] > 1, "failed": failed, "clipped": clipped,
+        "empty": area == 0}
+    return [" ".join(word for word, rows in columns.items() if rows[k])
+            for k in range(len(points))]
+
+
+def _table(
+    points: np.ndarray, radii: np.ndarray, score: np.ndarray, area: np.ndarray,
+    source: Iterable[str], flags: Iterable[str],
+) -> pd.DataFrame:
+    return pd.DataFrame({
+        "head": np.arange(1, len(points) + 1), "x": points[:, 0], "y": points[:, 1],
+        "radius": np.asarray(radii, float), "score": np.asarray(score, float),
+        "source": pd.Series(list(source), dtype=object),
+        "area": np.asarray(area).astype(np.int64),
+        "flags": pd.Series(list(flags), dtype=object),
+    }, columns=COLUMNS)
+
+
+def _check_points(points: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """(N, 2) float64 points, all inside the image; ValueError otherwise."""
+    points = np.asarray(points, dtype=np.float64)
+    if points.size == 0:
+        return np.zeros((0, 2))
+    if points.ndim != 2 or points.shape[1] != 2:
+        raise ValueError(f"points: expected (N, 2) with (x, y) rows, found shape {points.shape}")
+    height, width = shape
+    inside = ((points >= -0.5) & (points <= (width - 0.5, height - 0.5))).all(axis=1)
+    if not inside.all():
+        first = int((~inside).argmax())
+        raise ValueError(
+            f"points: {int((~inside).sum())} of {len(points)} lie outside the image of "
+            f"{width} x {height} px, the first at index {first}: (x, y) = "
+            f"({points[first, 0]:g}, {points[first, 1]:g}); clip or remove them")
+    return points
+
+
+def _home(points: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """(column, row) of the pixel each head lies on."""
+    height, width = shape
+    return (np.rint(points[:, 0]).astype(np.int64).clip(0, width - 1),
+            np.rint(points[:, 1]).astype(np.int64).clip(0, height - 1))
+
+
+def _squared_distance(
+    points: np.ndarray, head: np.ndarray, pixel: np.ndarray, shape: tuple[int, int]
+) -> np.ndarray:
+    """(M,) float64: squared distance of each incidence's pixel from its head."""
+    y, x = np.divmod(pixel, shape[1])
+    dx, dy = x - points[head, 0], y - points[head, 1]
+    return dx * dx + dy * dy
+
+
+# -- a whole data set ------------------------------------------------------------------------
+
+def mask_dataset(
+    dataset: Any, indices: Iterable[int], segmenter: Segmenter, out: str | os.PathLike, *,
+    progress: bool = True, **options: Any,
+) -> Path:
+    """Masks of many images as a folder; run again after an interruption, it goes on.
+
+    dataset: a `xmask.data` dataset. indices: which of its images. options: of `generate_masks`.
+    Writes into `out`, per image, <id>.png (label map, 16-bit grey) and then <id>.csv (table),
+    each in one move, so that an image with both is complete whenever the process is stopped.
+    manifest.json holds what the masks depend on: options, segmenter, data checksum, algorithm.
+    Images complete under the same manifest are skipped; masks of another one are removed.
+
+    Returns `out`. An image that fails is recorded in the manifest and does not stop the others.
+    Raises RuntimeError at the end if any failed.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    request = {
+        "algorithm": ALGORITHM, "segmenter": segmenter.describe(), "options": options,
+        "dataset": dataset.checksum()}
+    manifest = _read_manifest(out)
+    if {key: manifest.get(key) for key in request} != request:
+        # Removed before the new manifest is there: stopped in between, the old one is still
+        # true of what is left.
+        for stale in (*out.glob("*.csv"), *out.glob("*.png")):
+            stale.unlink()
+        manifest = {}
+    failures: dict[str, str] = {}
+    files.write_json(out / "manifest.json", {**request, "failed": failures})
+
+    indices = list(indices)
+    todo = [i for i in indices if not _is_complete(out, dataset.ids[i])]
+    for i in tqdm(todo, desc="masks", unit="image", disable=not progress):
+        name = dataset.ids[i]
+        try:
+            sample = dataset[i]
+            _write_masks(out, name, *generate_masks(
+                sample.image, sample.points, segmenter, **options))
+        except Exception as error:  # one broken image must not cost the night's other images
+            failures[name] = f"{type(error).__name__}: {error}"
+            tqdm.write(f"masks of {name} failed: {failures[name]}")
+            files.write_json(out / "manifest.json", {**request, "failed": failures})
+    if failures:
+        name, reason = next(iter(failures.items()))
+        raise RuntimeError(
+            f"{out}: masks failed for {len(failures)} of {len(indices)} images, the first "
+            f"{name} ({reason}); all are listed in {out / 'manifest.json'}. The others are done: "
+            "mend these and run again")
+    return out
+
+
+def read_masks(out: str | os.PathLike, name: str) -> np.ndarray:
+    """The label map of image `name` from a folder made by `mask_dataset`: (H, W) int32.
+
+    Raises FileNotFoundError if it is not there or not complete, ValueError if it is no label map.
+    """
+    path = Path(out) / f"{name}.png"
+    if not _is_complete(Path(out), name):
+        raise FileNotFoundError(
+            f"{path}: no complete masks of image {name} in {out}; run `xmask masks` for this "
+            "data set (it goes on where it stopped)")
+    try:
+        with Image.open(path) as picture:
+            labels = np.asarray(picture)
+    except OSError as error:
+        raise ValueError(
+            f"{path}: not a readable PNG ({error}); delete it and run `xmask masks` again"
+        ) from None
+    if labels.ndim != 2 or labels.dtype == np.uint8:
+        raise ValueError(
+            f"{path}: expected a 16-bit grey label map, found {labels.dtype} {labels.shape}; "
+            "delete it and run `xmask masks` again")
+    return labels.astype(np.int32)
+
+
+def _write_masks(out: Path, name: str, labels: np.ndarray, table: pd.DataFrame) -> None:
+    if len(table) > np.iinfo(np.uint16).max:
+        raise ValueError(f"{len(table)} heads do not fit a 16-bit label map (at most 65535)")
+    files.write_png(out / f"{name}.png", labels.astype(np.uint16))
+    files.write_text(out / f"{name}.csv", table.to_csv(index=False, float_format="%.6g"))
+
+
+def _is_complete(out: Path, name: str) -> bool:
+    return (out / f"{name}.csv").is_file() and (out / f"{name}.png").is_file()
+
+
+def _read_manifest(out: Path) -> dict[str, Any]:
+    path = out / "manifest.json"
+    if not path.is_file():
+        return {}
+    try:
+        return files.read_json(path)
+    except ValueError:
+        return {}  # a manifest that nobody can read vouches for nothing

@@ -1,0 +1,209 @@
+"""Counting, localisation and segmentation metrics as pure functions: paper section on evaluation.
+
+Label maps hold 0 for background and k > 0 for an instance; labels need not be consecutive.
+Overlaps are sparse, so that images with thousands of heads cost no more than their pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import maximum_bipartite_matching, min_weight_full_bipartite_matching
+from scipy.spatial import cKDTree
+
+
+def counting(pred: Sequence[float], true: Sequence[float]) -> dict[str, float | None]:
+    """Errors of the counts of a data set.
+
+    pred, true: (n,) counts, one per image.
+    Returns mae: mean |pred - true|; rmse: root of the mean squared error (called MSE in this
+    field); nae: mean |pred - true| / true over the images with true > 0, None if there are none.
+    Raises ValueError if there are no images or the lengths differ.
+    """
+    pred = np.asarray(pred, dtype=np.float64).reshape(-1)
+    true = np.asarray(true, dtype=np.float64).reshape(-1)
+    if len(pred) != len(true) or len(true) == 0:
+        raise ValueError(
+            f"counting: {len(pred)} predicted and {len(true)} true counts; "
+            "give one of each for every image, and at least one image")
+    error = np.abs(pred - true)
+    some = true > 0
+    return {
+        "mae": float(error.mean()),
+        "rmse": float(np.sqrt((error**2).mean())),
+        "nae": float((error[some] / true[some]).mean()) if some.any() else None,
+    }
+
+
+def localization(pred_points: Any, true_points: Any, sigma: float) -> dict[str, float]:
+    """One-to-one matching of predicted to true heads at most `sigma` pixels apart.
+
+    pred_points, true_points: (N, 2) and (M, 2), (x, y) pixels. The number of pairs is maximal.
+    Returns precision, recall and f1, with the counts behind them, matched, n_pred and n_true,
+    which `localization_total` sums over images. Nothing predicted and nothing there is perfect
+    (1.0 each); otherwise a share of nothing is 0.0.
+    Raises ValueError if sigma is negative.
+    """
+    if not sigma >= 0:
+        raise ValueError(f"sigma: found {sigma}; give a distance in pixels, 0 or more")
+    pred, true = _numpy(pred_points).reshape(-1, 2), _numpy(true_points).reshape(-1, 2)
+    matched = 0
+    if len(pred) and len(true):
+        pairs = cKDTree(pred.astype(np.float64)).sparse_distance_matrix(
+            cKDTree(true.astype(np.float64)), sigma, output_type="ndarray")
+        matched = _matching_size(pairs["i"], pairs["j"], (len(pred), len(true)))
+    return _localization_values(matched, len(pred), len(true))
+
+
+def localization_total(images: Iterable[dict[str, float]]) -> dict[str, float]:
+    """`localization` of a data set, from the dicts of its images: counts summed, then shares."""
+    images = list(images)
+    return _localization_values(*(
+        sum(int(image[key]) for image in images) for key in ("matched", "n_pred", "n_true")))
+
+
+def segmentation(pred_map: Any, true_map: Any) -> dict[str, float]:
+    """Instance segmentation of one image.
+
+    pred_map, true_map: (H, W) int label maps (arrays or tensors).
+    Returns
+    - mean_iou: IoU summed over the one-to-one matching of predicted to true instances that makes
+      this sum largest (Hungarian), divided by the number of true instances (paper);
+    - ap50: TP / (TP + FP + FN) at IoU >= 0.5, as StarDist's average precision; the matching has
+      as many pairs as possible;
+    - pq: panoptic quality of the one class, IoU summed over pairs with IoU > 0.5 (unique by
+      themselves), divided by TP + FP / 2 + FN / 2;
+    - aji: aggregated Jaccard index: each true instance with the predicted one of highest IoU
+      (lowest label on ties; one may serve several), intersections summed, divided by the summed
+      unions plus the pixels of predicted instances that served none;
+    - the sums behind them, for `segmentation_total`: iou_sum, n_true, n_pred, tp50, pq_iou_sum,
+      pq_tp, aji_intersection, aji_union.
+    A value whose denominator is 0 (no instances) is 0.0.
+    Raises ValueError if the shapes differ or a label is negative.
+    """
+    pred, true = _numpy(pred_map), _numpy(true_map)
+    if pred.shape != true.shape:
+        raise ValueError(
+            f"segmentation: label maps of shape {pred.shape} (predicted) and {true.shape} (true); "
+            "bring them to the same size, nearest neighbour")
+    pred, pred_area = _compact(pred, "pred_map")
+    true, true_area = _compact(true, "true_map")
+    n_pred, n_true = len(pred_area), len(true_area)
+
+    # Only pairs that overlap: their pixel counts, by a joint key.
+    both = (pred >= 0) & (true >= 0)
+    key, overlap = np.unique(pred[both] * max(n_true, 1) + true[both], return_counts=True)
+    i, j = np.divmod(key, max(n_true, 1))
+    union = pred_area[i] + true_area[j] - overlap
+    iou = overlap / union
+
+    best = _best_pairs(i, j, iou, (n_pred, n_true))
+    fifty = iou >= 0.5
+    above = iou > 0.5
+
+    # Highest IoU per true instance, of equal ones the lowest predicted label.
+    order = np.lexsort((i, -iou, j))
+    served, first = np.unique(j[order], return_index=True)
+    chosen = order[first]
+    unmet = np.setdiff1d(np.arange(n_true), served)
+    idle = np.setdiff1d(np.arange(n_pred), i[chosen])
+    sums = {
+        "iou_sum": float(iou[best].sum()),
+        "n_true": n_true,
+        "n_pred": n_pred,
+        "tp50": _matching_size(i[fifty], j[fifty], (n_pred, n_true)),
+        "pq_iou_sum": float(iou[above].sum()),
+        "pq_tp": int(above.sum()),
+        "aji_intersection": int(overlap[chosen].sum()),
+        "aji_union": int(
+            union[chosen].sum() + true_area[unmet].sum() + pred_area[idle].sum()),
+    }
+    return _segmentation_values(sums)
+
+
+def segmentation_total(images: Iterable[dict[str, float]]) -> dict[str, float]:
+    """`segmentation` of a data set, from the dicts of its images.
+
+    Sums are added first: mean_iou is the matched IoU of all images divided by the number of true
+    instances in all images (paper), not a mean over images; likewise ap50, pq and aji.
+    """
+    images = list(images)
+    keys = ("iou_sum", "n_true", "n_pred", "tp50", "pq_iou_sum", "pq_tp",
+            "aji_intersection", "aji_union")
+    return _segmentation_values({key: sum(image[key] for image in images) for key in keys})
+
+
+def _localization_values(matched: int, n_pred: int, n_true: int) -> dict[str, float]:
+    empty = n_pred == 0 and n_true == 0
+    return {
+        "precision": 1.0 if empty else _share(matched, n_pred),
+        "recall": 1.0 if empty else _share(matched, n_true),
+        "f1": 1.0 if empty else _share(2 * matched, n_pred + n_true),
+        "matched": matched,
+        "n_pred": n_pred,
+        "n_true": n_true,
+    }
+
+
+def _segmentation_values(sums: dict[str, float]) -> dict[str, float]:
+    n_true, n_pred, tp = sums["n_true"], sums["n_pred"], sums["tp50"]
+    return {
+        "mean_iou": _share(sums["iou_sum"], n_true),
+        "ap50": _share(tp, n_pred + n_true - tp),
+        "pq": _share(sums["pq_iou_sum"], (n_pred + n_true) / 2),  # TP + FP/2 + FN/2
+        "aji": _share(sums["aji_intersection"], sums["aji_union"]),
+        **sums,
+    }
+
+
+def _best_pairs(
+    i: np.ndarray, j: np.ndarray, iou: np.ndarray, shape: tuple[int, int]
+) -> np.ndarray:
+    """Positions in (i, j) of the one-to-one pairs with the largest total IoU.
+
+    A full matching of rows exists once every row has a dummy column of its own. Costs are 2 - IoU
+    and 2 for a dummy, because the sparse solver takes a stored zero for no edge.
+    """
+    if len(i) == 0:
+        return np.zeros(0, dtype=np.int64)
+    rows, columns = shape
+    alone = np.arange(rows)
+    graph = csr_array(
+        (np.concatenate([2 - iou, np.full(rows, 2.0)]),
+         (np.concatenate([i, alone]), np.concatenate([j, columns + alone]))),
+        shape=(rows, columns + rows))
+    row, column = min_weight_full_bipartite_matching(graph)
+    real = column < columns
+    key = i * columns + j  # sorted: np.unique made the pairs in this order
+    return np.searchsorted(key, row[real].astype(np.int64) * columns + column[real])
+
+
+def _matching_size(i: np.ndarray, j: np.ndarray, shape: tuple[int, int]) -> int:
+    """Number of pairs in a maximum one-to-one matching of the edges (i, j)."""
+    if len(i) == 0:
+        return 0
+    graph = csr_array((np.ones(len(i), dtype=np.int8), (i, j)), shape=shape)
+    return int((maximum_bipartite_matching(graph, perm_type="column") >= 0).sum())
+
+
+def _compact(label_map: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """(pixels,) index of each pixel's instance, -1 for background; and the instances' areas."""
+    labels, index, area = np.unique(label_map, return_inverse=True, return_counts=True)
+    if len(labels) and labels[0] < 0:
+        raise ValueError(
+            f"{name}: found label {labels[0]}; 0 is background, instances are 1 and up")
+    index = index.reshape(-1).astype(np.int64)
+    if len(labels) and labels[0] == 0:
+        return index - 1, area[1:]
+    return index, area
+
+
+def _share(part: float, whole: float) -> float:
+    return float(part / whole) if whole else 0.0
+
+
+def _numpy(value: Any) -> np.ndarray:
+    return value.detach().cpu().numpy() if hasattr(value, "detach") else np.asarray(value)

@@ -1,0 +1,453 @@
+"""Three-phase mean teacher (paper section on training): points, masks, points under masks.
+
+The loop is plain: an epoch is `steps_per_epoch` steps, a step is one batch of labelled crops and,
+once their weight is above zero, one of unlabelled crops whose labels the teacher makes. A
+checkpoint holds everything, crops are a function of their index, so a run that was killed goes
+on exactly as if it had not been.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pandas as pd
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from xmask import decode, files, losses, model, nnec
+from xmask.config import Config, Schedule
+from xmask.data.sample import Sample
+from xmask.data.transforms import Batch, Crops, collate
+from xmask.provenance import digest
+
+TRAINED = {  # phase -> parts of the network that learn in it; the others stay as they are
+    1: ("encoder", "fusion", "decoder"),
+    2: ("mask_head", "fusion", "decoder"),
+    3: ("fusion", "decoder"),
+}
+
+
+def phase_of(schedule: Schedule, epoch: int) -> int:
+    """Phase 1, 2 or 3 of an epoch counted from 0."""
+    return 1 if epoch < schedule.phase1 else 2 if epoch < schedule.phase2 else 3
+
+
+def unlabelled_weight(schedule: Schedule, epoch: int) -> float:
+    """Weight w of the unlabelled loss; total = (labelled + w * unlabelled) / (1 + w).
+
+    It grows by `ramp` an epoch up to `ramp_end`: from 0 after `warmup` epochs of phases 1 and 2
+    (that the count starts anew in phase 2 is our reading), from `ramp_start` in phase 3.
+    """
+    if not schedule.unlabelled:
+        return 0.0
+    phase = phase_of(schedule, epoch)
+    begin = {1: 0, 2: schedule.phase1, 3: schedule.phase2}[phase]
+    if phase == 3:
+        weight = schedule.ramp_start + schedule.ramp * (epoch - begin)
+    else:
+        weight = schedule.ramp * (epoch - begin - schedule.warmup)
+    return min(max(weight, 0.0), schedule.ramp_end)
+
+
+class Trainer:
+    """Trains one configuration into `folder`.
+
+    labelled: samples whose `instances` are the masks of EDP-SAM. unlabelled: the other training
+    images (their points and masks, if any, are never read). fingerprint: identifies data and
+    code; a checkpoint of another one is not resumed. phase1_cache: folder in which runs that
+    differ only in masks and phases 2 and 3 share the end of phase 1, and a fingerprint of the
+    data and code that phase 1 depends on. score: returns a number to minimise for a network,
+    called every `checkpoint_every` epochs of phase 3 (configuration "best-on-test").
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        labelled: Sequence[Sample],
+        unlabelled: Sequence[Sample],
+        folder: Path,
+        *,
+        device: torch.device,
+        fingerprint: str = "",
+        phase1_cache: tuple[Path, str] | None = None,
+        score: Callable[[nn.Module], float] | None = None,
+        progress: bool = True,
+    ):
+        if len(labelled) == 0:
+            raise ValueError("no labelled image: training needs at least one")
+        self.config, self.device, self.folder = config, device, Path(folder)
+        self.score, self.progress = score, progress
+        torch.manual_seed(config.seed)
+        if config.machine.threads:
+            torch.set_num_threads(config.machine.threads)
+        if device.type == "cpu":
+            torch.use_deterministic_algorithms(True)
+        self.student, self.initialisation = model.build(config.network)
+        self.student.to(device, memory_format=torch.channels_last)
+        self.teacher = copy.deepcopy(self.student).eval().requires_grad_(False)
+        self.optimiser: torch.optim.Optimizer | None = None
+        self.scaler = torch.amp.GradScaler(enabled=self._amp == torch.float16)
+        self.epoch, self.history = 0, []
+        self.best: tuple[float, dict] | None = None
+
+        o = config.optimisation
+        crops = {"size": o.crop, "scale": (o.scale_min, o.scale_max), "seed": config.seed}
+        self.labelled = Crops(labelled, **crops, strong=False)
+        self.unlabelled = Crops(unlabelled, **crops, strong=True) if len(unlabelled) else None
+        s = config.schedule
+        self.steps = s.steps_per_epoch or -(-len(labelled) // o.batch)
+        self.fingerprint = digest(config.to_dict(), fingerprint, device.type)
+        self.phase1_file = None
+        if phase1_cache:
+            cache, inputs = phase1_cache
+            key = digest(_phase1_part(config), inputs, device.type)
+            self.phase1_file = cache / f"{key[:16]}.pt"
+
+    @property
+    def _amp(self) -> torch.dtype | None:
+        """Mixed precision on CUDA: bfloat16 where the device has it, else float16."""
+        if self.device.type != "cuda":
+            return None
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+    # -- the loop ---------------------------------------------------------------------------
+
+    def fit(self) -> nn.Module:
+        """Train to the end, resuming where a checkpoint stands; return the teacher.
+
+        Writes history.csv and model.safetensors into the folder. Ctrl-C loses at most
+        `checkpoint_every` epochs. Raises RuntimeError, naming what to lower, when the device is
+        out of memory, and FloatingPointError when the loss is no longer finite.
+        """
+        s = self.config.schedule
+        self._resume()
+        batches = self._batches(self.epoch)
+        bar = tqdm(total=s.phase3, initial=self.epoch, unit="epoch", disable=not self.progress,
+                   desc=self.config.run, mininterval=1.0)
+        while self.epoch < s.phase3:
+            phase = phase_of(s, self.epoch)
+            if self.optimiser is None:
+                self._enter(phase)
+            weight = unlabelled_weight(s, self.epoch) if self.unlabelled else 0.0
+            rows = [self._step(phase, weight, batches) for _ in range(self.steps)]
+            row = pd.DataFrame(rows).mean().to_dict()
+            self.history.append(
+                {"step": (self.epoch + 1) * self.steps, "epoch": self.epoch, "phase": phase}
+                | row | {"weight": weight}
+            )
+            self.epoch += 1
+            if phase == 3 and self.score and (
+                self.epoch % self.config.machine.checkpoint_every == 0 or self.epoch == s.phase3
+            ):
+                value = self.score(self.teacher)
+                if self.best is None or value < self.best[0]:
+                    self.best = value, copy.deepcopy(self.teacher.state_dict())
+            ends_phase = self.epoch in (s.phase1, s.phase2, s.phase3)
+            if ends_phase:
+                self.optimiser = None
+            if ends_phase or self.epoch % self.config.machine.checkpoint_every == 0:
+                self._save(self.folder / "checkpoint.pt", self.fingerprint)
+                self._write_history()
+            if self.epoch == s.phase1 and self.phase1_file:
+                self._save(self.phase1_file, self.phase1_file.stem)
+            bar.set_postfix(phase=phase, loss=f"{row['loss']:.4f}", refresh=False)
+            bar.update()
+        bar.close()
+        if self.best is not None:
+            self.teacher.load_state_dict(self.best[1])
+        self._write_history()
+        with files.replacing(self.folder / "model.safetensors") as temporary:
+            state = {k: v.contiguous().cpu() for k, v in self.teacher.state_dict().items()}
+            save_file(state, temporary, metadata={"config": json.dumps(self.config.to_dict()),
+                                                  "backbone": self.initialisation})
+        (self.folder / "checkpoint.pt").unlink(missing_ok=True)
+        return self.teacher
+
+    def _batches(self, epoch: int):
+        """Endless (labelled, unlabelled or None) batches from an epoch on."""
+        s, o, m = self.config.schedule, self.config.optimisation, self.config.machine
+        epochs = range(epoch, s.phase3)
+        weighted = [e for e in epochs if self.unlabelled and unlabelled_weight(s, e) > 0]
+
+        def loader(crops: Crops | None, wanted: Sequence[int]):
+            per_epoch = self.steps * o.batch
+            indices = [i for e in wanted for i in range(e * per_epoch, (e + 1) * per_epoch)]
+            if not indices:
+                return iter(())
+            return iter(DataLoader(crops, o.batch, sampler=indices, num_workers=m.workers,
+                                   collate_fn=collate, pin_memory=self.device.type == "cuda",
+                                   persistent_workers=m.workers > 0))
+
+        labelled, unlabelled = loader(self.labelled, epochs), loader(self.unlabelled, weighted)
+        wanted = set(weighted)
+        for e in epochs:
+            for _ in range(self.steps):
+                yield next(labelled), next(unlabelled) if e in wanted else None
+
+    def _step(self, phase: int, weight: float, batches) -> dict[str, float]:
+        labelled, unlabelled = next(batches)
+        try:
+            return self._update(phase, weight, labelled, unlabelled)
+        except torch.cuda.OutOfMemoryError as error:
+            o = self.config.optimisation
+            raise RuntimeError(
+                f"{self.config.run}: out of GPU memory in epoch {self.epoch}; lower "
+                f"optimisation.batch (now {o.batch}) or optimisation.crop (now {o.crop})"
+            ) from error
+
+    def _update(
+        self, phase: int, weight: float, labelled: Batch, unlabelled: Batch | None
+    ) -> dict[str, float]:
+        labelled = labelled.to(self.device)
+        images = labelled.images
+        if unlabelled is not None:
+            unlabelled = unlabelled.to(self.device)
+            images = torch.cat([images, unlabelled.strong])
+        with torch.autocast(self.device.type, self._amp, enabled=self._amp is not None):
+            output = self.student(_channels_last(images), masks=phase == 2)
+        logits, embedding = output.logits.float(), output.embedding
+        n = len(labelled.images)
+
+        terms = self._labelled_terms(phase, logits[:n], embedding, labelled)
+        loss = own = sum(terms.values())
+        other = torch.zeros((), device=self.device)
+        if unlabelled is not None:
+            with torch.no_grad(), torch.autocast(
+                self.device.type, self._amp, enabled=self._amp is not None
+            ):
+                seen = self.teacher(_channels_last(unlabelled.images), masks=phase > 1)
+            theirs = self._unlabelled_terms(
+                phase, logits[n:], None if embedding is None else embedding[n:],
+                seen.logits.float(), seen.embedding, unlabelled,
+            )
+            other = sum(theirs.values())
+            loss = (own + weight * other) / (1 + weight)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"{self.config.run}: the loss is {loss.item()} in epoch {self.epoch} "
+                f"(phase {phase}); lower the learning rate of that phase"
+            )
+        self._learn(loss)
+        row = {"loss": loss, "labelled": own, "unlabelled": other} | terms
+        return {name: float(value.detach()) for name, value in row.items()}
+
+    def _learn(self, loss: Tensor) -> None:
+        self.optimiser.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimiser)
+        parameters = [p for g in self.optimiser.param_groups for p in g["params"]]
+        nn.utils.clip_grad_norm_(parameters, self.config.optimisation.clip)
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+        keep = self.config.optimisation.ema
+        with torch.no_grad():
+            for mine, yours in zip(self.teacher.parameters(), self.student.parameters()):
+                mine.lerp_(yours, 1 - keep)
+            # buffers too: with frozen BatchNorm statistics the teacher would stay untrained
+            for mine, yours in zip(self.teacher.buffers(), self.student.buffers()):
+                if mine.is_floating_point():
+                    mine.lerp_(yours, 1 - keep)
+                else:
+                    mine.copy_(yours)
+
+    # -- what is learnt ---------------------------------------------------------------------
+
+    def _labelled_terms(
+        self, phase: int, logits: Tensor, embedding: Tensor | None, batch: Batch
+    ) -> dict[str, Tensor]:
+        c = self.config.loss
+        images = range(len(logits))
+        if phase == 2:
+            points = [self._points(logits[i], 0.5)[0] for i in images]
+            return self._mask_terms(embedding, logits, points, batch.instances,
+                                    [None] * len(logits))
+        terms = {"p2r": _mean(self._p2r(logits[i], batch.points[i]) for i in images)}
+        if phase == 3:
+            terms["constraint"] = _mean(
+                losses.mask_constraint(
+                    logits[i], batch.instances[i], None, stride=model.STRIDE,
+                    background=c.background, foreground=c.foreground, one_point=c.one_point,
+                )
+                for i in images
+            )
+        return terms
+
+    def _unlabelled_terms(
+        self,
+        phase: int,
+        logits: Tensor,
+        embedding: Tensor | None,
+        teacher_logits: Tensor,
+        teacher_embedding: Tensor | None,
+        batch: Batch,
+    ) -> dict[str, Tensor]:
+        c, o = self.config.loss, self.config.optimisation
+        images = range(len(logits))
+        terms = {}
+        if phase != 2:
+            half = model.STRIDE // 2
+            visible = batch.visible[:, half :: model.STRIDE, half :: model.STRIDE].float()
+            terms["p2r"] = _mean(
+                self._p2r(
+                    logits[i],
+                    self._points(teacher_logits[i], o.pseudo_threshold)[0],
+                    visible[i],
+                )
+                for i in images
+            )
+        if phase == 1:
+            return terms
+
+        shape = batch.images.shape[-2:]
+        confident, instances, ignored = [], [], []
+        for i in images:
+            points, scores = self._points(teacher_logits[i], self.config.pseudo.point_threshold)
+            instances.append(self._pseudo_masks(teacher_logits[i], teacher_embedding[i], points,
+                                                shape))
+            sure = scores > o.confident
+            confident.append(points[sure])
+            ignored.append(_discs(points[~sure], c.ignore_radius, shape) | ~batch.visible[i])
+        if phase == 2:
+            return self._mask_terms(embedding, logits, confident, instances, ignored)
+        terms["constraint"] = _mean(
+            losses.mask_constraint(
+                logits[i], instances[i], confident[i], stride=model.STRIDE,
+                background=c.background, foreground=c.foreground, one_point=c.one_point,
+            )
+            for i in images
+        )
+        return terms
+
+    def _mask_terms(self, embedding, logits, points, instances, ignored) -> dict[str, Tensor]:
+        c = self.config.loss
+        terms = {
+            "exclusivity": _mean(
+                losses.exclusivity_loss(
+                    embedding[i], points[i], instances[i], tau=c.tau, margin=c.margin,
+                    sigma=c.sigma, ignore=ignored[i], nnec=c.nnec,
+                    differentiable_centers=c.differentiable_centers,
+                )
+                for i in range(len(instances))
+            )
+        }
+        if c.consistency:
+            terms["consistency"] = c.consistency * _mean(
+                losses.point_mask_consistency(logits[i], instances[i], stride=model.STRIDE,
+                                              ignore=ignored[i])
+                for i in range(len(instances))
+            )
+        return terms
+
+    def _p2r(self, logits: Tensor, points: Tensor, weight: Tensor | None = None) -> Tensor:
+        c = self.config.loss
+        return losses.p2r_loss(logits, points, model.STRIDE, max_distance=c.max_distance,
+                               min_radius=c.min_radius, weight=weight)
+
+    def _points(self, logits: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+        return decode.points_from_logits(logits.detach(), stride=model.STRIDE,
+                                         threshold=threshold)
+
+    def _pseudo_masks(self, logits, embedding, points, shape) -> Tensor:
+        p = self.config.pseudo
+        density = None
+        if p.density_gate:
+            density = decode.upsample(torch.sigmoid(logits)[None], tuple(shape))[0]
+        return decode.instance_map(decode.upsample(embedding, tuple(shape)), points,
+                                   threshold=p.theta, geometry_weight=p.geometry_weight,
+                                   sigma=p.sigma, density=density)
+
+    # -- state ------------------------------------------------------------------------------
+
+    def _enter(self, phase: int) -> None:
+        """Free the parts that learn in this phase, freeze the others, start its optimiser."""
+        o = self.config.optimisation
+        rate = {1: o.lr, 2: o.phase2_lr, 3: o.phase3_lr}[phase]
+        groups = []
+        for name, part in self.student.named_children():
+            learns = name in TRAINED[phase]
+            part.requires_grad_(learns).train(learns)
+            if learns:
+                lr = o.encoder_lr if name == "encoder" else rate
+                groups.append({"params": list(part.parameters()), "lr": lr})
+        self.optimiser = torch.optim.Adam(groups, lr=rate, weight_decay=o.weight_decay,
+                                          fused=self.device.type == "cuda")
+
+    def _save(self, path: Path, fingerprint: str) -> None:
+        state = {
+            "fingerprint": fingerprint,
+            "epoch": self.epoch,
+            "history": self.history,
+            "student": self.student.state_dict(),
+            "teacher": self.teacher.state_dict(),
+            "optimiser": self.optimiser.state_dict() if self.optimiser else None,
+            "scaler": self.scaler.state_dict(),
+            "best": self.best,
+        }
+        with files.replacing(path) as temporary:
+            torch.save(state, temporary)
+
+    def _resume(self) -> None:
+        """Take up the run's own checkpoint, else the shared end of phase 1, else start anew."""
+        for path, fingerprint in (
+            (self.folder / "checkpoint.pt", self.fingerprint),
+            (self.phase1_file, self.phase1_file and self.phase1_file.stem),
+        ):
+            if path is None or not path.is_file():
+                continue
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            if state["fingerprint"] != fingerprint:
+                continue  # made by other code, data or configuration: not this run
+            self.student.load_state_dict(state["student"])
+            self.teacher.load_state_dict(state["teacher"])
+            self.epoch, self.history = state["epoch"], state["history"]
+            self.scaler.load_state_dict(state["scaler"])
+            self.best = state["best"]
+            if state["optimiser"] is not None:
+                self._enter(phase_of(self.config.schedule, self.epoch))
+                self.optimiser.load_state_dict(state["optimiser"])
+            return
+
+    def _write_history(self) -> None:
+        columns = ["step", "epoch", "phase", "loss", "labelled", "unlabelled", "weight", "p2r",
+                   "exclusivity", "constraint", "consistency"]
+        table = pd.DataFrame(self.history, columns=columns)
+        with files.replacing(self.folder / "history.csv") as temporary:
+            table.to_csv(temporary, index=False, float_format="%.6g")
+
+
+def _channels_last(images: Tensor) -> Tensor:
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def _mean(values) -> Tensor:
+    return torch.stack(list(values)).mean()
+
+
+def _discs(points: Tensor, radius: float, shape: tuple[int, int]) -> Tensor:
+    """(H, W) bool: pixels within `radius` px of any point."""
+    covered = torch.zeros(shape[0] * shape[1], dtype=torch.bool, device=points.device)
+    radii = torch.full((len(points),), radius, device=points.device)
+    covered[nnec.incidence(points, radii, shape)[1]] = True
+    return covered.view(*shape)
+
+
+def _phase1_part(config: Config) -> dict:
+    """The fields that phase 1 depends on."""
+    values = config.to_dict()
+    for name in ("variant", "selection", "masks", "pseudo", "evaluation"):
+        del values[name]
+    values["loss"] = {k: values["loss"][k] for k in ("max_distance", "min_radius")}
+    for name in ("phase2", "phase3", "ramp_start"):
+        del values["schedule"][name]
+    for name in ("phase2_lr", "phase3_lr", "confident"):
+        del values["optimisation"][name]
+    del values["machine"]["checkpoint_every"], values["machine"]["cache_images"]
+    del values["machine"]["workers"]
+    return values
+
