@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import reference
+from tests import reference
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings

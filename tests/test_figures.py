@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 import xmask
-from test_report import write_run
+from tests.test_report import write_run
 from xmask import figures, files, report
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"

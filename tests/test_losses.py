@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-import reference
+from tests import reference
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-import reference
+from tests import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -66,9 +66,10 @@ def as_sam_does(sam, image, coordinates, labels, boxes, multimask):
 def test_sam_read_at_incidences_equals_the_library_upsampled_masks(shape, boxed):
     sam, image = tiny_sam(), picture(shape)
     points, coordinates, labels, head, pixel = crowd(shape)
-    boxes = np.concatenate([points - 4, points + 5], axis=1).clip(0, max(shape) - 1) if boxed else None
+    boxes = None
     if boxed:
-        boxes = np.minimum(boxes, np.array([shape[1], shape[0]] * 2) - 1.0)
+        boxes = np.concatenate([points - 4, points + 5], axis=1)
+        boxes = boxes.clip(0, np.array([shape[1], shape[0]] * 2) - 1.0)
     segmenter = SamSegmenter.from_model(sam, max_zoom=1)
     segmenter.set_image(image)
     logits, scores = segmenter.predict(

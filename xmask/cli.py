@@ -43,6 +43,8 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--percents", type=_numbers, default=PERCENTS, help="e.g. 5,40")
     made.add_argument("--seeds", type=_numbers, default=(1,), help="e.g. 1,2,3")
     made.add_argument("--jobs", type=int, help="steps at a time")
+    made.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE",
+                      help="change a field of every run, e.g. --set loss.tau=0.5")
     made.add_argument("--no-extras", action="store_true",
                       help="leave out supervised-only runs and ablations")
 
@@ -101,7 +103,8 @@ def _reproduce(o: argparse.Namespace) -> int:
     if unknown:
         raise ValueError(f"--datasets: {', '.join(unknown)} unknown; known: {', '.join(DATASETS)}")
     ok = reproduce.run(o.profile, data=o.data, sam=o.sam, jobs=o.jobs, datasets=o.datasets,
-                       percents=o.percents, seeds=o.seeds, extras=not o.no_extras)
+                       percents=o.percents, seeds=o.seeds, extras=not o.no_extras,
+                       overrides=_changes(o.set))
     return 0 if ok else 1
 
 
@@ -120,17 +123,22 @@ def _masks(o: argparse.Namespace) -> int:
 def _configuration(o: argparse.Namespace):
     from xmask import study
 
-    overrides = {}
-    for change in o.set:
-        name, equals, value = change.partition("=")
-        if not equals:
-            raise ValueError(f"--set: {change!r} is not FIELD=VALUE")
-        try:
-            overrides[name] = json.loads(value.lower() if value in ("True", "False") else value)
-        except json.JSONDecodeError:
-            overrides[name] = value
     return study.configure(o.profile, o.dataset, o.percent, o.seed, variant=o.variant, sam=o.sam,
-                           overrides=overrides)
+                           overrides=_changes(o.set))
+
+
+def _changes(texts: list[str]) -> dict[str, object]:
+    """FIELD=VALUE, the value as JSON where it is JSON, else as text."""
+    changes = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"--set: {text!r} is not FIELD=VALUE")
+        try:
+            changes[name] = json.loads(value.lower() if value in ("True", "False") else value)
+        except json.JSONDecodeError:
+            changes[name] = value
+    return changes
 
 
 def _train(o: argparse.Namespace) -> int:

@@ -105,8 +105,10 @@ class Optimisation:
     lr: float = 5e-5
     encoder_lr: float = 1e-5
     phase2_lr: float = 5e-6
+    mask_head_lr: float = 5e-6
     phase3_lr: float = 5e-6  # published range 5e-6 to 5e-5; the value per dataset is not known
     weight_decay: float = 1e-4  # published range 1e-6 to 5e-4
+    cosine: bool = False  # rates fall to zero over each phase; the paper keeps them constant
     clip: float = 5.0
     ema: float = 0.998
     pseudo_threshold: float = 0.5  # probability of a teacher point in P2R (our reading)
@@ -273,7 +275,9 @@ _CPU = {
     # a random start and a few hundred steps need larger steps than 2,000 epochs from ImageNet
     "optimisation.lr": 2e-3,
     "optimisation.encoder_lr": 2e-3,
-    "optimisation.phase2_lr": 2e-3,
+    "optimisation.phase2_lr": 1e-4,
+    "optimisation.mask_head_lr": 2e-3,
+    "optimisation.cosine": True,
     "optimisation.phase3_lr": 5e-4,
     "optimisation.ema": 0.98,
     "machine.threads": 1,

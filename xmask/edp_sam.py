@@ -8,12 +8,12 @@ and the nearest-neighbour exclusion circle cuts leakage between persons. The res
    in the image a robust local head radius s_i: an isolated head has a huge circle, not a huge
    head. Masks are looked for inside C_i and within 4 s_i.
 2. Point prompt: the head as positive point, its nearest neighbours as negative points, three
-   candidate masks. Superpixel prompt: SLIC at up to three scales that follow s_i, finer than a
-   head, because hair and face rarely fall into one superpixel; those around the head, cut to
-   C_i, give a box, prompted together with the same points.
+   candidate masks. Their sizes, over all heads at similar height, correct s_i by vote.
+   Superpixel prompt: SLIC at up to three scales that follow s_i, finer than a head, because
+   hair and face rarely fall into one superpixel; the superpixels around the head, cut to C_i,
+   give a box, prompted together with the same points.
 3. A candidate's score is the segmenter's predicted IoU, times agreement with the other prompt,
-   times plausibility of its size, times whether it holds the head. Sizes are judged twice:
-   first against s_i from geometry, then against the sizes found on well-scored neighbours.
+   times plausibility of its size against s_i, times whether it holds the head.
 4. Two prompts that agree are merged (mean logits, and the superpixels vote); else the better one
    stands; if no candidate is good enough the head gets a disc inside C_i, and the table says so.
 5. Contested pixels go to the lowest energy softplus(-logit) + d^2 / r^2, so the map is
@@ -24,6 +24,7 @@ Candidates live on the sparse list of (head, pixel) pairs; there is never an N x
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable
 from dataclasses import replace
@@ -61,7 +62,10 @@ _SLIC_SCALES, _SLIC_STEPS = 3, 5
 _SLIC_SPACING = 0.8  # distance of superpixel centres, in local head radii
 _SLIC_NEAR = 1.0  # superpixels whose middle is within this many local head radii form the prompt
 _SLIC_PIXELS = 8  # coarser superpixels are computed on a smaller image, so many px apart there
-_FIRST_SPREAD, _SECOND_SPREAD = 0.8, 0.4  # of log radius: how sharply size is judged
+_VOTE_BINS, _VOTE_WIDTH = 64, 0.2  # of log radius: how finely sizes are told apart
+_VOTE_OWN = 6.0  # further votes of a head in its own matter: people need not stand in rows
+_VOTE_PRIOR = 0.6  # of log radius: how far the head radius from geometry is trusted
+_SPREAD = 0.4  # of log radius: how sharply a candidate's size is judged
 _AGREE = 0.4  # IoU of two prompts' masks from which they are merged
 _VOTE = 0.7  # logit that the superpixels themselves add to a merged mask, or take away outside
 _FLOOR = 0.02  # a lower score is a failure: disc
@@ -80,11 +84,13 @@ def generate_masks(
 ) -> tuple[np.ndarray, pd.DataFrame]:
     """Instance masks of the heads of one image.
 
-    image: (H, W, 3) uint8, RGB. points: (N, 2) float, (x, y) pixels; N may be 0.
+    image: (H, W, 3) uint8, RGB. points: (N, 2) float, (x, y) pixels, inside the image; N may
+        be 0.
     segmenter: from `xmask.segmenters.open_segmenter`.
     nnec: cut masks at the exclusion circle; False is the paper's ablation: masks may reach
         twice as far, and still do not overlap.
     point_prompt, superpixel_prompt: which of the two prompts to use (ablations), at least one.
+        Without the point prompt the local head radius rests on geometry alone.
     compactness: of SLIC in Lab; higher makes squarer superpixels (scikit-image's default is 10).
 
     Returns the label map, (H, W) int32 with value k on the pixels of points[k - 1] and 0 on the
@@ -119,6 +125,9 @@ def generate_masks(
         prompts = _point_prompts(points, radii)
         logits, predicted = segmenter.predict(prompts, head, pixel)
         candidates += [("point", *one) for one in zip(logits, predicted.T)]
+        radius = np.stack([_mask_radius(one > 0, head, len(points)) for one in logits])
+        scale = _voted_scale(points, scale, radius, predicted.T**2 * (radius > 0))
+        scale = np.minimum(scale, limit)
     region = None
     if superpixel_prompt:
         region = superpixel_regions(image, points, scale, head, pixel, compactness=compactness)
@@ -309,11 +318,7 @@ def _choose(
     radius = np.sqrt(np.maximum(areas, 0.5) / np.pi)
     base = predicted * (0.4 + 0.6 * agreement) * np.where(holds, 1.0, 0.1) * (areas > 0)
     rows = np.arange(count)
-    score = base * _plausible(radius, scale, _FIRST_SPREAD)
-    best = score.argmax(axis=0)
-    found = _neighbourhood(points, np.log(radius[best, rows]), score[best, rows], np.log(scale))
-    score = base * _plausible(radius, np.exp(found), _SECOND_SPREAD)
-
+    score = base * _plausible(radius, scale, _SPREAD)
     best = score.argmax(axis=0)
     source = sources[best]
     chosen = score[best, rows]
@@ -332,29 +337,45 @@ def _choose(
     return logit, chosen.clip(0, 1), source
 
 
+def _mask_radius(mask: np.ndarray, head: np.ndarray, count: int) -> np.ndarray:
+    """Radius of the disc as large as each head's mask: (N,) px."""
+    return np.sqrt(np.bincount(head[mask], minlength=count) / np.pi)
+
+
 def _plausible(radius: np.ndarray, expected: np.ndarray, spread: float) -> np.ndarray:
     """1 for a mask as large as expected, falling off in log radius."""
     return np.exp(-0.5 * (np.log(radius / expected) / spread) ** 2)
 
 
-def _neighbourhood(
-    points: np.ndarray, log_radius: np.ndarray, weight: np.ndarray, prior: np.ndarray
+def _voted_scale(
+    points: np.ndarray, scale: np.ndarray, radius: np.ndarray, weight: np.ndarray
 ) -> np.ndarray:
-    """Log radius of heads at similar height: mean weighted by score, drawn towards the prior."""
+    """Local head radius from the sizes of candidate masks: (N,) px.
+
+    radius, weight: (C, N) of the candidates; a weight of 0 does not vote. A head's true outline
+    turns up in most candidates of the heads at its height, its wrong outlines at all sizes: the
+    most voted size wins. The radius from geometry, `scale`, counts as a broad prior.
+    """
     count = len(points)
-    window = min(_WINDOW, count)
+    log_radius = np.log(np.maximum(radius, 0.5))
+    grid = np.linspace(np.log(1.0), np.log(max(4 * scale.max(), 8.0)), _VOTE_BINS)
+    votes = np.zeros((count, _VOTE_BINS))
+    for one, strength in zip(log_radius, weight):
+        votes += strength[:, None] * np.exp(-0.5 * ((grid - one[:, None]) / _VOTE_WIDTH) ** 2)
     order = np.argsort(points[:, 1], kind="stable")
-    view = np.lib.stride_tricks.sliding_window_view
-    values, weights = view(log_radius[order], window), view(weight[order] + 1e-6, window)
-    middle = np.median(values, axis=1, keepdims=True)
-    weights = weights / (1 + ((values - middle) / 0.3) ** 2)
-    pull = 1.0
-    mean = (weights * values).sum(axis=1)
-    total = weights.sum(axis=1)
-    at = (np.arange(count) - window // 2).clip(0, count - window)
-    result = np.empty(count)
-    result[order] = (mean[at] + pull * prior[order]) / (total[at] + pull)
-    return result
+    window = min(_WINDOW, count)
+    total = np.concatenate([np.zeros((1, _VOTE_BINS)), np.cumsum(votes[order], axis=0)])
+    start = (np.arange(count) - window // 2).clip(0, count - window)
+    near = np.empty_like(votes)
+    near[order] = total[start + window] - total[start]
+    near += _VOTE_OWN * votes
+    near *= np.exp(-0.5 * ((grid - np.log(scale)[:, None]) / _VOTE_PRIOR) ** 2)
+    # The mean of what lies around the highest bin is finer than a bin.
+    best = grid[near.argmax(axis=1)]
+    near *= np.exp(-0.5 * ((grid - best[:, None]) / _VOTE_WIDTH) ** 2)
+    mass = near.sum(axis=1)
+    voted = np.exp((near * grid).sum(axis=1) / np.maximum(mass, 1e-300))
+    return np.where(mass > 0, voted, scale)
 
 
 def _holds_head(mask: np.ndarray, head: np.ndarray, squared: np.ndarray, count: int) -> np.ndarray:
@@ -460,7 +481,7 @@ def _table(
     return pd.DataFrame({
         "head": np.arange(1, len(points) + 1), "x": points[:, 0], "y": points[:, 1],
         "radius": np.asarray(radii, float), "score": np.asarray(score, float),
-        "source": pd.Series(list(source), dtype=object),
+        "source": pd.Series([str(one) for one in source], dtype=object),
         "area": np.asarray(area).astype(np.int64),
         "flags": pd.Series(list(flags), dtype=object),
     }, columns=COLUMNS)
@@ -515,20 +536,20 @@ def mask_dataset(
     Images complete under the same manifest are skipped; masks of another one are removed.
 
     Returns `out`. An image that fails is recorded in the manifest and does not stop the others.
-    Raises RuntimeError at the end if any failed.
+    Raises RuntimeError at the end if any failed, and ValueError at once if `out` holds pictures
+    or tables but no manifest: that is somebody else's folder.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    request = {
+    request = json.loads(json.dumps({
         "algorithm": ALGORITHM, "segmenter": segmenter.describe(), "options": options,
-        "dataset": dataset.checksum()}
+        "dataset": {"checksum": dataset.checksum(), "settings": dataset.settings}}))
     manifest = _read_manifest(out)
     if {key: manifest.get(key) for key in request} != request:
         # Removed before the new manifest is there: stopped in between, the old one is still
         # true of what is left.
         for stale in (*out.glob("*.csv"), *out.glob("*.png")):
             stale.unlink()
-        manifest = {}
     failures: dict[str, str] = {}
     files.write_json(out / "manifest.json", {**request, "failed": failures})
 
@@ -591,6 +612,11 @@ def _is_complete(out: Path, name: str) -> bool:
 def _read_manifest(out: Path) -> dict[str, Any]:
     path = out / "manifest.json"
     if not path.is_file():
+        foreign = sorted((*out.glob("*.png"), *out.glob("*.csv")))
+        if foreign:
+            raise ValueError(
+                f"{out}: holds {foreign[0].name} but no manifest.json, so it was not made by this "
+                "step; give a new or empty folder")
         return {}
     try:
         return files.read_json(path)

@@ -27,6 +27,7 @@ from PIL import Image
 from skimage.segmentation import find_boundaries
 
 from xmask import files, report
+from xmask.config import VARIANTS
 
 BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION, GREY = (  # Okabe and Ito, 2008
     "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7F7F7F")
@@ -88,7 +89,7 @@ def learning_curves(runs: pd.DataFrame, dataset: str) -> Picture:
     line a seed, a running mean over 1/50 of a phase; phases are shaded.
     Raises FileNotFoundError if a run has no history.csv, ValueError without a run.
     """
-    runs = _some(runs[(runs["dataset"] == dataset) & (runs["variant"] == "xmask")],
+    runs = _some(_full(runs[runs["dataset"] == dataset]),
                  f"no XMask run of {dataset}")
     percents = sorted(runs["percent"].unique())
     figure, axes = _grid(2, len(percents), width=3.6, height=2.2, sharex="col")
@@ -109,7 +110,7 @@ def count_scatter(runs: pd.DataFrame, dataset: str) -> Picture:
 
     Axes are logarithmic above 10 people and linear below (symlog), so that empty images show.
     """
-    runs = _some(runs[(runs["dataset"] == dataset) & (runs["variant"] == "xmask")],
+    runs = _some(_full(runs[runs["dataset"] == dataset]),
                  f"no XMask run of {dataset}")
     percents = sorted(runs["percent"].unique())
     figure, axes = _grid(1, len(percents), width=3.0, height=3.0, sharex=True, sharey=True)
@@ -380,7 +381,7 @@ def write_figures(results: str | Path, out: str | Path,
 
 
 def _figures_of(runs: pd.DataFrame) -> list[tuple[str, Callable[[], Picture]]]:
-    main = runs[runs["variant"] == "xmask"]
+    main = _full(runs)
     made: list[tuple[str, Callable[[], Picture]]] = []
     for dataset in report.ordered(main["dataset"], report.DATASETS):
         made += [(f"learning_{dataset}", functools.partial(learning_curves, runs, dataset)),
@@ -395,11 +396,17 @@ def _figures_of(runs: pd.DataFrame) -> list[tuple[str, Callable[[], Picture]]]:
                    for dataset, percent in report.ablations(runs)]
 
 
+def _full(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs of the full method; in a study of changed settings only, those instead."""
+    full = runs[runs["variant"] == "xmask"]
+    return full if len(full) else runs[~runs["variant"].isin(VARIANTS)]
+
+
 def _write_predictions(runs: pd.DataFrame, out: Path, ending: str,
                        datasets: Callable[[str], object]) -> list[Path]:
     """One figure a dataset: the first seed at the largest percentage of the full method."""
     paths = []
-    main = runs[runs["variant"] == "xmask"].sort_values(
+    main = _full(runs).sort_values(
         ["percent", "seed"], ascending=[False, True], kind="stable")
     for dataset in report.ordered(main["dataset"], report.DATASETS):
         run = main[main["dataset"] == dataset].iloc[0]

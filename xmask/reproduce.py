@@ -24,7 +24,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from xmask import files, provenance, study
-from xmask.config import ABLATIONS, DATASETS, PERCENTS, Config, preset
+from xmask.config import ABLATIONS, DATASETS, PERCENTS, VARIANTS, Config, preset
 
 NOTEBOOKS = Path("notebooks")
 
@@ -59,14 +59,16 @@ def plan(
     percents: tuple[int, ...] = PERCENTS,
     seeds: tuple[int, ...] = (1,),
     extras: bool = True,
+    overrides: dict[str, object] | None = None,
 ) -> list[Step]:
     """All steps of a study, inputs before what needs them.
 
     extras: also supervised-only runs on the first dataset and, on its largest percentage, the
-    ablations.
+    ablations. overrides: changes to every run's configuration, by dotted name.
     """
     def config(dataset: str, percent: int, seed: int, variant: str = "xmask") -> Config:
-        return study.configure(profile, dataset, percent, seed, variant=variant, sam=sam)
+        return study.configure(profile, dataset, percent, seed, variant=variant, sam=sam,
+                               overrides=overrides)
 
     steps: list[Step] = []
     runs: list[Config] = [config(d, p, s) for d in datasets for p in percents for s in seeds]
@@ -76,10 +78,14 @@ def plan(
         extra = [config(first, p, s, "supervised-only") for p in percents for s in seeds]
         extra += [config(first, most, s, v) for v in ABLATIONS for s in seeds]
 
+    # a run's configuration is named after its overrides too; notebooks want the plain variant
+    named = {config(d, p, s, v).run: v for d in datasets for p in percents for s in seeds
+             for v in VARIANTS}
     by_masks: dict[Path, list[Config]] = {}
     for run in runs + extra:
         by_masks.setdefault(study.mask_folder(run), []).append(run)
     common = {"profile": profile, "data": data, "sam": sam}
+    settings = {"overrides": overrides or {}}
     results = study.results_folder(profile)
     for folder, users in by_masks.items():
         percents_used = sorted({user.percent for user in users})
@@ -87,8 +93,8 @@ def plan(
             Step(
                 f"masks {folder.name}",
                 "10_masks.ipynb",
-                common | {"dataset": users[0].dataset, "percents": percents_used,
-                          "variant": users[0].variant},
+                common | settings | {"dataset": users[0].dataset, "percents": percents_used,
+                                     "variant": named[users[0].run]},
                 results / "masks" / folder.name / "10_masks.ipynb",
                 fingerprint=partial(_masks_fingerprint, users, data),
                 outputs=partial(_one, results / "masks" / folder.name / "masks.csv"),
@@ -96,15 +102,16 @@ def plan(
         )
     # long chains first: the largest percentage carries the ablations
     for run in sorted(runs, key=lambda r: -r.percent) + extra:
+        variant = named[run.run]
         shared = [f"train {config(run.dataset, run.percent, run.seed).run}"]
         folder = study.run_folder(run)
-        arguments = common | {"dataset": run.dataset, "percent": run.percent, "seed": run.seed,
-                              "variant": run.variant}
+        arguments = common | settings | {"dataset": run.dataset, "percent": run.percent,
+                                         "seed": run.seed, "variant": variant}
         steps.append(
             Step(
                 f"train {run.run}", "11_train.ipynb", arguments, folder / "11_train.ipynb",
                 [f"masks {study.mask_folder(run).name}"]
-                + (shared if run.variant in ABLATIONS else []),
+                + (shared if variant in ABLATIONS else []),
                 partial(study.train_fingerprint, run, data),
                 partial(_in, folder, ("config.json", "history.csv", "model.safetensors")),
             )

@@ -304,7 +304,8 @@ class SamSegmenter:
         first_row, row_weight = resize_taps(rows, self._input_side, new_height, view.height)
         first_column, column_weight = resize_taps(
             columns, self._input_side, new_width, view.width)
-        row, column = (torch.as_tensor(a, device=self.device) for a in (first_row[y], first_column[x]))
+        row = torch.as_tensor(first_row[y], device=self.device)
+        column = torch.as_tensor(first_column[x], device=self.device)
         row_weight = self._to_device(row_weight[y])
         column_weight = self._to_device(column_weight[x])
         local = torch.as_tensor(local, device=self.device)
@@ -374,7 +375,8 @@ def _load_sam(path: Path, model_type: str | None) -> tuple[torch.nn.Module, str]
         found = (f"a dictionary with {', '.join(map(repr, list(state)[:3])) or 'nothing'}"
                  if isinstance(state, dict) else f"a {type(state).__name__}")
         raise ValueError(
-            f"{path}: not a SAM state dict: found {found}, and no {_SAM_WIDTH_KEY!r}; {_SAM_REMEDY}")
+            f"{path}: not a SAM state dict: found {found}, and no {_SAM_WIDTH_KEY!r}; "
+            f"{_SAM_REMEDY}")
     width = state[_SAM_WIDTH_KEY].shape[0]
     inferred = _SAM_WIDTHS.get(width)
     if inferred is None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -134,6 +135,7 @@ class Trainer:
             phase = phase_of(s, self.epoch)
             if self.optimiser is None:
                 self._enter(phase)
+            self._set_rate(phase)
             weight = unlabelled_weight(s, self.epoch) if self.unlabelled else 0.0
             rows = [self._step(phase, weight, batches) for _ in range(self.steps)]
             row = pd.DataFrame(rows).mean().to_dict()
@@ -373,10 +375,20 @@ class Trainer:
             learns = name in TRAINED[phase]
             part.requires_grad_(learns).train(learns)
             if learns:
-                lr = o.encoder_lr if name == "encoder" else rate
-                groups.append({"params": list(part.parameters()), "lr": lr})
+                lr = {"encoder": o.encoder_lr, "mask_head": o.mask_head_lr}.get(name, rate)
+                groups.append({"params": list(part.parameters()), "lr": lr, "initial_lr": lr})
         self.optimiser = torch.optim.Adam(groups, lr=rate, weight_decay=o.weight_decay,
                                           fused=self.device.type == "cuda")
+
+    def _set_rate(self, phase: int) -> None:
+        """Constant rates (paper), or a half cosine to zero over each phase."""
+        if not self.config.optimisation.cosine:
+            return
+        s = self.config.schedule
+        begin, end = {1: (0, s.phase1), 2: (s.phase1, s.phase2), 3: (s.phase2, s.phase3)}[phase]
+        share = 0.5 * (1 + math.cos(math.pi * (self.epoch - begin) / (end - begin)))
+        for group in self.optimiser.param_groups:
+            group["lr"] = group["initial_lr"] * share
 
     def _save(self, path: Path, fingerprint: str) -> None:
         state = {
@@ -445,7 +457,7 @@ def _phase1_part(config: Config) -> dict:
     values["loss"] = {k: values["loss"][k] for k in ("max_distance", "min_radius")}
     for name in ("phase2", "phase3", "ramp_start"):
         del values["schedule"][name]
-    for name in ("phase2_lr", "phase3_lr", "confident"):
+    for name in ("phase2_lr", "mask_head_lr", "phase3_lr", "confident"):
         del values["optimisation"][name]
     del values["machine"]["checkpoint_every"], values["machine"]["cache_images"]
     del values["machine"]["workers"]

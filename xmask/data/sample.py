@@ -27,8 +27,8 @@ class Sample:
 
     image: np.ndarray
     points: np.ndarray
-    instances: np.ndarray | None
-    name: str
+    instances: np.ndarray | None = None
+    name: str = ""
     boxes: np.ndarray | None = None
     repairs: dict[str, int] = field(default_factory=dict)
 

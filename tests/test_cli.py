@@ -1,0 +1,61 @@
+"""The command line: every command explains itself, errors are one line, exit codes hold."""
+
+import pytest
+
+from xmask.cli import main
+
+COMMANDS = ["reproduce", "masks", "train", "evaluate", "tables", "figures", "data check",
+            "data draw"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([*command.split(), "--help"])
+    assert ended.value.code == 0 and "usage: xmask" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("drawn")
+    assert main(["data", "draw", "--layout", "sha", "--out", str(folder), "--train", "2",
+                 "--test", "1", "--seed", "3"]) == 0
+    return folder
+
+
+def test_a_drawn_dataset_checks_clean_and_gets_masks(drawn, tmp_path, capsys):
+    assert main(["data", "check", "--dataset", "sha", "--root", str(drawn)]) == 0
+    assert "error" not in capsys.readouterr().out
+    masks = ["masks", "--dataset", "sha", "--root", str(drawn), "--out", str(tmp_path), "--limit",
+             "1"]
+    assert main(masks) == 0
+    first = {path: path.stat().st_mtime_ns for path in tmp_path.glob("IMG_*")}
+    assert first and main(masks) == 0
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("IMG_*")} == first
+
+
+def test_a_broken_dataset_fails_the_check(drawn, tmp_path, capsys):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(drawn, copy)
+    image = next(copy.rglob("IMG_1.jpg"))
+    image.write_bytes(image.read_bytes()[:200])
+    assert main(["data", "check", "--dataset", "sha", "--root", str(copy)]) == 1
+    assert "error" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["train", "--profile", "paper"], "give the folder that holds the datasets"),
+        (["train", "--set", "loss.tua=1"], "loss.tua: no such field; did you mean loss.tau"),
+        (["train", "--set", "loss.tau"], "'loss.tau' is not FIELD=VALUE"),
+        (["reproduce", "--datasets", "sha,shc"], "--datasets: shc unknown"),
+        (["masks", "--dataset", "sha", "--root", "/nowhere", "--out", "/tmp/none"], "/nowhere"),
+    ],
+)
+def test_errors_are_short_and_exit_with_one(arguments, message, capsys):
+    assert main(arguments) == 1
+    shown = capsys.readouterr().err
+    assert message in shown and "Traceback" not in shown

@@ -1,0 +1,333 @@
+"""EDP-SAM turns heads into an exclusive, connected label map, whatever the heads are."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from skimage.measure import label as connected_components
+
+from xmask import edp_sam, files, nnec
+from xmask.data.sample import Sample
+from xmask.edp_sam import (
+    COLUMNS, SOURCES, check_label_map, generate_masks, local_head_radius, mask_dataset, read_masks)
+from xmask.segmenters import ClassicalSegmenter
+
+
+def picture(shape, seed=0):
+    """Blocks of random colours: something for superpixels and contours to hold on to."""
+    rng = np.random.default_rng(seed)
+    blocks = rng.integers(0, 256, (shape[0] // 6 + 1, shape[1] // 6 + 1, 3))
+    image = blocks.repeat(6, axis=0).repeat(6, axis=1)[:shape[0], :shape[1]]
+    return (image + rng.integers(-8, 9, image.shape)).clip(0, 255).astype(np.uint8)
+
+
+def crowd_with_truth(seed=0, shape=(160, 200), people=24):
+    """Ellipses of one size on a quiet ground; their label map and centres."""
+    rng = np.random.default_rng(seed)
+    centres = np.stack(np.meshgrid(np.arange(20, 190, 30), np.arange(20, 150, 36)), -1)
+    points = centres.reshape(-1, 2)[:people] + rng.uniform(-4, 4, (people, 2))
+    y, x = np.indices(shape)
+    image = rng.normal(100, 5, (*shape, 3))
+    truth = np.zeros(shape, np.int32)
+    for k, (cx, cy) in enumerate(points, start=1):
+        inside = ((x - cx) / 6) ** 2 + ((y - cy) / 7.5) ** 2 <= 1
+        image[inside] += rng.choice([-70, 80], 3)
+        truth[inside] = k
+    return image.clip(0, 255).astype(np.uint8), points, truth
+
+
+def check_invariants(labels, table, points, shape, radii):
+    points = np.asarray(points, float).reshape(-1, 2)
+    assert labels.shape == shape and labels.dtype == np.int32
+    assert labels.min() >= 0 and labels.max() <= len(points)
+    y, x = np.nonzero(labels)
+    k = labels[y, x] - 1
+    assert ((x - points[k, 0]) ** 2 + (y - points[k, 1]) ** 2 <= radii[k] ** 2).all()
+    pieces = connected_components(labels, background=0, connectivity=1)
+    assert pieces.max() == len(np.unique(labels[labels > 0]))
+    assert list(table.columns) == COLUMNS and len(table) == len(points)
+    assert table["area"].tolist() == np.bincount(
+        labels.ravel(), minlength=len(points) + 1)[1:].tolist()
+    assert table["source"].isin(SOURCES).all()
+    assert table["score"].between(0, 1).all()
+    assert (table["source"].eq("disc") == table["flags"].str.contains("failed")).all()
+
+
+halves = st.tuples(st.integers(-1, 78), st.integers(-1, 62)).map(lambda c: (c[0] / 2, c[1] / 2))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(halves, max_size=25), st.integers(0, 3), st.booleans(), st.sampled_from("bps"))
+def test_any_heads_give_an_exclusive_connected_map_inside_the_circles(heads, seed, circle, prompt):
+    shape = (32, 40)
+    points = np.array(heads, np.float32).reshape(-1, 2)
+    labels, table = generate_masks(
+        picture(shape, seed), points, ClassicalSegmenter(), nnec=circle,
+        point_prompt=prompt != "s", superpixel_prompt=prompt != "p")
+    radii = nnec.exclusion_radii(points.astype(float), shape)
+    check_invariants(labels, table, points, shape, radii if circle else np.minimum(2 * radii, 16))
+    # Everybody gets a pixel, unless more heads share a circle than it has pixels.
+    assert (table["area"] > 0).all()
+    if not circle:
+        return
+    # A head that is alone on its pixel and nearer to it than anybody else owns it.
+    column, row = np.rint(points).astype(int).T.clip(0, [[shape[1] - 1], [shape[0] - 1]])
+    distance = np.hypot(*(np.stack([column, row], 1)[:, None] - points[None]).transpose(2, 0, 1))
+    alone = (distance <= np.diag(distance)[:, None]).sum(axis=1) == 1
+    assert (labels[row, column][alone] == np.flatnonzero(alone) + 1).all()
+
+
+def test_coincident_heads_each_get_a_part_and_are_flagged():
+    points = np.array([[20, 15], [20, 15], [20, 15], [33, 15]], np.float32)
+    labels, table = generate_masks(picture((32, 40)), points, ClassicalSegmenter())
+    assert (table["area"] > 0).all()
+    assert table["flags"].str.contains("coincident").tolist() == [True, True, True, False]
+
+
+def test_more_coincident_heads_than_pixels_are_all_in_the_table():
+    points = np.full((40, 2), 9.0, np.float32)
+    labels, table = generate_masks(picture((20, 20)), points, ClassicalSegmenter())
+    assert len(table) == 40 and (labels > 0).sum() <= 29  # pixels of a circle of radius 3
+    assert table["flags"].str.contains("empty").tolist() == table["area"].eq(0).tolist()
+    check_invariants(labels, table, points, (20, 20), np.full(40, 3.0))
+
+
+def test_heads_squeezed_into_one_pixel_each_get_one():
+    points = np.array([[9.0, 9.0], [9.1, 9.0], [9.2, 9.0], [8.9, 9.1]], np.float32)
+    _, table = generate_masks(picture((20, 20)), points, ClassicalSegmenter())
+    assert (table["area"] > 0).all()
+
+
+def test_no_heads_one_head_and_one_pixel():
+    segmenter = ClassicalSegmenter()
+    labels, table = generate_masks(picture((20, 30)), np.zeros((0, 2)), segmenter)
+    assert not labels.any() and len(table) == 0 and list(table.columns) == COLUMNS
+    labels, table = generate_masks(picture((20, 30)), np.array([[29.5, -0.5]]), segmenter)
+    assert labels[0, 29] == 1 and table["radius"].tolist() == [10.0]
+    labels, table = generate_masks(np.zeros((1, 1, 3), np.uint8), np.zeros((2, 2)), segmenter)
+    assert labels.tolist() == [[1]]
+    assert table["flags"].str.contains("empty").tolist() == [False, True]
+
+
+def test_points_may_be_lists_and_results_repeat():
+    image, points, _ = crowd_with_truth()
+    first, table = generate_masks(image, points.tolist(), ClassicalSegmenter())
+    second, again = generate_masks(image, points.astype(np.float64), ClassicalSegmenter())
+    assert (first == second).all()
+    pd.testing.assert_frame_equal(table, again)
+
+
+@pytest.mark.parametrize("points,found", [
+    ([[5, 5], [30.6, 3]], r"index 1: \(x, y\) = \(30.6, 3\)"),
+    ([[5, -1]], "index 0"),
+    ([[np.nan, 3]], "index 0"),
+    ([[1, 2, 3]], r"expected \(N, 2\)"),
+])
+def test_points_that_cannot_be_heads_are_named(points, found):
+    with pytest.raises(ValueError, match=found):
+        generate_masks(picture((20, 30)), np.array(points), ClassicalSegmenter())
+
+
+def test_pictures_and_options_that_cannot_be_are_refused():
+    grey, fractions, nothing = np.uint8(np.zeros((20, 30))), np.zeros((20, 30, 3)), picture((0, 3))
+    for image in (grey, fractions, nothing):
+        with pytest.raises(ValueError, match="image: expected uint8"):
+            generate_masks(image, np.array([[1, 1]]), ClassicalSegmenter())
+    with pytest.raises(ValueError, match="both are switched off"):
+        generate_masks(picture((20, 30)), np.array([[1, 1]]), ClassicalSegmenter(),
+                       point_prompt=False, superpixel_prompt=False)
+
+
+def test_masks_follow_the_heads_better_than_discs_do():
+    image, points, truth = crowd_with_truth()
+    count = len(points)
+
+    def mean_iou(labels):
+        both = np.bincount(truth[labels == truth], minlength=count + 1)[1:]
+        areas = [np.bincount(m.ravel(), minlength=count + 1)[1:] for m in (labels, truth)]
+        return (both / (sum(areas) - both)).mean()
+
+    labels, table = generate_masks(image, points, ClassicalSegmenter())
+    check_invariants(labels, table, points, truth.shape, nnec.exclusion_radii(points, truth.shape))
+    radii = nnec.exclusion_radii(points, truth.shape)
+    head, pixel = nnec.incidence(points, 0.45 * radii, truth.shape)
+    discs = nnec.lowest_wins(np.zeros(len(head)), head, pixel, truth.shape)
+    assert mean_iou(labels) > 0.75
+    assert mean_iou(labels) > mean_iou(discs) + 0.1
+    assert (table["source"] == "merged").mean() > 0.5
+
+
+def test_a_segmenter_that_finds_nothing_leaves_flagged_discs():
+    class Blind(ClassicalSegmenter):
+        def predict(self, prompts, head, pixel):
+            logits, scores = super().predict(prompts, head, pixel)
+            return np.full_like(logits, -5), scores
+
+    image, points, truth = crowd_with_truth()
+    labels, table = generate_masks(image, points, Blind())
+    assert (table["source"] == "disc").all() and (table["flags"] == "failed").all()
+    assert (table["area"] > 20).all()
+    check_invariants(labels, table, points, truth.shape, nnec.exclusion_radii(points, truth.shape))
+
+
+def test_a_segmenter_that_takes_everything_is_cut_at_the_circles():
+    class Greedy(ClassicalSegmenter):
+        def predict(self, prompts, head, pixel):
+            logits, scores = super().predict(prompts, head, pixel)
+            return np.full_like(logits, 5), np.ones_like(scores)
+
+    image = picture((60, 80))
+    points = np.random.default_rng(0).uniform((0, 0), (79, 59), (60, 2))
+    labels, table = generate_masks(image, points, Greedy())
+    check_invariants(labels, table, points, (60, 80), nnec.exclusion_radii(points, (60, 80)))
+    assert table["flags"].str.contains("clipped").any()
+
+
+def test_an_isolated_head_is_judged_by_its_row_not_by_its_circle():
+    grid = np.stack(np.meshgrid(np.arange(10, 100, 10.0), np.arange(60, 100, 10.0)), -1)
+    points = np.concatenate([grid.reshape(-1, 2), [[300.0, 80.0]]])
+    radii = nnec.exclusion_radii(points, (200, 400))
+    scale = local_head_radius(points, radii, (200, 400))
+    assert radii[-1] == 100 and scale[-1] < 6
+
+
+def test_the_check_names_what_is_wrong():
+    points, radii = np.array([[4.0, 4.0], [12.0, 4.0]]), np.array([3.0, 3.0])
+    labels = np.zeros((9, 17), np.int32)
+    labels[4, 3:6] = 1
+    check_label_map(labels, points, radii)
+    for (row, column, value), found in {
+        (4, 8, 1): "outside their head's circle", (4, 7, 0): None, (2, 4, 1): "2 unconnected",
+        (4, 12, 3): "values 0..3 for 2 points",
+    }.items():
+        wrong = labels.copy()
+        wrong[row, column] = value
+        if found is None:
+            check_label_map(wrong, points, radii)
+        else:
+            with pytest.raises(ValueError, match=found):
+                check_label_map(wrong, points, radii)
+
+
+# -- a whole data set ------------------------------------------------------------------------
+
+class Dataset:
+    """Five small pictures; the readers' interface, as far as masks need it."""
+
+    settings = {"max_side": None}
+
+    def __init__(self, broken=()):
+        self.ids = [f"IMG_{k}" for k in range(5)]
+        self.broken = broken
+
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, i):
+        if i in self.broken:
+            raise OSError(f"IMG_{i}.jpg is truncated")
+        points = np.random.default_rng(i).uniform(0, 23, (i * 2, 2)).astype(np.float32)
+        return Sample(picture((24, 24), i), points, None, self.ids[i])
+
+    def checksum(self):
+        return "0" * 64
+
+
+class Counting(ClassicalSegmenter):
+    """Counts the images it is shown, and can be stopped like a killed process."""
+
+    def __init__(self, stop_after=None):
+        super().__init__()
+        self.images, self.stop_after = 0, stop_after
+
+    def set_image(self, image):
+        if self.images == self.stop_after:
+            raise KeyboardInterrupt
+        self.images += 1
+        super().set_image(image)
+
+
+def masks(out, segmenter, indices=range(5), broken=(), **options):
+    return mask_dataset(Dataset(broken), indices, segmenter, out, progress=False, **options)
+
+
+def test_masks_of_a_data_set_can_be_read_back(tmp_path):
+    out = masks(tmp_path / "masks", ClassicalSegmenter())
+    assert {p.name for p in out.iterdir()} == {
+        "manifest.json", *(f"IMG_{k}.{kind}" for k in range(5) for kind in ("png", "csv"))}
+    sample = Dataset()[4]
+    labels, table = generate_masks(sample.image, sample.points, ClassicalSegmenter())
+    stored = read_masks(out, "IMG_4")
+    assert stored.dtype == np.int32 and (stored == labels).all()
+    read = pd.read_csv(out / "IMG_4.csv", keep_default_na=False)
+    pd.testing.assert_frame_equal(read, table, rtol=1e-5, check_dtype=False)
+    assert not read_masks(out, "IMG_0").any()  # an image without heads
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["failed"] == {} and manifest["segmenter"]["kind"] == "classical"
+
+
+def test_a_stopped_run_goes_on_where_it_stopped(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        masks(tmp_path, Counting(stop_after=2))  # image 0 has no heads: 0, 1 and 2 are complete
+    (tmp_path / "IMG_3.png").write_bytes(b"half")  # killed between the two files of an image
+    segmenter = Counting()
+    masks(tmp_path, segmenter)
+    assert segmenter.images == 2
+    whole = masks(tmp_path / "at once", ClassicalSegmenter())
+    for k in range(5):
+        for kind in ("png", "csv"):
+            name = f"IMG_{k}.{kind}"
+            assert files.sha256(tmp_path / name) == files.sha256(whole / name)
+    masks(tmp_path, segmenter)
+    assert segmenter.images == 2  # nothing left to do
+
+
+def test_masks_of_other_settings_are_made_anew(tmp_path):
+    masks(tmp_path, ClassicalSegmenter())
+    segmenter = Counting()
+    masks(tmp_path, segmenter, indices=[1, 2], nnec=False)
+    assert segmenter.images == 2
+    with pytest.raises(FileNotFoundError, match="no complete masks of image IMG_4"):
+        read_masks(tmp_path, "IMG_4")
+    (tmp_path / "manifest.json").write_text("{broken")
+    masks(tmp_path, segmenter, indices=[1, 2], nnec=False)
+    assert segmenter.images == 4
+
+
+def test_one_broken_image_does_not_cost_the_others(tmp_path):
+    with pytest.raises(RuntimeError, match="failed for 1 of 5 images, the first IMG_2"):
+        masks(tmp_path, ClassicalSegmenter(), broken=(2,))
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["failed"] == {"IMG_2": "OSError: IMG_2.jpg is truncated"}
+    assert read_masks(tmp_path, "IMG_4").any()
+    segmenter = Counting()
+    masks(tmp_path, segmenter)  # mended: only the broken one is made
+    assert segmenter.images == 1
+
+
+def test_a_folder_of_somebody_elses_pictures_is_left_alone(tmp_path):
+    files.write_png(tmp_path / "IMG_1.png", np.zeros((4, 4, 3), np.uint8))
+    with pytest.raises(ValueError, match="holds IMG_1.png but no manifest.json"):
+        masks(tmp_path, ClassicalSegmenter())
+    assert (tmp_path / "IMG_1.png").is_file()
+
+
+def test_unusable_mask_files_are_named(tmp_path):
+    masks(tmp_path, ClassicalSegmenter(), indices=[1])
+    (tmp_path / "IMG_1.png").write_bytes(b"half a file")
+    with pytest.raises(ValueError, match=r"IMG_1\.png: not a readable PNG"):
+        read_masks(tmp_path, "IMG_1")
+    files.write_png(tmp_path / "IMG_1.png", np.zeros((4, 4, 3), np.uint8))
+    with pytest.raises(ValueError, match="expected a 16-bit grey label map"):
+        read_masks(tmp_path, "IMG_1")
+
+
+def test_a_label_map_holds_65535_heads_at_most(tmp_path):
+    table = pd.DataFrame({"head": np.arange(65536)})
+    with pytest.raises(ValueError, match="65536 heads do not fit"):
+        edp_sam._write_masks(tmp_path, "x", np.zeros((2, 2), np.int32), table)

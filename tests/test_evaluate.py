@@ -1,0 +1,74 @@
+"""Evaluation: predictions at the image's own size, metrics that add up, honest baselines."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.test_trainer import tiny
+from tests.test_transforms import scene
+from xmask import evaluate, files, model
+from xmask.data.sample import Sample
+
+
+class Images(list):
+    synthetic = True
+
+    @property
+    def ids(self):
+        return [f"IMG_{i}" for i in range(len(self))]
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    return model.build(tiny().network)[0].eval()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (31, 50), (64, 64), (65, 33)])
+def test_a_prediction_has_the_size_of_the_image(network, shape):
+    image = np.random.default_rng(0).integers(0, 255, (*shape, 3), dtype=np.uint8)
+    prediction = evaluate.predict(network, image, tiny().evaluation)
+    assert prediction.instances.shape == shape
+    assert len(prediction.points) == len(prediction.scores)
+    assert (prediction.points <= np.array(shape[::-1]) - 1).all()
+    assert prediction.instances.max() <= len(prediction.points)
+
+
+def test_what_metrics_json_holds_agrees_with_the_predictions_on_disk(network, tmp_path):
+    images = Images([scene(1), scene(2, people=0), scene(3, people=5)])
+    result = evaluate.evaluate(network, images, tiny(), tmp_path, progress=False)
+    files.write_json(tmp_path / "metrics.json", result)
+    rows = result["per_image"]
+    assert [row["true_count"] for row in rows] == [12, 0, 5]
+    for row in rows:
+        lines = (tmp_path / "predictions" / f"{row['name']}.csv").read_text().splitlines()
+        assert len(lines) - 1 == row["count"]
+    errors = [abs(row["count"] - row["true_count"]) for row in rows]
+    assert result["counting"]["mae"] == pytest.approx(np.mean(errors))
+    assert result["baselines"]["constant_count"] == {"value": 5.0, "mae": 4.0}
+    assert result["selection"] == "last" and result["synthetic"] is True
+    assert rows[1]["mean_iou"] is None
+
+
+def test_without_truth_masks_nothing_is_said_of_masks(network, tmp_path):
+    bare = Images([Sample(s.image, s.points) for s in (scene(1), scene(2))])
+    result = evaluate.evaluate(network, bare, tiny(), tmp_path, progress=False)
+    assert result["segmentation"] is None and result["baselines"]["fixed_disc"] is None
+
+
+def test_the_best_fixed_disc_finds_the_radius_of_equal_discs():
+    y, x = np.mgrid[:60, :80]
+    points = np.array([[20, 20], [60, 30], [30, 45]], np.float32)
+    truth = np.zeros((60, 80), np.int32)
+    for k, (px, py) in enumerate(points, start=1):
+        truth[(x - px) ** 2 + (y - py) ** 2 <= 8**2] = k
+    best = evaluate.best_fixed_disc([points], [truth])
+    assert best["radius"] == pytest.approx(8, rel=0.06) and best["mean_iou"] > 0.93
+
+
+def test_a_file_that_is_not_a_model_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="none.safetensors: no such model"):
+        evaluate.load(tmp_path / "none.safetensors")
+    (tmp_path / "half.safetensors").write_bytes(b"12345")
+    with pytest.raises(ValueError, match="half.safetensors: not a model of this version"):
+        evaluate.load(tmp_path / "half.safetensors")
