@@ -21,7 +21,8 @@ def test_the_paper_preset_holds_the_published_constants():
     assert (c.pseudo.theta, c.pseudo.geometry_weight, c.pseudo.sigma) == (0.8, 0.6, 1.5)
     assert (c.evaluation.theta, c.evaluation.geometry_weight, c.evaluation.sigma) == (1.1, 0.8, 3)
     s, o = c.schedule, c.optimisation
-    assert (s.phase1, s.phase2, s.phase3, s.warmup) == (1500, 2000, 2100, 50)
+    assert (s.phase1, s.phase2, s.phase3) == (1500, 2000, 2100)
+    assert (s.warmup, s.mask_warmup) == (50, 50)
     assert (s.ramp, s.ramp_start, s.ramp_end) == (0.01, 0.1, 2.0)
     assert (o.batch, o.crop, o.scale_min, o.scale_max) == (16, 256, 0.7, 1.3)
     assert (o.lr, o.encoder_lr, o.phase2_lr, o.phase3_lr) == (5e-5, 1e-5, 5e-6, 5e-6)

@@ -53,17 +53,40 @@ def test_what_metrics_json_holds_agrees_with_the_predictions_on_disk(network, tm
 def test_without_truth_masks_nothing_is_said_of_masks(network, tmp_path):
     bare = Images([Sample(s.image, s.points) for s in (scene(1), scene(2))])
     result = evaluate.evaluate(network, bare, tiny(), tmp_path, progress=False)
-    assert result["segmentation"] is None and result["baselines"]["fixed_disc"] is None
+    assert result["segmentation"] is None
+    assert result["baselines"]["fixed_disc"] is result["baselines"]["exclusive_disc"] is None
 
 
-def test_the_best_fixed_disc_finds_the_radius_of_equal_discs():
-    y, x = np.mgrid[:60, :80]
-    points = np.array([[20, 20], [60, 30], [30, 45]], np.float32)
-    truth = np.zeros((60, 80), np.int32)
-    for k, (px, py) in enumerate(points, start=1):
-        truth[(x - px) ** 2 + (y - py) ** 2 <= 8**2] = k
-    best = evaluate.best_fixed_disc([points], [truth])
-    assert best["radius"] == pytest.approx(8, rel=0.06) and best["mean_iou"] > 0.93
+def drawn_discs(points, radius, shape=(60, 80)):
+    """True heads as equal discs; a contested pixel belongs to the nearest point."""
+    y, x = np.mgrid[:shape[0], :shape[1]]
+    squared = np.array([(x - px) ** 2 + (y - py) ** 2 for px, py in points])
+    return np.where(squared.min(0) <= radius**2, squared.argmin(0) + 1, 0).astype(np.int32)
+
+
+def test_the_best_fixed_disc_finds_the_radius_of_discs_that_are_far_apart():
+    # Half the least distance is 14.1 px: up to there, whole and exclusive discs are the same.
+    points = np.array([[20, 20], [60, 30], [20, 50]], np.float32)
+    truth = drawn_discs(points, 8)
+    whole, exclusive = (evaluate.best_fixed_disc([points], [truth], exclusive=exclusive)
+                        for exclusive in (False, True))
+    assert whole == exclusive
+    assert whole["radius"] == pytest.approx(8, rel=0.06) and whole["mean_iou"] > 0.93
+
+
+def test_where_true_heads_cut_each_other_exclusive_discs_are_the_stricter_baseline():
+    points = np.array([[30, 30], [40, 30], [50, 30]], np.float32)
+    truth = drawn_discs(points, 8)
+    whole, exclusive = (evaluate.best_fixed_disc([points], [truth], exclusive=exclusive)
+                        for exclusive in (False, True))
+    assert exclusive["radius"] == pytest.approx(8, rel=0.06)
+    assert exclusive["mean_iou"] > 0.93 > whole["mean_iou"] + 0.1
+
+
+def test_discs_at_no_predicted_point_reach_nothing():
+    nowhere, truth = np.zeros((0, 2), np.float32), drawn_discs([(20, 20)], 8)
+    for exclusive in (False, True):
+        assert evaluate.best_fixed_disc([nowhere], [truth], exclusive=exclusive)["mean_iou"] == 0.0
 
 
 def test_a_file_that_is_not_a_model_is_refused(tmp_path):

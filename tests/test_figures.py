@@ -156,6 +156,16 @@ def test_only_the_named_runs_are_read(study, tmp_path):
         figures.write_figures(study, tmp_path, only=["sha-7-s1"])
 
 
+def test_mean_iou_stands_beside_both_kinds_of_discs_at_its_points(study):
+    bars = {container.get_label(): [bar.get_height() for bar in container]
+            for container in figures.iou_bars(report.load_runs(study)).axes[0].containers
+            if container.get_label() in ("XMask", "discs at XMask points",
+                                         "discs, exclusive, at XMask points")}
+    assert bars == {"discs at XMask points": pytest.approx([40.0, 40.0]),
+                    "discs, exclusive, at XMask points": pytest.approx([45.0, 45.0]),
+                    "XMask": pytest.approx([50.0, 50.0])}
+
+
 def test_an_overlay_paints_instances_contours_and_points_and_nothing_else():
     image = np.full((20, 30, 3), 100, np.uint8)
     label_map = np.zeros((20, 30), np.int32)

@@ -15,6 +15,7 @@ from xmask.metrics import (
     counting,
     localization,
     localization_total,
+    overlapping_iou_sum,
     segmentation,
     segmentation_total,
 )
@@ -173,6 +174,48 @@ def test_segmentation_of_a_data_set_is_summed_before_dividing():
     assert total["aji"] == pytest.approx(16 / 32)
     assert segmentation_total(images[:1]) == images[0]
     json.dumps(total, allow_nan=False)
+
+
+def incidences(label_map):
+    """The masks of a label map as an incidence list, one head for each label up to the largest."""
+    pixel = np.flatnonzero(label_map)
+    head = label_map.reshape(-1)[pixel] - 1
+    order = np.argsort(head, kind="stable")
+    return head[order].astype(np.int64), pixel[order]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(0, 14))
+def test_masks_that_do_not_overlap_score_as_their_label_map(seed, count):
+    pred, true = random_maps(seed, (24, 28), count)  # some labels, so some heads, have no pixel
+    assert overlapping_iou_sum(*incidences(pred), true) == pytest.approx(
+        segmentation(pred, true)["iou_sum"], abs=1e-9)
+
+
+def test_overlapping_masks_worked_by_hand():
+    true = np.array([[0, 5, 5, 5, 9, 9, 9, 0]])
+    masks = [range(0, 4), range(1, 6), range(3, 8)]
+    head = np.repeat([0, 1, 2], [4, 5, 5])
+    pixel = np.concatenate(masks)
+    # IoU with 5: 3/4, 3/5, 1/7; with 9: 0, 2/6, 3/5. Best: first with 5, third with 9.
+    assert overlapping_iou_sum(head, pixel, true) == pytest.approx(3 / 4 + 3 / 5)
+    # Without the first, the second with 5. Masks keep all their pixels, shared ones too.
+    rest = head > 0
+    assert overlapping_iou_sum(head[rest], pixel[rest], true) == pytest.approx(3 / 5 + 3 / 5)
+
+
+def test_of_equal_masks_one_counts():
+    true = np.array([[1, 1, 1, 0]])
+    head, pixel = np.repeat([0, 1], 3), np.tile([0, 1, 2], 2)
+    assert overlapping_iou_sum(head, pixel, true) == pytest.approx(1.0)
+
+
+def test_overlapping_masks_of_no_heads_or_no_instances_reach_nothing():
+    nothing = np.zeros(0, np.int64)
+    true = np.eye(5, dtype=int)
+    assert overlapping_iou_sum(nothing, nothing, true) == 0.0
+    assert overlapping_iou_sum(nothing, nothing, 0 * true) == 0.0
+    assert overlapping_iou_sum(np.array([0, 0, 1]), np.array([0, 6, 6]), 0 * true) == 0.0
 
 
 def test_tensors_and_any_integer_type_are_accepted():

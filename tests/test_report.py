@@ -14,8 +14,8 @@ from xmask import report
 
 
 def write_run(folder, dataset="sha", percent=5, seed=1, variant="xmask", *, synthetic=True,
-              selection="last", mae=10.0, mean_iou=0.5, constant=40.0, disc=0.4, profile="demo",
-              counts=((0, 3), (20, 18), (150, 160)), steps=30, **config):
+              selection="last", mae=10.0, mean_iou=0.5, constant=40.0, disc=0.4, exclusive=0.45,
+              profile="demo", counts=((0, 3), (20, 18), (150, 160)), steps=30, **config):
     """A made-up run folder with the files that training and evaluation leave."""
     name = f"{dataset}-{percent}-s{seed}" + ("" if variant == "xmask" else f"-{variant}")
     path = folder / "runs" / name
@@ -26,7 +26,10 @@ def write_run(folder, dataset="sha", percent=5, seed=1, variant="xmask", *, synt
     (path / "config.json").write_text(json.dumps(
         {**head, "backbone": {"name": "vgg16_bn", "initialisation": "random"},
          "segmenter": {"kind": "classical"}, "versions": {}, "data": data, "config": {}, **config}))
-    fixed_disc = None if disc is None else {"radius": 6.0, "mean_iou": disc}
+    discs = {"fixed_disc": {"radius": 6.0, "mean_iou": disc},
+             "exclusive_disc": {"radius": 7.0, "mean_iou": exclusive}}
+    if disc is None:
+        discs = dict.fromkeys(discs)
     segmentation = None if mean_iou is None else {"mean_iou": mean_iou, "ap50": 0.3, "pq": 0.2,
                                                   "aji": 0.1}
     (path / "metrics.json").write_text(json.dumps(
@@ -35,8 +38,7 @@ def write_run(folder, dataset="sha", percent=5, seed=1, variant="xmask", *, synt
          "localization": {"4": {"precision": 0.5, "recall": 0.25, "f1": 1 / 3},
                           "8": {"precision": 0.75, "recall": 0.5, "f1": 0.6}},
          "segmentation": segmentation,
-         "baselines": {"constant_count": {"value": 50.0, "mae": constant},
-                       "fixed_disc": fixed_disc},
+         "baselines": {"constant_count": {"value": 50.0, "mae": constant}, **discs},
          "per_image": [{"name": f"IMG_{i}", "true_count": true, "count": count,
                         "mean_iou": mean_iou} for i, (true, count) in enumerate(counts, 1)]}))
     lines = ["step,epoch,phase,loss,labelled,unlabelled,weight,p2r,exclusivity,constraint,"
@@ -84,7 +86,8 @@ def test_load_runs_gives_one_flat_row_a_run(study):
     assert len(runs) == 15
     run = runs.set_index("run").loc["sha-40-s1-without-nnec"]
     assert (run.mae, run.rmse, run.mean_iou, run.f1_8) == (13.5, 27.0, 0.35, 0.6)
-    assert (run.constant_mae, run.disc_mean_iou, run.longer_side) == (40.0, 0.4, "full size")
+    assert (run.constant_mae, run.longer_side) == (40.0, "full size")
+    assert (run.disc_mean_iou, run.exclusive_disc_mean_iou) == (0.4, 0.45)
 
 
 def test_the_counting_table_holds_means_spreads_seeds_and_runs(study):
@@ -167,14 +170,17 @@ def test_a_study_of_one_dataset_shows_that_dataset_alone(tmp_path):
     assert report.write_tables(tmp_path, tmp_path / "tables")
 
 
-def test_segmentation_is_in_percent_with_its_baseline(study):
+def test_segmentation_is_in_percent_with_its_baselines(study):
     table = report.segmentation_table(report.load_runs(study))
     where = {"dataset": "ShanghaiTech A", "labelled %": "5"}
     ours = row_of(table.text, method="XMask (ours)", **where)
     assert ours["mean IoU %, synthetic (ours)"] == "55.0 ± 7.1"
     assert ours["PQ %, synthetic (ours)"] == "20.0 ± 0.0"
-    disc = row_of(table.text, method="fixed discs at the points of XMask (baseline)", **where)
-    assert disc["mean IoU %, synthetic (ours)"] == "40.0"
+    for discs, value in (("discs", "40.0"), ("discs, exclusive,", "45.0")):
+        row = row_of(table.text, method=f"{discs} at the points of XMask (baseline)", **where)
+        assert row["mean IoU %, synthetic (ours)"] == value
+        assert row["PQ %, synthetic (ours)"] == report.UNKNOWN
+    assert "may overlap; discs, exclusive: the same" in table.caption
 
 
 def test_real_data_without_truth_masks_has_unknown_mean_iou(tmp_path):
@@ -194,16 +200,31 @@ def test_localisation_shows_every_distance(study):
 
 
 def test_the_summary_gives_ratios_and_their_mean_over_datasets(tmp_path):
-    write_run(tmp_path, "sha", 5, mae=10.0, constant=40.0, mean_iou=0.6, disc=0.4)
-    write_run(tmp_path, "jhu", 5, mae=30.0, constant=40.0, mean_iou=0.5, disc=0.4)
-    numbers = report.summary_table(report.load_runs(tmp_path)).numbers
+    write_run(tmp_path, "sha", 5, mae=10.0, constant=40.0, mean_iou=0.6, disc=0.4, exclusive=0.5)
+    write_run(tmp_path, "jhu", 5, mae=30.0, constant=40.0, mean_iou=0.5, disc=0.4, exclusive=0.5)
+    table = report.summary_table(report.load_runs(tmp_path))
+    numbers = table.numbers
     sha = row_of(numbers, dataset="ShanghaiTech A")
     assert sha["MAE / constant count, synthetic (ours)"] == 0.25
-    assert sha["mean IoU / fixed discs, synthetic (ours)"] == 1.5
+    assert sha["mean IoU % of discs, synthetic (ours)"] == 40.0
+    assert sha["mean IoU % of discs, exclusive, synthetic (ours)"] == 50.0
+    assert sha["mean IoU / discs, synthetic (ours)"] == 1.5
+    assert sha["mean IoU / discs, exclusive, synthetic (ours)"] == 1.2
     mean = row_of(numbers, dataset="mean of 2 datasets")
     assert mean["MAE / constant count, synthetic (ours)"] == 0.5
-    assert mean["mean IoU / fixed discs, synthetic (ours)"] == 1.375
+    assert mean["mean IoU / discs, synthetic (ours)"] == 1.375
+    assert mean["mean IoU / discs, exclusive, synthetic (ours)"] == 1.1
     assert math.isnan(mean["MAE, synthetic (ours)"])  # a mean of MAEs would mean nothing
+    assert math.isnan(mean["mean IoU % of discs, exclusive, synthetic (ours)"])
+    for written in (table.csv(), table.markdown(), table.latex()):
+        assert "mean IoU / discs, exclusive, synthetic (ours)" in written
+
+
+def test_a_ratio_to_discs_that_hit_nothing_is_unknown(tmp_path):
+    write_run(tmp_path, disc=0.4, exclusive=0.0)
+    row = report.summary_table(report.load_runs(tmp_path)).text.iloc[0]
+    assert row["mean IoU / discs, exclusive, synthetic (ours)"] == report.UNKNOWN
+    assert row["mean IoU / discs, synthetic (ours)"] == "1.250"
 
 
 def test_ablation_differences_are_paired_by_seed(study):
@@ -324,6 +345,7 @@ def test_no_runs_is_an_error_that_says_what_to_do(tmp_path):
     (lambda c: c["segmentation"].update(mean_iou=31.4), "between 0 and 1"),
     (lambda c: c["localization"]["4"].update(f1="high"), "localization.4.f1"),
     (lambda c: c["baselines"].pop("fixed_disc"), "'baselines.fixed_disc' is missing"),
+    (lambda c: c["baselines"].pop("exclusive_disc"), "'baselines.exclusive_disc' is missing"),
     (lambda c: c.update(selection="luckiest"), "'selection' is 'luckiest'|config.json"),
     (lambda c: c.update(dataset="qnrf"), "'dataset' is 'qnrf', but config.json"),
     (lambda c: c["per_image"][0].pop("count"), "'count' is missing"),

@@ -20,6 +20,7 @@ TINY = {
     "schedule.phase3": 6,
     "schedule.steps_per_epoch": 2,
     "schedule.warmup": 1,
+    "schedule.mask_warmup": 1,
     "schedule.ramp": 0.5,
     "machine.checkpoint_every": 1,
 }
@@ -106,7 +107,7 @@ def test_a_checkpoint_of_other_code_or_data_is_not_resumed(tmp_path):
 
 @pytest.mark.parametrize("phase", [1, 2, 3])
 def test_only_the_parts_of_a_phase_learn(tmp_path, phase):
-    run = trainer(tmp_path, tiny(schedule__warmup=0))
+    run = trainer(tmp_path, tiny(schedule__warmup=0, schedule__mask_warmup=0))
     run.epoch = {1: 2, 2: 4, 3: 5}[phase]
     before = {k: v.clone() for k, v in run.student.state_dict().items()}
     run._enter(phase)

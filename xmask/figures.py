@@ -32,7 +32,8 @@ from xmask.config import VARIANTS
 BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION, GREY = (  # Okabe and Ito, 2008
     "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7F7F7F")
 SERIES = {"supervised-only": ORANGE, "xmask": BLUE}
-DISCS = {"supervised-only": "#FAE2B3", "xmask": "#B3D5E8"}  # lighter: discs at the same points
+DISCS = {"supervised-only": "#FCEBCC", "xmask": "#CCE3F0"}  # lighter: discs at the same points
+EXCLUSIVE_DISCS = {"supervised-only": "#F3C566", "xmask": "#7AB5D8"}  # between the two
 TERMS = {"p2r": BLUE, "exclusivity": VERMILION, "constraint": GREEN, "consistency": PURPLE}
 INSTANCES = np.array([[0, 114, 178], [230, 159, 0], [0, 158, 115], [204, 121, 167],
                       [86, 180, 233], [213, 94, 0], [240, 228, 66]], dtype=np.float64)
@@ -169,14 +170,17 @@ def mae_versus_percent(runs: pd.DataFrame) -> Picture:
 def iou_bars(runs: pd.DataFrame) -> Picture:
     """Mean IoU (percent) per dataset and percentage beside equal discs at the same points.
 
-    The discs have the one radius that is best on the test images. Bars are means over seeds,
-    whiskers sample standard deviations. Raises ValueError if no run has truth masks.
+    The lightest bars are whole discs, the next ones discs that give a contested pixel to the
+    nearest point; each have the one radius that is best on the test images. Bars are means over
+    seeds, whiskers sample standard deviations. Raises ValueError if no run has truth masks.
     """
     runs = _some(runs[runs["variant"].isin(SERIES) & runs["mean_iou"].notna()],
                  "no run with a mean IoU (truth masks are needed)")
     datasets = report.ordered(runs["dataset"], report.DATASETS)
     bars = [bar for variant in report.ordered(runs["variant"], tuple(SERIES)) for bar in (
         (variant, "disc_mean_iou", DISCS[variant], f"discs at {report.VARIANTS[variant]} points"),
+        (variant, "exclusive_disc_mean_iou", EXCLUSIVE_DISCS[variant],
+         f"discs, exclusive, at {report.VARIANTS[variant]} points"),
         (variant, "mean_iou", SERIES[variant], report.VARIANTS[variant]))]
     width = 0.84 / len(bars)
     figure, axes = _grid(1, len(datasets), width=3.0, height=3.0, sharey=True)

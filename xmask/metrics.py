@@ -124,6 +124,23 @@ def segmentation(pred_map: Any, true_map: Any) -> dict[str, float]:
     return _segmentation_values(sums)
 
 
+def overlapping_iou_sum(head: np.ndarray, pixel: np.ndarray, true_map: np.ndarray) -> float:
+    """IoU summed over the best one-to-one matching, for predicted masks that may overlap.
+
+    head, pixel: (M,) int, an incidence list as of `xmask.nnec.incidence`: mask of head i covers
+    flat pixel u. true_map: (H, W) int label map. `segmentation` asks for exclusive masks; this
+    serves the baseline of equal discs.
+    """
+    true, true_area = _compact(true_map, "true_map")
+    label = true.reshape(-1)[pixel]
+    area = np.bincount(head) if len(head) else np.zeros(0, np.int64)
+    key, overlap = np.unique(
+        head[label >= 0] * max(len(true_area), 1) + label[label >= 0], return_counts=True)
+    i, j = np.divmod(key, max(len(true_area), 1))
+    iou = overlap / (area[i] + true_area[j] - overlap)
+    return float(iou[_best_pairs(i, j, iou, (len(area), len(true_area)))].sum())
+
+
 def segmentation_total(images: Iterable[dict[str, float]]) -> dict[str, float]:
     """`segmentation` of a data set, from the dicts of its images.
 

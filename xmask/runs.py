@@ -38,10 +38,11 @@ def load_runs(folder: str | Path, only: Sequence[str] = ()) -> pd.DataFrame:
     empty for all.
     Columns: run, path, profile, dataset, percent, seed, variant, synthetic, selection, images;
     mae, rmse (people); mean_iou, ap50, pq, aji (0 to 1, NaN without truth masks);
-    precision_<px>, recall_<px>, f1_<px> (0 to 1); constant_mae, disc_mean_iou (the baselines,
-    NaN if absent); longer_side, checksum, backbone, initialisation, segmenter (what the number
-    depends on). `.attrs["skipped"]` names the run folders that have no metrics.json yet; they
-    are left out with a warning.
+    precision_<px>, recall_<px>, f1_<px> (0 to 1); constant_mae, disc_mean_iou (whole discs) and
+    exclusive_disc_mean_iou (discs that cut each other), the baselines, NaN if absent;
+    longer_side, checksum, backbone, initialisation, segmenter (what the number depends on).
+    `.attrs["skipped"]` names the run folders that have no metrics.json yet; they are left out
+    with a warning.
     Raises FileNotFoundError without a runs folder or without any evaluated run, and ValueError
     for a broken file, for two runs of the same experiment, and for runs of one table cell that
     differ in data, backbone or segmenter.
@@ -127,9 +128,11 @@ def _read_run(path: Path) -> dict[str, Any]:
         for name in ("precision", "recall", "f1"):
             row[f"{name}_{sigma}"] = _fraction(metrics, file, f"localization.{sigma}.{name}")
     row["constant_mae"] = _field(metrics, file, "baselines.constant_count.mae", float)
-    disc = _field(metrics, file, "baselines.fixed_disc", (dict, type(None)))
-    row["disc_mean_iou"] = (math.nan if disc is None
-                            else _fraction(metrics, file, "baselines.fixed_disc.mean_iou"))
+    for column, name in (("disc_mean_iou", "fixed_disc"),
+                         ("exclusive_disc_mean_iou", "exclusive_disc")):
+        disc = _field(metrics, file, f"baselines.{name}", (dict, type(None)))
+        row[column] = (math.nan if disc is None
+                       else _fraction(metrics, file, f"baselines.{name}.mean_iou"))
     for image in _field(metrics, file, "per_image", list):
         for name in ("true_count", "count"):
             _field(image, file, name, float)

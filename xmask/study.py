@@ -27,7 +27,7 @@ from xmask.data.splits import labelled_ids
 from xmask.data.synthetic import write_dataset
 from xmask.trainer import Trainer
 
-DRAWN = {"train": 40, "test": 16, "seed": 2024}  # images per synthetic dataset of the demo
+DRAWN = {"train": 100, "test": 16, "seed": 2024}  # images per synthetic dataset of the demo
 
 
 # -- notebooks -----------------------------------------------------------------------------

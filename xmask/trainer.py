@@ -42,8 +42,9 @@ def phase_of(schedule: Schedule, epoch: int) -> int:
 def unlabelled_weight(schedule: Schedule, epoch: int) -> float:
     """Weight w of the unlabelled loss; total = (labelled + w * unlabelled) / (1 + w).
 
-    It grows by `ramp` an epoch up to `ramp_end`: from 0 after `warmup` epochs of phases 1 and 2
-    (that the count starts anew in phase 2 is our reading), from `ramp_start` in phase 3.
+    It grows by `ramp` an epoch up to `ramp_end`: from 0 after `warmup` epochs of phase 1 and
+    `mask_warmup` of phase 2 (that it starts anew there is our reading), from `ramp_start` in
+    phase 3.
     """
     if not schedule.unlabelled:
         return 0.0
@@ -52,7 +53,8 @@ def unlabelled_weight(schedule: Schedule, epoch: int) -> float:
     if phase == 3:
         weight = schedule.ramp_start + schedule.ramp * (epoch - begin)
     else:
-        weight = schedule.ramp * (epoch - begin - schedule.warmup)
+        wait = schedule.warmup if phase == 1 else schedule.mask_warmup
+        weight = schedule.ramp * (epoch - begin - wait)
     return min(max(weight, 0.0), schedule.ramp_end)
 
 
@@ -455,7 +457,7 @@ def _phase1_part(config: Config) -> dict:
     for name in ("variant", "selection", "masks", "pseudo", "evaluation"):
         del values[name]
     values["loss"] = {k: values["loss"][k] for k in ("max_distance", "min_radius")}
-    for name in ("phase2", "phase3", "ramp_start"):
+    for name in ("phase2", "phase3", "ramp_start", "mask_warmup"):
         del values["schedule"][name]
     for name in ("phase2_lr", "mask_head_lr", "phase3_lr", "confident"):
         del values["optimisation"][name]
