@@ -66,6 +66,10 @@ def test_an_ablation_changes_the_configuration_and_the_name(variant):
     assert {**other.to_dict(), "variant": "xmask"} != base.to_dict()
 
 
+def test_a_number_that_yaml_takes_for_text_is_a_number():
+    assert override(preset("demo", "sha", 10), {"optimisation.lr": "5e-5"}).optimisation.lr == 5e-5
+
+
 def test_overrides_change_the_name_but_not_for_the_paths_of_weights():
     swept = preset("demo", "sha", 10, seed=1, overrides={"loss.tau": 0.5})
     assert swept.loss.tau == 0.5

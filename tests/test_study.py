@@ -147,14 +147,15 @@ def test_a_failing_step_is_named_its_log_kept_and_the_rest_runs(clone, monkeypat
 
 def test_a_killed_mask_step_leaves_no_half_file(inside):
     folder = inside / "work" / "reduced" / "masks" / "sha"
-    names = sorted(path.stem for path in folder.glob("*.png"))
-    assert names and not list(folder.glob(".partial-*"))
+    config = study.configure("reduced", "sha", 40, 1, overrides=TINY)
+    chosen = study.labelled(config, "data")
+    names = [study.open_train(config, "data").ids[index] for index in chosen]
+    assert not list(folder.glob(".partial-*"))
     (folder / f"{names[0]}.png").write_bytes(b"\x89PNG half")
     with pytest.raises(ValueError, match=names[0]):
         edp_sam.read_masks(folder, names[0])
     (folder / f"{names[0]}.png").unlink()
-    config = study.configure("reduced", "sha", 40, 1, overrides=TINY)
-    study.make_masks(config, study.labelled(config, "data"), "data", progress=False)
+    study.make_masks(config, chosen, "data", progress=False)
     assert edp_sam.read_masks(folder, names[0]).max() > 0
 
 

@@ -360,6 +360,11 @@ def _typed(name: str, value: object, example: object) -> object:
     elif isinstance(example, bool):
         ok = isinstance(value, bool)
     elif isinstance(example, float):
+        if isinstance(value, str):  # YAML, so papermill's -y, takes 5e-5 for text
+            try:
+                value = float(value)
+            except ValueError:
+                pass
         ok = isinstance(value, (int, float)) and not isinstance(value, bool)
         value = float(value) if ok else value
     else:

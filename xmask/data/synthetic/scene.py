@@ -16,7 +16,7 @@ from xmask.data.synthetic.colours import CLOTH
 SMALLEST_HEAD, LARGEST_HEAD = 6.0, 60.0  # diameters in px, the range heads of crowd photos span
 NARROW = {"stands": 0.2, "square": 0.1}  # share of views in which heads are of similar size
 NARROW_PEOPLE = 60  # such views show at most so many people
-BACK = 6.0  # how many more people there are at the very back
+BACK = 1.0  # how many more people there are at the very back
 MOVED = 0.25  # share of the people who may have to stand further back for want of room
 FULL = 0.95  # of the room in the foreground may be taken
 PACKING = 0.7  # people per spacing² where random placement jams (0.547·4/π)
@@ -46,14 +46,14 @@ class Character:
 KINDS = ("street", "street", "park", "park", "square", "square", "stands", "concert", "hall")
 CHARACTERS = {
     "sha": Character(
-        "ShanghaiTech/part_A", ("train", "test"), ((528, 704), (624, 832)), (20, 400),
+        "ShanghaiTech/part_A", ("train", "test"), ((368, 492), (436, 582)), (20, 400),
         KINDS, (0.05, 0.0, 0.0)),
     "qnrf": Character(
-        "UCF-QNRF_ECCV18", ("train", "test"), ((512, 752), (784, 1136)), (40, 1000),
+        "UCF-QNRF_ECCV18", ("train", "test"), ((436, 640), (666, 966)), (40, 500),
         ("street", "park", "square", "square", "stands", "concert"),
         (0.08, 0.0, 0.0), giant=1500),
     "jhu": Character(
-        "jhu_crowd_v2.0", ("train", "val", "test"), ((440, 592), (520, 688)), (1, 300),
+        "jhu_crowd_v2.0", ("train", "val", "test"), ((308, 414), (364, 482)), (10, 300),
         KINDS, (0.16, 0.12, 0.1), blur=0.4, empty=0.06),
 }
 WEATHER = ("clear", "fog", "rain", "snow")  # the order of the codes in JHU-CROWD++
@@ -97,7 +97,7 @@ def plan(rng, shape: tuple[int, int], people: int, character: Character) -> Scen
     tilts = {"street": (.75, 1.), "park": (.75, 1.), "square": (.4, .7), "stands": (.7, .95),
              "concert": (.65, .95), "hall": (.7, 1.)}
     top = height * rng.uniform(*tops[kind])
-    near, far = LARGEST_HEAD * rng.uniform(.85, 1.0), SMALLEST_HEAD * rng.uniform(1.0, 1.12)
+    near, far = LARGEST_HEAD * rng.uniform(.85, 1.0), SMALLEST_HEAD * rng.uniform(1.1, 1.35)
     spacing = rng.uniform(0.9, 1.1)
     steepest, front = LARGEST_HEAD / SMALLEST_HEAD, rng.uniform(1.5, 3.0)
     if rng.random() < NARROW.get(kind, 0.0) and people <= NARROW_PEOPLE:  # seen from far away
