@@ -1,6 +1,8 @@
 # Two commands on a fresh clone, each of which sets everything up first:
 #   make reproduce   the whole study; PROFILE=demo (default), reduced or paper
 #   make test        the tests
+# DATA= SAM= point at real datasets and SAM weights; DATASETS= PERCENTS= SEEDS= narrow the study;
+# EXTRAS=no leaves out supervised-only runs and ablations; JOBS= steps at a time.
 # Others: make lab (JupyterLab), make clean (what was made; the environment stays).
 
 PYTHON ?= python3
@@ -12,6 +14,7 @@ DATASETS ?=
 PERCENTS ?=
 SEEDS ?=
 JOBS ?=
+EXTRAS ?=
 
 BIN := $(VENV)/bin
 # "5 10", "5,10" and "5, 10" are the same list
@@ -24,7 +27,7 @@ option = $(if $(strip $(2)),--$(1) "$(2)")
 .PHONY: help setup reproduce test lab clean lock
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -4
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
 
 setup: $(VENV)/.ready
 
@@ -40,7 +43,8 @@ reproduce: setup
 	$(BIN)/xmask reproduce --profile $(PROFILE) $(call option,data,$(DATA)) \
 	  $(call option,sam,$(SAM)) $(call option,datasets,$(call list,$(DATASETS))) \
 	  $(call option,percents,$(call list,$(PERCENTS))) \
-	  $(call option,seeds,$(call list,$(SEEDS))) $(call option,jobs,$(JOBS))
+	  $(call option,seeds,$(call list,$(SEEDS))) $(call option,jobs,$(JOBS)) \
+	  $(if $(filter no,$(EXTRAS)),--no-extras)
 
 test: setup
 	$(BIN)/python -m pytest -q

@@ -313,6 +313,9 @@ _PROFILE: dict[str, dict[str, object]] = {
         "schedule.phase3": 300,
         "schedule.warmup": 190,
         "schedule.mask_warmup": 20,
+        # P2R weighs heads twice, so a head that is there with probability q is learnt as
+        # 2q / (1 + q): 2/3 is where a pseudo point is more likely right than wrong
+        "optimisation.pseudo_threshold": 2 / 3,
     },
 }
 
