@@ -71,7 +71,7 @@ def test_the_best_fixed_disc_finds_the_radius_of_discs_that_are_far_apart():
     whole, exclusive = (evaluate.best_fixed_disc([points], [truth], exclusive=exclusive)
                         for exclusive in (False, True))
     assert whole == exclusive
-    assert whole["radius"] == pytest.approx(8, rel=0.06) and whole["mean_iou"] > 0.93
+    assert whole["radius"] == pytest.approx(8, rel=0.08) and whole["mean_iou"] > 0.85
 
 
 def test_where_true_heads_cut_each_other_exclusive_discs_are_the_stricter_baseline():
@@ -79,8 +79,8 @@ def test_where_true_heads_cut_each_other_exclusive_discs_are_the_stricter_baseli
     truth = drawn_discs(points, 8)
     whole, exclusive = (evaluate.best_fixed_disc([points], [truth], exclusive=exclusive)
                         for exclusive in (False, True))
-    assert exclusive["radius"] == pytest.approx(8, rel=0.06)
-    assert exclusive["mean_iou"] > 0.93 > whole["mean_iou"] + 0.1
+    assert exclusive["radius"] == pytest.approx(8, rel=0.08)  # steps of 11%
+    assert exclusive["mean_iou"] > max(0.85, whole["mean_iou"] + 0.05)
 
 
 def test_discs_at_no_predicted_point_reach_nothing():

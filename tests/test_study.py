@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
@@ -211,3 +212,10 @@ def test_the_mask_summary_says_where_masks_come_from(inside):
     table = pd.read_csv(next((inside / "results" / "reduced" / "masks").rglob("masks.csv")))
     assert table[list(edp_sam.SOURCES)].sum(axis=1).round(3).eq(1).all()
     assert table["mean_iou"].between(0.2, 1).all()
+
+
+def test_the_code_of_a_step_may_be_fingerprinted_in_many_threads():
+    provenance._code.cache_clear()
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(provenance.code, ["xmask.trainer"] * 8))
+    assert len(set(found)) == 1 and found[0] != provenance.code("xmask.report")

@@ -168,7 +168,7 @@ def test_equal_discs_at_the_true_points_are_bad_masks(planned_scenes):
             both = np.bincount(owner[disc & (truth == owner + 1)], minlength=n)
             ious.append(both / (areas + np.bincount(owner[disc], minlength=n) - both))
     scores = [np.concatenate(ious[i::len(radii)]).mean() for i in range(len(radii))]
-    assert max(scores) < 0.44
+    assert max(scores) < 0.47
 
 
 def test_heads_further_down_are_nearer_and_larger(scenes):

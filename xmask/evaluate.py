@@ -54,9 +54,9 @@ def predict(network: nn.Module, image: np.ndarray, decoding: Decoding) -> decode
     """Points, scores and label map of one image, uint8 (H, W, 3), at its own resolution."""
     device = next(network.parameters()).device
     shape = image.shape[:2]
-    cuda = device.type == "cuda"
+    half = device.type == "cuda" and torch.cuda.is_bf16_supported()
     padded = model.pad_to_multiple(to_tensor(image)[None]).to(device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=cuda and torch.cuda.is_bf16_supported()):
+    with torch.autocast(device.type, torch.bfloat16, enabled=half):
         output = network(padded.contiguous(memory_format=torch.channels_last))
     return decode.predict(
         output.logits[0].float(),

@@ -48,7 +48,9 @@ def read_json(path: str | os.PathLike) -> dict:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}). Delete it and run the step again.") from None
+        raise ValueError(
+            f"{path}: not valid JSON ({error}). Delete it and run the step again."
+        ) from None
 
 
 def write_png(path: str | os.PathLike, array: np.ndarray) -> None:
@@ -60,6 +62,8 @@ def write_png(path: str | os.PathLike, array: np.ndarray) -> None:
 
 
 def sha256(path: str | os.PathLike) -> str:
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(
-            hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -13,6 +13,7 @@ import importlib.metadata
 import importlib.util
 import json
 import platform
+import threading
 from functools import cache
 from pathlib import Path
 
@@ -35,13 +36,22 @@ def versions() -> dict[str, str]:
     return found | {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
-@cache
 def code(*modules: str) -> str:
     """Digest of the source of modules of this package and of all they import from it.
 
     `xmask.config` is left out: the values that a step uses are in its configuration, and another
     profile's values must not make it stale.
     """
+    with _PARSING:
+        return _code(*modules)
+
+
+# steps run in threads, and Python before 3.12 cannot parse in two of them at a time
+_PARSING = threading.Lock()
+
+
+@cache
+def _code(*modules: str) -> str:
     sources: dict[str, str] = {}
     waiting = list(modules)
     while waiting:

@@ -252,7 +252,8 @@ class Runner:
         return failed
 
     def _step(self, step: Step) -> str:
-        stamp = study.work_folder(self.profile) / "stamps" / f"{step.name.replace(' ', '-')}.nb.json"
+        work, label = study.work_folder(self.profile), step.name.replace(" ", "-")
+        stamp = work / "stamps" / f"{label}.nb.json"
         try:
             fingerprint = provenance.digest(
                 step.fingerprint(), files.sha256(step.source), step.parameters
@@ -262,7 +263,7 @@ class Runner:
         if provenance.is_done(stamp, fingerprint):
             return "unchanged"
         begun = time.time()
-        log = study.work_folder(self.profile) / "logs" / f"{step.name.replace(' ', '-')}.log"
+        log = work / "logs" / f"{label}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         draft = log.with_suffix(".ipynb")
         command = [sys.executable, "-m", "papermill", str(step.source), str(draft),

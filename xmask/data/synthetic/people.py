@@ -69,7 +69,7 @@ def _heads(rng, scene: Scene, everyone: dict) -> list[Sprite]:
         p = _pick(everyone, members)
         b = Batch(p["x"], p["y"], p["r"], (-1.75, -1.75, 1.75, 1.85), p["lean"])
         every = slice(None)
-        n, zero = len(members), np.zeros(len(members))
+        zero = np.zeros(len(members))
         a, h, style, hats = p["a"], p["b"], p["style"], p["hats"]
         turned, toward = np.sin(p["yaw"]), np.cos(p["yaw"])
         noise = b.grain(rng, 22, 7)
@@ -315,7 +315,7 @@ def _props(rng, scene: Scene, everyone: dict) -> dict[int, Sprite]:
         members = chosen[group]
         p = _pick(everyone, members)
         b = Batch(p["x"], p["y"], p["r"], (-2.9, -4.2, 2.9, 2.4))
-        every, m = slice(None), len(members)
+        m = len(members)
         side = rng.choice([-1, 1], m)
         for both in (False, True):
             k = np.flatnonzero(rng.random(m) < .4) if both else np.arange(m)
