@@ -314,6 +314,6 @@ def compare_with_committed(results: Path) -> list[str]:
             ours, theirs = path.read_text().splitlines(), shown.stdout.decode().splitlines()
             different = sum(a != b for a, b in zip(ours, theirs)) + abs(len(ours) - len(theirs))
             verdict = (f"DIFFERS from the committed table in {different} of {len(theirs)} lines "
-                       "(other code, data, versions or kind of CPU)")
+                       "(another choice of runs, code, data, versions or kind of CPU)")
         lines.append(f"{path}: {verdict}")
     return lines
