@@ -106,7 +106,7 @@ class Optimisation:
     lr: float = 5e-5
     encoder_lr: float = 1e-5
     phase2_lr: float = 5e-6
-    mask_head_lr: float = 5e-6
+    mask_head_lr: float = 5e-6  # in phase 2; the paper has one rate for all that learns there
     phase3_lr: float = 5e-6  # published range 5e-6 to 5e-5; the value per dataset is not known
     weight_decay: float = 1e-4  # published range 1e-6 to 5e-4
     cosine: bool = False  # rates fall to zero over each phase; the paper keeps them constant
