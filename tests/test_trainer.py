@@ -81,11 +81,11 @@ def test_a_run_killed_in_any_phase_ends_exactly_as_if_it_had_not_been(tmp_path, 
 
 
 def test_runs_that_share_phase_one_end_as_if_they_had_trained_it(tmp_path, finished):
-    base = trainer(tmp_path / "a", phase1_cache=(tmp_path / "cache", "data"))
+    base = trainer(tmp_path / "a", cache=(tmp_path / "cache", "data"))
     base.fit()
     assert same(base.teacher, finished.teacher)
     ablated = tiny(loss__sigma=0.0)
-    shared = trainer(tmp_path / "b", ablated, phase1_cache=(tmp_path / "cache", "data"))
+    shared = trainer(tmp_path / "b", ablated, cache=(tmp_path / "cache", "data"))
     shared._resume()
     assert shared.epoch == 3
     shared.fit()
@@ -93,9 +93,21 @@ def test_runs_that_share_phase_one_end_as_if_they_had_trained_it(tmp_path, finis
     alone.fit()
     assert same(shared.teacher, alone.teacher) and not same(shared.teacher, base.teacher)
     other = trainer(tmp_path / "d", tiny(optimisation__lr=0.1),
-                    phase1_cache=(tmp_path / "cache", "data"))
+                    cache=(tmp_path / "cache", "data"))
     other._resume()
     assert other.epoch == 0, "another phase 1 must not be taken over"
+
+
+def test_supervised_only_shares_the_warmup_and_ends_as_if_it_had_trained_it(tmp_path):
+    trainer(tmp_path / "a", cache=(tmp_path / "cache", "data")).fit()
+    config = tiny(schedule__unlabelled=False)
+    shared = trainer(tmp_path / "b", config, cache=(tmp_path / "cache", "data"))
+    shared._resume()
+    assert shared.epoch == 1
+    shared.fit()
+    alone = trainer(tmp_path / "c", config)
+    alone.fit()
+    assert same(shared.teacher, alone.teacher) and same(shared.student, alone.student)
 
 
 def test_a_checkpoint_of_other_code_or_data_is_not_resumed(tmp_path):

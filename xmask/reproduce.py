@@ -111,7 +111,7 @@ def plan(
             Step(
                 f"train {run.run}", "11_train.ipynb", arguments, folder / "11_train.ipynb",
                 [f"masks {study.mask_folder(run).name}"]
-                + (shared if variant in ABLATIONS else []),
+                + (shared if variant != "xmask" else []),
                 partial(study.train_fingerprint, run, data),
                 partial(_in, folder, ("config.json", "history.csv", "model.safetensors")),
             )

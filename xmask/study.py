@@ -293,7 +293,7 @@ def train(config: Config, data: str = "", *, progress: bool = True) -> Path:
         folder,
         device=device(),
         fingerprint=fingerprint,
-        phase1_cache=(work_folder(config.profile) / "phase1", data_part),
+        cache=(work_folder(config.profile) / "phase1", data_part),
         score=score,
         progress=progress,
     )

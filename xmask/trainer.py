@@ -63,9 +63,10 @@ class Trainer:
 
     labelled: samples whose `instances` are the masks of EDP-SAM. unlabelled: the other training
     images (their points and masks, if any, are never read). fingerprint: identifies data and
-    code; a checkpoint of another one is not resumed. phase1_cache: folder in which runs that
-    differ only in masks and phases 2 and 3 share the end of phase 1, and a fingerprint of the
-    data and code that phase 1 depends on. score: returns a number to minimise for a network,
+    code; a checkpoint of another one is not resumed. cache: folder in which runs share what is
+    the same in all of them, and a fingerprint of the data and code that phase 1 depends on: the
+    end of the warm-up, with or without unlabelled images after it, and the end of phase 1,
+    whatever the masks and phases 2 and 3. score: returns a number to minimise for a network,
     called every `checkpoint_every` epochs of phase 3 (configuration "best-on-test").
     """
 
@@ -78,7 +79,7 @@ class Trainer:
         *,
         device: torch.device,
         fingerprint: str = "",
-        phase1_cache: tuple[Path, str] | None = None,
+        cache: tuple[Path, str] | None = None,
         score: Callable[[nn.Module], float] | None = None,
         progress: bool = True,
     ):
@@ -106,11 +107,13 @@ class Trainer:
         s = config.schedule
         self.steps = s.steps_per_epoch or -(-len(labelled) // o.batch)
         self.fingerprint = digest(config.to_dict(), fingerprint, device.type)
-        self.phase1_file = None
-        if phase1_cache:
-            cache, inputs = phase1_cache
-            key = digest(_phase1_part(config), inputs, device.type)
-            self.phase1_file = cache / f"{key[:16]}.pt"
+        self.shared: dict[int, Path] = {}  # epoch -> file of the state after so many epochs
+        if cache:
+            place, inputs = cache
+            for epoch, part in ((s.warmup, _warmup_part), (s.phase1, _phase1_part)):
+                if 0 < epoch <= s.phase1:
+                    key = digest(part(config), inputs, device.type)
+                    self.shared[epoch] = place / f"{key[:16]}.pt"
 
     @property
     def _amp(self) -> torch.dtype | None:
@@ -158,8 +161,8 @@ class Trainer:
             if ends_phase or self.epoch % self.config.machine.checkpoint_every == 0:
                 self._save(self.folder / "checkpoint.pt", self.fingerprint)
                 self._write_history()
-            if self.epoch == s.phase1 and self.phase1_file:
-                self._save(self.phase1_file, self.phase1_file.stem)
+            if (shared := self.shared.get(self.epoch)) and not shared.exists():
+                self._save(shared, shared.stem)
             bar.set_postfix(phase=phase, loss=f"{row['loss']:.4f}", refresh=False)
             bar.update()
         bar.close()
@@ -407,12 +410,10 @@ class Trainer:
             torch.save(state, temporary)
 
     def _resume(self) -> None:
-        """Take up the run's own checkpoint, else the shared end of phase 1, else start anew."""
-        for path, fingerprint in (
-            (self.folder / "checkpoint.pt", self.fingerprint),
-            (self.phase1_file, self.phase1_file and self.phase1_file.stem),
-        ):
-            if path is None or not path.is_file():
+        """Take up the run's own checkpoint, else the latest shared state, else start anew."""
+        shared = [(path, path.stem) for _, path in sorted(self.shared.items(), reverse=True)]
+        for path, fingerprint in [(self.folder / "checkpoint.pt", self.fingerprint), *shared]:
+            if not path.is_file():
                 continue
             state = torch.load(path, map_location=self.device, weights_only=True)
             if state["fingerprint"] != fingerprint:
@@ -449,6 +450,15 @@ def _discs(points: Tensor, radius: float, shape: tuple[int, int]) -> Tensor:
     radii = torch.full((len(points),), radius, device=points.device)
     covered[nnec.incidence(points, radii, shape)[1]] = True
     return covered.view(*shape)
+
+
+def _warmup_part(config: Config) -> dict:
+    """The fields that the epochs before any unlabelled image depend on."""
+    values = _phase1_part(config)
+    for name in ("unlabelled", "ramp", "ramp_end"):
+        del values["schedule"][name]
+    del values["optimisation"]["pseudo_threshold"]
+    return values
 
 
 def _phase1_part(config: Config) -> dict:
