@@ -21,7 +21,7 @@ from xmask.data.synthetic.drawing import draw
 from xmask.data.synthetic.scene import CHARACTERS, Character, plan
 
 GENERATOR = "xmask.data.synthetic"
-VERSION = 4  # of the drawing; a new number marks old pictures as made by other code
+VERSION = 3  # of the drawing; a new number marks old pictures as made by other code
 PORTRAIT = 0.15  # share of a dataset's pictures that are higher than wide
 JPEG_QUALITY = 92
 

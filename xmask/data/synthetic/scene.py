@@ -16,7 +16,6 @@ from xmask.data.synthetic.colours import CLOTH
 SMALLEST_HEAD, LARGEST_HEAD = 6.0, 60.0  # diameters in px, the range heads of crowd photos span
 NARROW = {"stands": 0.2, "square": 0.1}  # share of views in which heads are of similar size
 NARROW_PEOPLE = 60  # such views show at most so many people
-FAR = (1.1, 2.2)  # the farthest heads of a steep view, over the smallest there are
 BACK = 1.0  # how many more people there are at the very back
 MOVED = 0.25  # share of the people who may have to stand further back for want of room
 FULL = 0.95  # of the room in the foreground may be taken
@@ -98,7 +97,7 @@ def plan(rng, shape: tuple[int, int], people: int, character: Character) -> Scen
     tilts = {"street": (.75, 1.), "park": (.75, 1.), "square": (.4, .7), "stands": (.7, .95),
              "concert": (.65, .95), "hall": (.7, 1.)}
     top = height * rng.uniform(*tops[kind])
-    near, far = LARGEST_HEAD * rng.uniform(.85, 1.0), SMALLEST_HEAD * rng.uniform(*FAR)
+    near, far = LARGEST_HEAD * rng.uniform(.85, 1.0), SMALLEST_HEAD * rng.uniform(1.1, 1.35)
     spacing = rng.uniform(0.9, 1.1)
     steepest, front = LARGEST_HEAD / SMALLEST_HEAD, rng.uniform(1.5, 3.0)
     if rng.random() < NARROW.get(kind, 0.0) and people <= NARROW_PEOPLE:  # seen from far away
@@ -114,7 +113,7 @@ def plan(rng, shape: tuple[int, int], people: int, character: Character) -> Scen
             spacing, top = spacing * .97, max(top * .9, min(top, .06 * height))
         elif without_room > MOVED and near > SMALLEST_HEAD:
             near, top = max(near * .97, SMALLEST_HEAD), top * .98
-            far = min(max(far * .94, SMALLEST_HEAD * FAR[0]), near)
+            far = min(far, near)
         else:
             break
     load = FULL * min(float(np.max(rows / most)), 1.0)
