@@ -60,16 +60,23 @@ def circles_dense(heads: int, shape: Shape, only: int | None = None) -> Callable
     return lambda: dense.incidences(points, shape)
 
 
+def _coarse(shape: Shape) -> Tensor:
+    """(1, D, h, w), an embedding as the network gives it."""
+    return unit_embedding(DEPTH, *(side // model.STRIDE for side in shape))[None]
+
+
 def decode_ours(heads: int, shape: Shape) -> Callable[[], np.ndarray]:
-    embedding, points = unit_embedding(DEPTH, *shape), crowd(heads, shape)
-    return lambda: decode.instance_map(embedding, points).numpy()
+    """From the network's embedding, at stride 4, to the label map."""
+    embedding, points = _coarse(shape), crowd(heads, shape)
+    return lambda: decode.instance_maps(embedding, [points], stride=model.STRIDE)[0].numpy()
 
 
 def decode_dense(heads: int, shape: Shape, only: int | None = None) -> Callable[[], np.ndarray]:
-    embedding, points = unit_embedding(DEPTH, *shape), crowd(heads, shape)
+    embedding, points = _coarse(shape)[0], crowd(heads, shape)
     radii = nnec.exclusion_radii(points, shape, lone=decode.LONE_RADIUS)[:only]
     points = points[:only]
-    return lambda: dense.instance_map(embedding, points, radius_of=radii).numpy()
+    return lambda: dense.instance_map(
+        decode.upsample(embedding, model.STRIDE), points, radius_of=radii).numpy()
 
 
 # -- losses -------------------------------------------------------------------------------------
