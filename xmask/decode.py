@@ -11,6 +11,7 @@ numbers. Every head is visited, on the sparse incidence list of `xmask.nnec`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -140,15 +141,14 @@ def instance_maps(
     """`instance_map` of a batch, all heads of all images on one incidence list.
 
     embedding: (B, D, h, w), a cell of which covers `stride` pixels of images of `shape` (H, W);
-    None: all of stride * (h, w). It is upsampled as by `upsample`, and smoothed, a band of rows
-    at a time, so that features at image resolution never stand in memory as a whole.
+    None: all of stride * (h, w). Both upsampling, as by `upsample`, and smoothing are linear and
+    separable: along the rows they are done once, on h rows, and along the columns a band of
+    rows at a time, so that features at image resolution never stand in memory as a whole.
     points: B arrays or tensors (N, 2). density: (B, H, W) or None.
     Returns (B, H, W) int32; label k of image b is points[b][k - 1].
     """
     embedding = full_precision(embedding.detach())
-    if stride > 1:
-        embedding = embedding.contiguous(memory_format=torch.channels_last)
-    count, depth = embedding.shape[:2]
+    count = len(embedding)
     height, width = shape or tuple(stride * side for side in embedding.shape[-2:])
     points, image, first = stack_points(points, embedding.device)
     radii = exclusion_radii(points, (height, width), lone=LONE_RADIUS, image=image)
@@ -159,18 +159,18 @@ def instance_maps(
     if not bool(kept.all()):
         head, pixel, row, column = (part[kept] for part in (head, pixel, row, column))
 
-    centres = _smooth_at(embedding, points, image, stride, (height, width), sigma)
+    cells = embedding.permute(0, 2, 3, 1).contiguous()
+    centres = _smooth_at(cells, points, image, stride, (height, width), sigma)
     x, y = points.unbind(1)
     y = y + image * height
     scale = geometry_weight / radii.square()
     energy = torch.empty(len(head), dtype=embedding.dtype, device=embedding.device)
-    tall = max(_BAND // (4 * depth * width), 8)
-    for images, top, bottom in _bands(count, height, tall, embedding.device):
-        flat = flat_features(_smooth_rows(
-            embedding[images], top, bottom, stride, (height, width), sigma))
+    wide = _stretch(cells, stride, width, sigma)
+    for images, top, bottom, flat in _bands(wide, stride, height, sigma):
         begin = images.start * height + top
         end = (images.stop - 1) * height + bottom
-        start, stop = torch.searchsorted(row, torch.tensor([begin, end], device=row.device)).tolist()
+        limits = torch.tensor([begin, end], device=row.device)
+        start, stop = torch.searchsorted(row, limits).tolist()
         for at in range(start, stop, _PAIRS_AT_ONCE):
             part = slice(at, min(at + _PAIRS_AT_ONCE, stop))
             owner = head[part]
@@ -193,61 +193,68 @@ def instance_maps(
     return torch.where(labels > 0, labels - first.int().view(-1, 1, 1), 0)
 
 
-def _bands(count: int, height: int, tall: int, device: torch.device):
-    """(images, top, bottom) of the bands of a batch: a few rows of one image on a CPU, where a
-    band stays in cache; everything at once on an accelerator."""
-    if device.type != "cpu":
-        yield slice(0, count), 0, height
-        return
-    for image in range(count):
-        for top in range(0, height, tall):
-            yield slice(image, image + 1), top, min(top + tall, height)
-
-
-def _smooth_rows(
-    embedding: torch.Tensor, top: int, bottom: int, stride: int, shape: tuple[int, int],
-    sigma: float | None,
+def _stretch(
+    cells: torch.Tensor, stride: int, width: int, sigma: float | None
 ) -> torch.Tensor:
-    """(B, D, bottom - top, W), channels last: these rows of `smooth` after `upsample`."""
-    height, width = shape
-    reach = _KERNEL // 2 if sigma else 0
-    low, high = max(top - reach, 0), min(bottom + reach, height)
-    if stride == 1:
-        rows = embedding[:, :, low:high]
-    else:
-        # two cells more on each side: away from the ends of the slice, bilinear weights are
-        # those of the whole map
-        begin = max(low // stride - 2, 0)
-        end = min(high // stride + 3, embedding.shape[2])
-        rows = upsample(embedding[:, :, begin:end], stride)
-        rows = rows[:, :, low - begin * stride:high - begin * stride, :width]
-    rows = rows.contiguous(memory_format=torch.channels_last)
-    if not sigma:
-        return rows
-    if top < reach or bottom > height - reach:
-        wanted = torch.arange(top - reach, bottom + reach, device=rows.device)
-        rows = rows.index_select(2, _inside(wanted, height) - low)
-    window = _gaussian(sigma).to(rows)
-    window = torch.outer(window, window).expand(rows.shape[1], 1, _KERNEL, _KERNEL)
-    with _no_autocast(rows):
-        return _blur(rows, window, (3,))
+    """(B, h, W, D) from (B, h, w, D): upsampled and smoothed along the rows only."""
+    out = cells.new_empty((*cells.shape[:2], width, cells.shape[3]))
+    with _no_autocast(cells):
+        for start, stop, base, weight in _blocks(cells.shape[2], stride, width, sigma, 32):
+            part = cells[:, :, base:base + weight.shape[1]]
+            out[:, :, start:stop] = torch.matmul(weight.to(cells), part)
+    return out
+
+
+def _bands(wide: torch.Tensor, stride: int, height: int, sigma: float | None):
+    """`_stretch` along the columns: (images, top, bottom, features (pixels, D)) of band after
+    band, a few rows of one image on a CPU, everything at once on an accelerator."""
+    count, cells, width, depth = wide.shape
+    on_cpu = wide.device.type == "cpu"
+    tall = min(max(_BAND // (4 * depth * width), 8), 64) if on_cpu else height
+    parts = [slice(i, i + 1) for i in range(count)] if on_cpu else [slice(0, count)]
+    for images in parts:
+        rows = wide[images].flatten(2)
+        for top, bottom, base, weight in _blocks(cells, stride, height, sigma, tall):
+            with _no_autocast(wide):
+                band = torch.matmul(weight.to(wide), rows[:, base:base + weight.shape[1]])
+            yield images, top, bottom, band.view(-1, depth)
+
+
+@functools.lru_cache(maxsize=32)
+def _blocks(
+    cells: int, stride: int, length: int, sigma: float | None, size: int
+) -> list[tuple[int, int, int, torch.Tensor]]:
+    """One axis of upsampling and smoothing, which is linear, as small matrices.
+
+    (start, stop, base, weight (stop - start, K)): output pixels start..stop are weight times the
+    K cells from base on. Together, a band along the diagonal of a length x cells matrix.
+    """
+    taken, weight = _taps(torch.arange(length).double(), cells, stride, length, sigma)
+    blocks = []
+    for start in range(0, length, size):
+        stop = min(start + size, length)
+        part = taken[start:stop]
+        base = int(part.min())
+        matrix = torch.zeros(stop - start, int(part.max()) - base + 1, dtype=torch.float64)
+        matrix.scatter_add_(1, part - base, weight[start:stop])
+        blocks.append((start, stop, base, matrix))
+    return blocks
 
 
 def _smooth_at(
-    embedding: torch.Tensor, points: torch.Tensor, image: torch.Tensor, stride: int,
+    cells: torch.Tensor, points: torch.Tensor, image: torch.Tensor, stride: int,
     shape: tuple[int, int], sigma: float | None,
 ) -> torch.Tensor:
-    """(N, D): `sample_at` of `smooth` after `upsample`, from the few cells that have a say."""
-    columns, across = _taps(points[:, 0], embedding.shape[3], stride, shape[1], sigma)
-    rows, down = _taps(points[:, 1], embedding.shape[2], stride, shape[0], sigma)
-    cells = embedding.permute(0, 2, 3, 1)
-    value = torch.zeros((len(points), embedding.shape[1]), dtype=embedding.dtype,
-                        device=embedding.device)
-    for i in range(rows.shape[1]):
-        for j in range(columns.shape[1]):
-            weight = (down[:, i] * across[:, j]).to(value.dtype)
-            value += cells[image, rows[:, i], columns[:, j]] * weight[:, None]
-    return value
+    """(N, D): `sample_at` of `smooth` after `upsample`, from the few cells (of (B, h, w, D)) that
+    have a say."""
+    columns, across = _taps(points[:, 0], cells.shape[2], stride, shape[1], sigma)
+    rows, down = _taps(points[:, 1], cells.shape[1], stride, shape[0], sigma)
+    at = (image[:, None] * cells.shape[1] + rows)[:, :, None] * cells.shape[2] + columns[:, None]
+    weight = (down[:, :, None] * across[:, None]).to(cells.dtype)
+    taken = cells.flatten(0, 2).index_select(0, at.flatten())
+    taken = taken.view(len(points), at.shape[1] * at.shape[2], cells.shape[3])
+    with _no_autocast(cells):
+        return torch.bmm(weight.flatten(1)[:, None], taken)[:, 0]
 
 
 def _taps(
@@ -334,7 +341,7 @@ def smooth(embedding: torch.Tensor, sigma: float | None) -> torch.Tensor:
     x = embedding.reshape(-1, depth, height, width)
     x = x.contiguous(memory_format=torch.channels_last)
     with _no_autocast(embedding):
-        x = _blur(x, window, (2, 3))
+        x = _blur(x, window)
     return x.reshape(embedding.shape) if embedding.ndim != 3 else x[0]
 
 
@@ -345,28 +352,21 @@ def _gaussian(sigma: float) -> torch.Tensor:
     return weights / weights.sum()
 
 
-def _blur(x: torch.Tensor, window: torch.Tensor, reflect: tuple[int, ...]) -> torch.Tensor:
-    """Convolve (B, D, H, W) with `window`; the dimensions in `reflect` keep their size, their
-    borders reflected, the others lose the window's reach on both sides.
+def _blur(x: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
+    """Convolve (B, D, H, W) with `window`, its borders reflected.
 
     One pass over the image with zeros beyond the border, which is wrong in thin strips along it;
     those are computed anew. That costs less than copying the image into a wider one.
     """
     reach = _KERNEL // 2
 
-    def convolve(part: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
-        padding = [reach if dim in dims else 0 for dim in (2, 3)]
-        return F.conv2d(part, window, groups=x.shape[1], padding=padding)
-
     def exact(part: torch.Tensor) -> torch.Tensor:
-        for dim in reflect:
-            part = _extend(part, dim, reach)
-        return convolve(part, ())
+        return F.conv2d(_extend(_extend(part, 2, reach), 3, reach), window, groups=x.shape[1])
 
-    if min(x.shape[dim] for dim in reflect) < 4 * reach:
+    if min(x.shape[2:]) < 4 * reach:
         return exact(x)
-    out = convolve(x, reflect)
-    for dim in reflect:
+    out = F.conv2d(x, window, groups=x.shape[1], padding=reach)
+    for dim in (2, 3):
         for start, keep in ((0, 0), (x.shape[dim] - 2 * reach, reach)):
             strip = exact(x.narrow(dim, start, 2 * reach)).narrow(dim, keep, reach)
             out.narrow(dim, start + keep, reach).copy_(strip)
