@@ -41,8 +41,8 @@ def alternate(
     sides: list[tuple[Callable, dict[str, Any]]],
     *,
     threads: int,
-    runs: int = 7,
-    patience: float = 20.0,
+    runs: int = 5,
+    patience: float = 6.0,
 ) -> list[Measured]:
     """Measure sides in turns: each a maker (importable, it returns the call to time) and its
     arguments.

@@ -64,7 +64,7 @@ def _circles() -> Iterator[Row]:
         yield Row(
             "nnec", "exclusion circles: radii and incidence list",
             **_both(sides.circles_ours, sides.circles_dense, heads, IMAGE),
-            against="dense N×H×W", fewer=None if heads <= 50 else (20, 60),
+            against="dense N×H×W", fewer=None if heads <= 50 else (10, 30),
             agree=same_number if heads <= 50 else None)
 
 
@@ -74,7 +74,7 @@ def _decoding() -> Iterator[Row]:
         yield Row(
             "decode", "decoding, every head",
             **_both(sides.decode_ours, sides.decode_dense, heads, IMAGE),
-            against="dense, every head", faster=faster, fewer=None if few else (20, 60),
+            against="dense, every head", faster=faster, fewer=None if few else (10, 30),
             agree=same_map if few else None)
 
 
