@@ -3,7 +3,7 @@
 #   make test        the tests
 # DATA= SAM= point at real datasets and SAM weights; DATASETS= PERCENTS= SEEDS= narrow the study;
 # EXTRAS=no leaves out supervised-only runs and ablations; JOBS= steps at a time.
-# Others: make lab (JupyterLab), make clean (what was made; the environment stays).
+# Others: make bench (what it costs), make lab (JupyterLab), make clean (what was made; the environment stays).
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -24,7 +24,7 @@ space := $(empty) $(empty)
 list = $(subst $(space),$(comma),$(strip $(subst $(comma),$(space),$(1))))
 option = $(if $(strip $(2)),--$(1) "$(2)")
 
-.PHONY: help setup reproduce test lab clean lock
+.PHONY: help setup reproduce test bench lab clean lock
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
@@ -48,6 +48,9 @@ reproduce: setup
 
 test: setup
 	$(BIN)/python -m pytest -q
+
+bench: setup
+	$(BIN)/xmask bench
 
 lab: setup
 	$(BIN)/jupyter lab notebooks

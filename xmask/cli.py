@@ -80,6 +80,11 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("--profile", choices=PROFILES, default="demo")
         made.add_argument("--data", default="", help="folder of the real datasets")
 
+    made = command("bench", _bench, "measure what the method costs beside dense code and libraries")
+    made.add_argument("--only", type=_names, default=(), metavar="GROUPS",
+                      help="e.g. decode,losses; default: all")
+    made.add_argument("--threads", type=int, default=2)
+
     data = commands.add_parser("data", help="look at datasets").add_subparsers(
         required=True, metavar="COMMAND"
     )
@@ -176,6 +181,15 @@ def _figures(o: argparse.Namespace) -> int:
     )
     for path in paths:
         print(path)
+    return 0
+
+
+def _bench(o: argparse.Namespace) -> int:
+    from xmask import bench
+
+    folders = Path("results/bench"), Path("figures/bench")
+    bench.run(*folders, only=o.only or bench.GROUPS, threads=o.threads)
+    print((folders[0] / "bench.md").read_text(encoding="utf-8"))
     return 0
 
 

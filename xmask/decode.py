@@ -11,6 +11,8 @@ numbers. Every head is visited, on the sparse incidence list of `xmask.nnec`.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,14 +20,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from xmask.nnec import exclusion_radii, incidence, lowest_wins, split_coincident, to_tensor
+from xmask.nnec import (
+    exclusion_radii, incidence_rows, lowest_wins, split_coincident, to_tensor,
+)
 
 # A lone head's radius in decoding, as a share of the shorter side (paper).
 LONE_RADIUS = 0.25
 # Density gate of pseudo-masks (paper): sigmoid(logit) in [0.1, 0.5] takes the whole circle.
 GATE = (0.1, 0.5)
-# Pairs whose features are gathered at once: a few MB, which stays in cache (ours, measured).
-_PAIRS_AT_ONCE = 1 << 15
+# Pairs whose features are gathered at once, and bytes of a band of features: both stay in cache
+# and below the size from which the C library asks the system for fresh pages (ours, measured).
+_PAIRS_AT_ONCE = 1 << 14
+_BAND = 1 << 22
+_KERNEL = 7  # px, width of the Gaussian (paper)
 
 
 @dataclass(frozen=True)
@@ -78,13 +85,12 @@ def predict(
     border = torch.tensor([width - 1, height - 1], device=points.device, dtype=points.dtype)
     points = torch.minimum(points, border)
 
-    features = upsample(embedding, stride)[:, :height, :width]
     density = None
     if density_gate:
-        density = upsample(torch.sigmoid(logits)[None], stride)[0, :height, :width]
-    labels = instance_map(
-        features, points, threshold=threshold, geometry_weight=geometry_weight, sigma=sigma,
-        density=density)
+        density = upsample(torch.sigmoid(logits)[None], stride)[:, :height, :width]
+    labels = instance_maps(
+        embedding[None], [points], stride=stride, shape=shape, threshold=threshold,
+        geometry_weight=geometry_weight, sigma=sigma, density=density)[0]
     return Prediction(
         points.float().cpu().numpy(), scores.float().cpu().numpy(), labels.cpu().numpy())
 
@@ -114,34 +120,191 @@ def instance_map(
     if embedding.ndim != 3:
         raise ValueError(
             f"embedding: expected (D, H, W), found shape {tuple(embedding.shape)}; "
-            "pass one image at a time")
-    shape = tuple(embedding.shape[-2:])
-    features = smooth(full_precision(embedding.detach()), sigma)
-    points = to_tensor(points)[0].detach().to(features.device)
-    radii = exclusion_radii(points, shape, lone=LONE_RADIUS)
-    head, pixel = incidence(points, radii, shape)
-    kept = split_coincident(points, head, pixel, shape)
-    if not bool(kept.all()):
-        head, pixel = head[kept], pixel[kept]
+            "pass one image at a time, or a batch to instance_maps")
+    return instance_maps(
+        embedding[None], [points], threshold=threshold, geometry_weight=geometry_weight,
+        sigma=sigma, density=None if density is None else density[None])[0]
 
-    points = points.double().reshape(-1, 2)
-    centres = sample_at(features, points)
-    flat = flat_features(features)
-    energy = torch.empty(len(head), dtype=flat.dtype, device=flat.device)
-    for start in range(0, len(head), _PAIRS_AT_ONCE):
-        part = slice(start, start + _PAIRS_AT_ONCE)
-        owner, where = head[part], pixel[part]
-        distance = torch.linalg.vector_norm(
-            flat.index_select(0, where) - centres.index_select(0, owner), dim=1)
-        dx = where % shape[1] - points[owner, 0]
-        dy = torch.div(where, shape[1], rounding_mode="floor") - points[owner, 1]
-        spread = (dx * dx + dy * dy) / radii[owner].square()
-        energy[part] = distance + geometry_weight * spread.to(flat.dtype)
+
+@torch.no_grad()
+def instance_maps(
+    embedding: torch.Tensor,
+    points: Sequence[Any],
+    *,
+    stride: int = 1,
+    shape: tuple[int, int] | None = None,
+    threshold: float = 1.1,
+    geometry_weight: float = 0.8,
+    sigma: float | None = 3.0,
+    density: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`instance_map` of a batch, all heads of all images on one incidence list.
+
+    embedding: (B, D, h, w), a cell of which covers `stride` pixels of images of `shape` (H, W);
+    None: all of stride * (h, w). Both upsampling, as by `upsample`, and smoothing are linear and
+    separable: along the rows they are done once, on h rows, and along the columns a band of
+    rows at a time, so that features at image resolution never stand in memory as a whole.
+    points: B arrays or tensors (N, 2). density: (B, H, W) or None.
+    Returns (B, H, W) int32; label k of image b is points[b][k - 1].
+    """
+    embedding = full_precision(embedding.detach())
+    count = len(embedding)
+    height, width = shape or tuple(stride * side for side in embedding.shape[-2:])
+    points, image, first = stack_points(points, embedding.device)
+    radii = exclusion_radii(points, (height, width), lone=LONE_RADIUS, image=image)
+    head, row, column = incidence_rows(points, radii, (height, width), image=image)
+    row += (image * height).index_select(0, head)  # from here on the images are one tall one
+    pixel = row * width + column
+    kept = split_coincident(points, head, pixel, (height, width), image=image)
+    if not bool(kept.all()):
+        head, pixel, row, column = (part[kept] for part in (head, pixel, row, column))
+
+    cells = embedding.permute(0, 2, 3, 1).contiguous()
+    centres = _smooth_at(cells, points, image, stride, (height, width), sigma)
+    x, y = points.unbind(1)
+    y = y + image * height
+    scale = geometry_weight / radii.square()
+    energy = torch.empty(len(head), dtype=embedding.dtype, device=embedding.device)
+    wide = _stretch(cells, stride, width, sigma)
+    for images, top, bottom, flat in _bands(wide, stride, height, sigma):
+        begin = images.start * height + top
+        end = (images.stop - 1) * height + bottom
+        limits = torch.tensor([begin, end], device=row.device)
+        start, stop = torch.searchsorted(row, limits).tolist()
+        for at in range(start, stop, _PAIRS_AT_ONCE):
+            part = slice(at, min(at + _PAIRS_AT_ONCE, stop))
+            owner = head[part]
+            delta = flat.index_select(0, pixel[part] - begin * width)
+            delta -= centres.index_select(0, owner)
+            dx = column[part] - x.index_select(0, owner)
+            dy = row[part] - y.index_select(0, owner)
+            spread = (dx * dx + dy * dy) * scale.index_select(0, owner)
+            energy[part] = torch.linalg.vector_norm(delta, dim=1) + spread.to(energy.dtype)
+    canvas = (count * height, width)
     if density is None:
-        return lowest_wins(energy, head, pixel, shape, threshold)
-    gate = density.reshape(-1)[pixel]
-    claims = torch.where(gate > GATE[1], energy < threshold, gate >= GATE[0])
-    return lowest_wins(energy[claims], head[claims], pixel[claims], shape)
+        labels = lowest_wins(energy, head, pixel, canvas, threshold)
+    else:
+        gate = density.reshape(-1).index_select(0, pixel)
+        claims = torch.where(gate > GATE[1], energy < threshold, gate >= GATE[0])
+        labels = lowest_wins(energy[claims], head[claims], pixel[claims], canvas)
+    labels = labels.view(count, height, width)
+    if count == 1:
+        return labels
+    return torch.where(labels > 0, labels - first.int().view(-1, 1, 1), 0)
+
+
+def _stretch(
+    cells: torch.Tensor, stride: int, width: int, sigma: float | None
+) -> torch.Tensor:
+    """(B, h, W, D) from (B, h, w, D): upsampled and smoothed along the rows only."""
+    out = cells.new_empty((*cells.shape[:2], width, cells.shape[3]))
+    with _no_autocast(cells):
+        for start, stop, base, weight in _blocks(cells.shape[2], stride, width, sigma, 32):
+            part = cells[:, :, base:base + weight.shape[1]]
+            out[:, :, start:stop] = torch.matmul(weight.to(cells), part)
+    return out
+
+
+def _bands(wide: torch.Tensor, stride: int, height: int, sigma: float | None):
+    """`_stretch` along the columns: (images, top, bottom, features (pixels, D)) of band after
+    band, a few rows of one image on a CPU, everything at once on an accelerator."""
+    count, cells, width, depth = wide.shape
+    on_cpu = wide.device.type == "cpu"
+    tall = min(max(_BAND // (4 * depth * width), 8), 64) if on_cpu else height
+    parts = [slice(i, i + 1) for i in range(count)] if on_cpu else [slice(0, count)]
+    for images in parts:
+        rows = wide[images].flatten(2)
+        for top, bottom, base, weight in _blocks(cells, stride, height, sigma, tall):
+            with _no_autocast(wide):
+                band = torch.matmul(weight.to(wide), rows[:, base:base + weight.shape[1]])
+            yield images, top, bottom, band.view(-1, depth)
+
+
+@functools.lru_cache(maxsize=32)
+def _blocks(
+    cells: int, stride: int, length: int, sigma: float | None, size: int
+) -> list[tuple[int, int, int, torch.Tensor]]:
+    """One axis of upsampling and smoothing, which is linear, as small matrices.
+
+    (start, stop, base, weight (stop - start, K)): output pixels start..stop are weight times the
+    K cells from base on. Together, a band along the diagonal of a length x cells matrix.
+    """
+    taken, weight = _taps(torch.arange(length).double(), cells, stride, length, sigma)
+    blocks = []
+    for start in range(0, length, size):
+        stop = min(start + size, length)
+        part = taken[start:stop]
+        base = int(part.min())
+        matrix = torch.zeros(stop - start, int(part.max()) - base + 1, dtype=torch.float64)
+        matrix.scatter_add_(1, part - base, weight[start:stop])
+        blocks.append((start, stop, base, matrix))
+    return blocks
+
+
+def _smooth_at(
+    cells: torch.Tensor, points: torch.Tensor, image: torch.Tensor, stride: int,
+    shape: tuple[int, int], sigma: float | None,
+) -> torch.Tensor:
+    """(N, D): `sample_at` of `smooth` after `upsample`, from the few cells (of (B, h, w, D)) that
+    have a say."""
+    columns, across = _taps(points[:, 0], cells.shape[2], stride, shape[1], sigma)
+    rows, down = _taps(points[:, 1], cells.shape[1], stride, shape[0], sigma)
+    at = (image[:, None] * cells.shape[1] + rows)[:, :, None] * cells.shape[2] + columns[:, None]
+    weight = (down[:, :, None] * across[:, None]).to(cells.dtype)
+    taken = cells.flatten(0, 2).index_select(0, at.flatten())
+    taken = taken.view(len(points), at.shape[1] * at.shape[2], cells.shape[3])
+    with _no_autocast(cells):
+        return torch.bmm(weight.flatten(1)[:, None], taken)[:, 0]
+
+
+def _taps(
+    position: torch.Tensor, cells: int, stride: int, length: int, sigma: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One axis of `_smooth_at`: cells (N, T) int64 and their weights (N, T) float64.
+
+    A value at a position is a mean of two pixels, each a Gaussian mean of seven, each a mean of
+    two cells; the weights of the few cells that this comes to are added up.
+    """
+    position = position.clamp(0, length - 1)
+    below = position.floor().clamp(max=max(length - 2, 0))
+    part = (position - below)[:, None]
+    reach = _KERNEL // 2 if sigma else 0
+    kernel = _gaussian(sigma) if sigma else torch.ones(1, dtype=torch.float64)
+    kernel = kernel.to(position)
+    nothing = kernel.new_zeros(1)
+    weight = (1 - part) * torch.cat([kernel, nothing]) + part * torch.cat([nothing, kernel])
+    offset = torch.arange(-reach, reach + 2, device=position.device)
+    pixel = _inside(below.long()[:, None] + offset, length)
+    place = ((pixel + 0.5) / stride - 0.5).clamp(min=0)
+    lower = place.floor().long().clamp(max=cells - 1)
+    upper = (lower + 1).clamp(max=cells - 1)
+    share = place - lower
+    taken = torch.cat([lower, upper], 1)
+    base = taken.amin(1, keepdim=True)
+    most = 2 * reach + 2 if stride == 1 else -(-(2 * reach + 1) // stride) + 2
+    added = torch.zeros((len(position), most), dtype=torch.float64, device=position.device)
+    added.scatter_add_(1, (taken - base).clamp(max=most - 1),
+                       torch.cat([weight * (1 - share), weight * share], 1))
+    return (base + torch.arange(most, device=position.device)).clamp(max=cells - 1), added
+
+
+def _inside(index: torch.Tensor, length: int) -> torch.Tensor:
+    """Indices beyond 0..length-1 reflected at the ends, or, on a side too short, repeated."""
+    if length > _KERNEL // 2:
+        index = index.abs()
+        index = (length - 1) - ((length - 1) - index).abs()
+    return index.clamp(0, length - 1)
+
+
+def stack_points(
+    points: Sequence[Any], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The heads of a batch as one list: (points (N, 2) float64, image (N,) int64, first (B,)
+    int64, the number of heads before each image), on the device."""
+    parts = [to_tensor(p)[0].detach().to(device).double().reshape(-1, 2) for p in points]
+    sizes = torch.tensor([len(part) for part in parts])
+    image = torch.repeat_interleave(torch.arange(len(parts)), sizes).to(device)
+    return torch.cat(parts), image, (torch.cumsum(sizes, 0) - sizes).to(device)
 
 
 def points_from_logits(
@@ -163,37 +326,62 @@ def points_from_logits(
     return points, scores[row, column].float()
 
 
-def smooth(embedding: torch.Tensor, sigma: float | None, kernel: int = 7) -> torch.Tensor:
-    """Gaussian smoothing of (..., D, H, W), normalised, with reflected borders.
+def smooth(embedding: torch.Tensor, sigma: float | None) -> torch.Tensor:
+    """7 x 7 Gaussian smoothing (paper) of (..., D, H, W), normalised, with reflected borders.
 
-    sigma: pixels; None or 0 returns the input. kernel: odd width in pixels (paper: 7). A side
-    too short to reflect (<= kernel // 2 pixels) repeats its border instead. Vectors are not
-    brought back to unit length afterwards.
+    sigma: pixels; None or 0 returns the input. A side too short to reflect (<= 3 pixels)
+    repeats its border instead. Vectors are not brought back to unit length afterwards.
     """
     if not sigma:
         return embedding
-    reach = kernel // 2
-    offset = torch.arange(-reach, reach + 1, dtype=torch.float64)
-    weights = torch.exp(-0.5 * (offset / sigma) ** 2)
-    weights = (weights / weights.sum()).to(embedding)
     depth, height, width = embedding.shape[-3:]
+    window = _gaussian(sigma).to(embedding)
+    window = torch.outer(window, window).expand(depth, 1, _KERNEL, _KERNEL)
     # Channels last: several times faster for so thin a kernel, and what `flat_features` reads.
     x = embedding.reshape(-1, depth, height, width)
     x = x.contiguous(memory_format=torch.channels_last)
-    column = weights.view(1, 1, kernel, 1).expand(depth, 1, kernel, 1)
-    row = weights.view(1, 1, 1, kernel).expand(depth, 1, 1, kernel)
     with _no_autocast(embedding):
-        x = F.conv2d(_extend(x, 2, reach), column, groups=depth)
-        x = F.conv2d(_extend(x, 3, reach), row, groups=depth)
+        x = _blur(x, window)
     return x.reshape(embedding.shape) if embedding.ndim != 3 else x[0]
 
 
-def sample_at(features: torch.Tensor, points: Any) -> torch.Tensor:
+def _gaussian(sigma: float) -> torch.Tensor:
+    """(7,) float64 weights that add up to 1."""
+    offset = torch.arange(-(_KERNEL // 2), _KERNEL // 2 + 1, dtype=torch.float64)
+    weights = torch.exp(-0.5 * (offset / sigma) ** 2)
+    return weights / weights.sum()
+
+
+def _blur(x: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
+    """Convolve (B, D, H, W) with `window`, its borders reflected.
+
+    One pass over the image with zeros beyond the border, which is wrong in thin strips along it;
+    those are computed anew. That costs less than copying the image into a wider one.
+    """
+    reach = _KERNEL // 2
+
+    def exact(part: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(_extend(_extend(part, 2, reach), 3, reach), window, groups=x.shape[1])
+
+    if min(x.shape[2:]) < 4 * reach:
+        return exact(x)
+    out = F.conv2d(x, window, groups=x.shape[1], padding=reach)
+    for dim in (2, 3):
+        for start, keep in ((0, 0), (x.shape[dim] - 2 * reach, reach)):
+            strip = exact(x.narrow(dim, start, 2 * reach)).narrow(dim, keep, reach)
+            out.narrow(dim, start + keep, reach).copy_(strip)
+    return out
+
+
+def sample_at(
+    features: torch.Tensor, points: Any, image: torch.Tensor | None = None
+) -> torch.Tensor:
     """Bilinear samples (N, D) of features (D, H, W) at points (N, 2) (x, y).
 
-    Differentiable in the features. A point outside the map reads the nearest place of its border.
+    Of a batch (B, D, H, W), `image` (N,) int64 says where each point lies. Differentiable in the
+    features. A point outside the map reads the nearest place of its border.
     """
-    _, height, width = features.shape
+    height, width = features.shape[-2:]
     points = to_tensor(points)[0].detach().to(features.device)
     flat = flat_features(features)
     points = points.to(features.dtype).reshape(-1, 2)
@@ -203,28 +391,36 @@ def sample_at(features: torch.Tensor, points: Any) -> torch.Tensor:
     top = y.floor().clamp(max=max(height - 2, 0))
     fx, fy = (x - left)[:, None], (y - top)[:, None]
     corner = top.long() * width + left.long()
+    if image is not None:
+        corner = corner + image * (height * width)
     right = 1 if width > 1 else 0
     down = width if height > 1 else 0
-    upper = flat[corner] * (1 - fx) + flat[corner + right] * fx
-    lower = flat[corner + down] * (1 - fx) + flat[corner + down + right] * fx
+
+    def at(index: torch.Tensor) -> torch.Tensor:
+        return flat.index_select(0, index)
+
+    upper = at(corner) * (1 - fx) + at(corner + right) * fx
+    lower = at(corner + down) * (1 - fx) + at(corner + down + right) * fx
     return upper * (1 - fy) + lower * fy
 
 
 def flat_features(features: torch.Tensor) -> torch.Tensor:
-    """(D, H, W) -> (H * W, D): one row per pixel. No copy after `smooth` or `upsample`."""
-    return features.permute(1, 2, 0).reshape(-1, features.shape[0])
+    """(..., D, H, W) -> (pixels, D): one row per pixel. No copy after `smooth` or `upsample`."""
+    return features.movedim(-3, -1).reshape(-1, features.shape[-3])
 
 
 def upsample(maps: torch.Tensor, factor: int | tuple[int, int]) -> torch.Tensor:
-    """Bilinear upsampling of (D, h, w) by an integer factor or to a size (H, W).
+    """Bilinear upsampling of (D, h, w) or (B, D, h, w) by an integer factor or to a size (H, W).
 
     The centre of cell c lands at factor * c + (factor - 1) / 2, where its head is.
     """
     size = factor if isinstance(factor, tuple) else (
         maps.shape[-2] * factor, maps.shape[-1] * factor)
     with _no_autocast(maps):
-        maps = full_precision(maps)[None].contiguous(memory_format=torch.channels_last)
-        return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)[0]
+        batch = full_precision(maps).reshape(-1, *maps.shape[-3:])
+        batch = batch.contiguous(memory_format=torch.channels_last)
+        batch = F.interpolate(batch, size=size, mode="bilinear", align_corners=False)
+        return batch if maps.ndim == 4 else batch[0]
 
 
 def full_precision(value: torch.Tensor) -> torch.Tensor:

@@ -31,7 +31,8 @@ _DISTANCES_AT_ONCE = 1 << 24
 
 
 def exclusion_radii(
-    points: Array, shape: tuple[int, int], min_radius: float = 3.0, *, lone: float = 0.5
+    points: Array, shape: tuple[int, int], min_radius: float = 3.0, *, lone: float = 0.5,
+    image: torch.Tensor | None = None,
 ) -> Array:
     """Radius of every head's exclusion circle, in pixels.
 
@@ -39,6 +40,8 @@ def exclusion_radii(
     min_radius: lower clip in pixels (paper: 3). The upper clip is min(H, W) / 2 (paper).
     lone: a single head has no neighbour; its radius is lone * min(H, W)
         (paper: 0.5 in training, 0.25 in decoding).
+    image: (N,) int64, the image of each head in a batch of images of one shape, whose heads do
+        not see each other; None for one image.
     Returns (N,) float64. Coincident heads are each other's neighbour at distance 0 and get
     `min_radius`; `split_coincident` shares their circle out.
     Raises ValueError if points are not (N, 2) or not finite.
@@ -46,10 +49,18 @@ def exclusion_radii(
     points, numpy_out = _points(points)
     side = float(min(shape))
     count = len(points)
+    if image is not None and count:
+        # Images a side apart along a third axis: nobody's nearest neighbour is in another one,
+        # and within one the third axis adds exactly nothing.
+        apart = points.amax() - points.amin() + side
+        points = torch.cat([points, (image * apart)[:, None]], dim=1)
     if count < 2:
         radii = torch.full((count,), lone * side, dtype=torch.float64, device=points.device)
     else:
         radii = _nearest_distance(points)
+        if image is not None:
+            single = torch.bincount(image).index_select(0, image) == 1
+            radii = radii.masked_fill(single, lone * side)
     return _give(radii.clamp(max=0.5 * side).clamp(min=min_radius), numpy_out)
 
 
@@ -64,6 +75,20 @@ def incidence(points: Array, radii: Array, shape: tuple[int, int]) -> tuple[Arra
     Raises ValueError if points are not (N, 2), not finite, or radii do not match them.
     """
     points, numpy_out = _points(points)
+    head, row, column = incidence_rows(points, radii, shape)
+    return _give(head, numpy_out), _give(row.mul_(shape[1]).add_(column), numpy_out)
+
+
+def incidence_rows(
+    points: torch.Tensor, radii: Array, shape: tuple[int, int], *,
+    image: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`incidence` as (head, row, column), three (M,) int64 tensors on the points' device.
+
+    image: (N,) int64, the image of each head in a batch; then the list is sorted by image and
+    row, so that a band of rows is one stretch of it, and only then by head.
+    """
+    points, _ = _points(points)
     radii = to_tensor(radii)[0].to(points.device, torch.float64).reshape(-1)
     if len(radii) != len(points):
         raise ValueError(f"radii: {len(radii)} values for {len(points)} points; give one each")
@@ -74,16 +99,19 @@ def incidence(points: Array, radii: Array, shape: tuple[int, int]) -> tuple[Arra
     top = (torch.ceil(y - radii) - 1).clamp(0, height).long()
     bottom = (torch.floor(y + radii) + 1).clamp(-1, height - 1).long()
     head, row = _expand(top, bottom)
-    dy = row.double() - y[head]
-    half = torch.sqrt((squared[head] - dy * dy).clamp(min=0))
+    if image is not None:
+        order = torch.argsort(image.index_select(0, head) * height + row, stable=True)
+        head, row = head.index_select(0, order), row.index_select(0, order)
+    centre, limit = x.index_select(0, head), squared.index_select(0, head)
+    dy = row.double() - y.index_select(0, head)
+    dy2 = dy * dy
+    half = torch.sqrt((limit - dy2).clamp(min=0))
 
     # Then the span of columns in each row. Rounding may put an end off by one column, and
     # dx*dx + dy*dy grows with |dx| also in floating point: testing the columns around each end
     # decides the whole span.
-    centre, limit = x[head], squared[head]
-
     def inside(column: torch.Tensor) -> torch.Tensor:
-        return (column - centre).square() + dy * dy <= limit
+        return (column - centre).square() + dy2 <= limit
 
     left = torch.ceil(centre - half) - 1
     right = torch.floor(centre + half) + 1
@@ -94,11 +122,12 @@ def incidence(points: Array, radii: Array, shape: tuple[int, int]) -> tuple[Arra
     first = left.clamp(0, width).long()
     last = right.clamp(-1, width - 1).long()
     span, column = _expand(first, last)
-    return _give(head[span], numpy_out), _give(row[span] * width + column, numpy_out)
+    return head.index_select(0, span), row.index_select(0, span), column
 
 
 def split_coincident(
-    points: Array, head: Array, pixel: Array, shape: tuple[int, int]
+    points: Array, head: Array, pixel: Array, shape: tuple[int, int], *,
+    image: torch.Tensor | None = None,
 ) -> Array:
     """Share the circle of heads at exactly the same place among them (our rule).
 
@@ -109,6 +138,8 @@ def split_coincident(
     every head its part.
 
     points: (N, 2) float. head, pixel: (M,) int64, an incidence list sorted by head.
+    image: (N,) int64, for a batch: only heads of one image share; pixels then count on from
+        image to image, (image * H + y) * W + x.
     Returns (M,) bool, True where the pair is kept; heads with a place of their own keep all.
     """
     points, numpy_out = _points(points)
@@ -117,7 +148,14 @@ def split_coincident(
     keep = torch.ones(len(head), dtype=torch.bool, device=points.device)
     if len(points) < 2:
         return _give(keep, numpy_out)
-    _, place, sharers = torch.unique(points, dim=0, return_inverse=True, return_counts=True)
+    # Heads at one place agree in any function of it; mostly no two agree, and a sort of one number
+    # a head has said so.
+    key = points[:, 0] + 0.7548776662466927 * points[:, 1]
+    key = (key if image is None else key + image * 1e6).sort().values
+    if not bool((key[1:] == key[:-1]).any()):
+        return _give(keep, numpy_out)
+    places = points if image is None else torch.cat([points, image[:, None].double()], dim=1)
+    _, place, sharers = torch.unique(places, dim=0, return_inverse=True, return_counts=True)
     if int(sharers.max()) == 1:
         return _give(keep, numpy_out)
 
@@ -132,7 +170,8 @@ def split_coincident(
     shared = torch.nonzero(share[head] > 1).squeeze(1)
     owner, where = head[shared], pixel[shared]
     dx = (where % shape[1]).double() - points[owner, 0]
-    dy = torch.div(where, shape[1], rounding_mode="floor").double() - points[owner, 1]
+    row = torch.div(where, shape[1], rounding_mode="floor") % shape[0]
+    dy = row.double() - points[owner, 1]
     angle = torch.atan2(dy, dx) % (2 * math.pi)
     angle = torch.where((dx == 0) & (dy == 0), torch.full_like(angle, -1.0), angle)
 
@@ -162,6 +201,9 @@ def lowest_wins(
     energy = energy.detach()
     head, pixel = to_tensor(head)[0].to(energy.device), to_tensor(pixel)[0].to(energy.device)
     height, width = shape
+    if energy.dtype == torch.float32:
+        labels = _lowest_packed(energy, head, pixel, height * width, threshold)
+        return _give(labels.reshape(height, width), numpy_out)
     claims = energy < threshold
     if not bool(claims.all()):
         energy, head, pixel = energy[claims], head[claims], pixel[claims]
@@ -175,10 +217,36 @@ def lowest_wins(
     return _give(labels.reshape(height, width), numpy_out)
 
 
+def _lowest_packed(
+    energy: torch.Tensor, head: torch.Tensor, pixel: torch.Tensor, pixels: int, threshold: float
+) -> torch.Tensor:
+    """(pixels,) int32 labels of `lowest_wins` for float32 energies, by one scatter.
+
+    Energy and head are packed into one int64, whose order is that of (energy, head): the bits of
+    a float, read as an integer, are in order once those of negative floats are turned over.
+    """
+    bits = (energy + 0.0).view(torch.int32)  # + 0.0: -0 becomes 0, they are equal energies
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    # NaN claims nothing; it may come out below everything
+    bits = bits.masked_fill(torch.isnan(energy), torch.iinfo(torch.int32).max)
+    limit = torch.tensor([threshold], dtype=torch.float64)
+    limit32 = limit.float()
+    if float(limit32) < threshold:  # the smallest float32 that is not below the threshold
+        limit32 = torch.nextafter(limit32, torch.tensor([math.inf]))
+    limit_bits = (limit32 + 0.0).view(torch.int32)
+    limit_bits = int(limit_bits ^ ((limit_bits >> 31) & 0x7FFFFFFF))
+    lowest = torch.full((pixels,), torch.iinfo(torch.int64).max, device=energy.device)
+    lowest.scatter_reduce_(0, pixel, (bits.long() << 32) | head, "amin")
+    claimed = (lowest >> 32) < limit_bits
+    winner = (lowest & 0xFFFFFFFF).to(torch.int32) + 1
+    return torch.where(claimed, winner, torch.zeros_like(winner))
+
+
 def _nearest_distance(points: torch.Tensor) -> torch.Tensor:
-    """(N,) float64 distance of every point to its nearest other point, N >= 2."""
+    """(N,) float64 distance of every point to its nearest other point, N >= 2, in 2 or 3 axes."""
     if points.device.type == "cpu":
-        distance, _ = cKDTree(points.numpy()).query(points.numpy(), k=2)
+        tree = cKDTree(points.numpy(), balanced_tree=False, compact_nodes=False)
+        distance, _ = tree.query(points.numpy(), k=2)
         return torch.from_numpy(np.ascontiguousarray(distance[:, 1]))
     return _nearest_by_slabs(points)
 
@@ -203,7 +271,8 @@ def _expand(first: torch.Tensor, last: torch.Tensor) -> tuple[torch.Tensor, torc
     end = torch.cumsum(length, 0)
     total = int(end[-1]) if len(end) else 0
     index = torch.repeat_interleave(length, output_size=total)
-    value = torch.arange(total, device=first.device) + (first - end + length)[index]
+    value = torch.arange(total, device=first.device)
+    value += (first - end + length).index_select(0, index)
     return index, value
 
 

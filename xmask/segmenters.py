@@ -24,6 +24,7 @@ from scipy.ndimage import gaussian_filter
 from skimage.color import rgb2lab
 
 from xmask import files
+from xmask.sam_decoder import HeadDecoder
 
 POSITIVE, NEGATIVE, PADDING = 1, 0, -1  # labels of prompt points, as in SAM
 
@@ -203,10 +204,9 @@ class SamSegmenter:
         views, view_of = self._views(prompts, head, pixel, first)
         for number, view in enumerate(views):
             members = np.flatnonzero(view_of == number)
+            decoder = self._decoder(view)
             for start in range(0, len(members), _DECODER_BATCH):
                 rows = members[start:start + _DECODER_BATCH]
-                low, quality = self._decode(prompts, rows, view)
-                scores[rows] = quality.clamp(0, 1).cpu().numpy()
                 lengths = first[rows + 1] - first[rows]
                 local = np.repeat(np.arange(len(rows)), lengths)
                 where = np.arange(lengths.sum()) + np.repeat(
@@ -214,8 +214,10 @@ class SamSegmenter:
                 y, x = np.divmod(pixel[where], self._image.shape[1])
                 y, x = y - view.top, x - view.left
                 shown = (y >= 0) & (y < view.height) & (x >= 0) & (x < view.width)
-                logits[:, where[shown]] = self._read(
-                    low, local[shown], y[shown], x[shown], view).cpu().numpy()
+                local, y, x = local[shown], y[shown], x[shown]
+                low, quality = self._decode(decoder, prompts, rows, view, local, y, x)
+                scores[rows] = quality.clamp(0, 1).cpu().numpy()
+                logits[:, where[shown]] = self._read(low, local, y, x, view).cpu().numpy()
         return logits, scores
 
     @torch.no_grad()
@@ -264,10 +266,21 @@ class SamSegmenter:
         return views, view_of
 
     @torch.no_grad()
+    def _decoder(self, view: _View) -> HeadDecoder:
+        prompt_encoder = self._model.prompt_encoder
+        return HeadDecoder(
+            self._model.mask_decoder, self._encode(view), prompt_encoder.get_dense_pe(),
+            prompt_encoder.no_mask_embed.weight[0])
+
+    @torch.no_grad()
     def _decode(
-        self, prompts: Prompts, rows: np.ndarray, view: _View
+        self, decoder: HeadDecoder, prompts: Prompts, rows: np.ndarray, view: _View,
+        local: np.ndarray, y: np.ndarray, x: np.ndarray,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """SAM's decoder on some heads: low-resolution logits (b, C, h, w), predicted IoU (b, C)."""
+        """SAM's decoder on some heads: low-resolution logits (b, C, h, w), predicted IoU (b, C).
+
+        Logits are made where `_read` reads them for pixels (y, x) of heads `local` only.
+        """
         size = (view.height, view.width)
         offset = np.array([view.left, view.top])
         points = prompts.points[rows] - offset
@@ -281,15 +294,23 @@ class SamSegmenter:
             corners = (prompts.boxes[rows].reshape(-1, 2, 2) - offset).clip(
                 0, (view.width - 1, view.height - 1))
             boxes = self._to_device(self._resize.apply_coords(corners, size)).reshape(-1, 4)
-        sparse, dense = self._model.prompt_encoder(
+        sparse, _ = self._model.prompt_encoder(
             points=(points, labels), boxes=boxes, masks=None)
-        return self._model.mask_decoder(
-            image_embeddings=self._encode(view),
-            image_pe=self._model.prompt_encoder.get_dense_pe(),
-            sparse_prompt_embeddings=sparse,
-            dense_prompt_embeddings=dense,
-            multimask_output=prompts.multimask,
-        )
+        cells = self._model.prompt_encoder.image_embedding_size
+        side = self._resize.get_preprocess_shape(view.height, view.width, self._input_side)
+        taken = []
+        for axis, place in enumerate((y, x)):
+            tap, weight = resize_taps(4 * cells[axis], self._input_side, side[axis], size[axis])
+            last = np.minimum(tap[place] + weight.shape[1] - 1, 4 * cells[axis] - 1)
+            taken.append((tap[place] // 4, last // 4))
+        (top, bottom), (left, right) = taken
+        # the taps of a pixel lie in at most two cells along each axis
+        wanted = np.unique(np.concatenate([
+            (local * cells[0] + row) * cells[1] + column
+            for row in (top, bottom) for column in (left, right)]))
+        head, row, column = np.unravel_index(wanted, (len(rows), *cells))
+        return decoder(sparse, prompts.multimask, *(
+            torch.as_tensor(index, device=self.device) for index in (head, row, column)))
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         return torch.as_tensor(array, dtype=torch.float32, device=self.device)

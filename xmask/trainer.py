@@ -268,21 +268,13 @@ class Trainer:
     def _labelled_terms(
         self, phase: int, logits: Tensor, embedding: Tensor | None, batch: Batch
     ) -> dict[str, Tensor]:
-        c = self.config.loss
-        images = range(len(logits))
+        instances = None if phase == 1 else torch.stack(batch.instances)
         if phase == 2:
-            points = [self._points(logits[i], 0.5)[0] for i in images]
-            return self._mask_terms(embedding, logits, points, batch.instances,
-                                    [None] * len(logits))
-        terms = {"p2r": _mean(self._p2r(logits[i], batch.points[i]) for i in images)}
+            points, _ = self._points(logits, 0.5)
+            return self._mask_terms(embedding, logits, points, instances, None)
+        terms = {"p2r": self._p2r(logits, batch.points)}
         if phase == 3:
-            terms["constraint"] = _mean(
-                losses.mask_constraint(
-                    logits[i], batch.instances[i], None, stride=model.STRIDE,
-                    background=c.background, foreground=c.foreground, one_point=c.one_point,
-                )
-                for i in images
-            )
+            terms["constraint"] = self._constraint(logits, instances, None)
         return terms
 
     def _unlabelled_terms(
@@ -295,79 +287,66 @@ class Trainer:
         batch: Batch,
     ) -> dict[str, Tensor]:
         c, o = self.config.loss, self.config.optimisation
-        images = range(len(logits))
         terms = {}
         if phase != 2:
             half = model.STRIDE // 2
             visible = batch.visible[:, half :: model.STRIDE, half :: model.STRIDE].float()
-            terms["p2r"] = _mean(
-                self._p2r(
-                    logits[i],
-                    self._points(teacher_logits[i], o.pseudo_threshold)[0],
-                    visible[i],
-                )
-                for i in images
-            )
+            points, _ = self._points(teacher_logits, o.pseudo_threshold)
+            terms["p2r"] = self._p2r(logits, points, visible)
         if phase == 1:
             return terms
 
         shape = batch.images.shape[-2:]
-        confident, instances, ignored = [], [], []
-        for i in images:
-            points, scores = self._points(teacher_logits[i], self.config.pseudo.point_threshold)
-            instances.append(self._pseudo_masks(teacher_logits[i], teacher_embedding[i], points,
-                                                shape))
-            sure = scores > o.confident
-            confident.append(points[sure])
-            ignored.append(_discs(points[~sure], c.ignore_radius, shape) | ~batch.visible[i])
+        points, scores = self._points(teacher_logits, self.config.pseudo.point_threshold)
+        instances = self._pseudo_masks(teacher_logits, teacher_embedding, points, shape)
+        sure = [s > o.confident for s in scores]
+        confident = [p[s] for p, s in zip(points, sure)]
         if phase == 2:
-            return self._mask_terms(embedding, logits, confident, instances, ignored)
-        terms["constraint"] = _mean(
-            losses.mask_constraint(
-                logits[i], instances[i], confident[i], stride=model.STRIDE,
-                background=c.background, foreground=c.foreground, one_point=c.one_point,
-            )
-            for i in images
-        )
+            doubtful = _discs([p[~s] for p, s in zip(points, sure)], c.ignore_radius, shape)
+            return self._mask_terms(embedding, logits, confident, instances,
+                                    doubtful | ~batch.visible)
+        terms["constraint"] = self._constraint(logits, instances, confident)
         return terms
 
     def _mask_terms(self, embedding, logits, points, instances, ignored) -> dict[str, Tensor]:
         c = self.config.loss
         terms = {
-            "exclusivity": _mean(
-                losses.exclusivity_loss(
-                    embedding[i], points[i], instances[i], tau=c.tau, margin=c.margin,
-                    sigma=c.sigma, ignore=ignored[i], nnec=c.nnec,
-                    differentiable_centers=c.differentiable_centers,
-                )
-                for i in range(len(instances))
-            )
+            "exclusivity": losses.exclusivity_losses(
+                embedding, points, instances, tau=c.tau, margin=c.margin, sigma=c.sigma,
+                ignore=ignored, nnec=c.nnec, differentiable_centers=c.differentiable_centers,
+            ).mean()
         }
         if c.consistency:
-            terms["consistency"] = c.consistency * _mean(
-                losses.point_mask_consistency(logits[i], instances[i], stride=model.STRIDE,
-                                              ignore=ignored[i])
-                for i in range(len(instances))
-            )
+            terms["consistency"] = c.consistency * losses.point_mask_consistencies(
+                logits, instances, stride=model.STRIDE, ignore=ignored
+            ).mean()
         return terms
 
-    def _p2r(self, logits: Tensor, points: Tensor, weight: Tensor | None = None) -> Tensor:
+    def _constraint(self, logits: Tensor, instances: Tensor, confident) -> Tensor:
         c = self.config.loss
-        return losses.p2r_loss(logits, points, model.STRIDE, max_distance=c.max_distance,
-                               min_radius=c.min_radius, weight=weight)
+        return losses.mask_constraints(
+            logits, instances, confident, stride=model.STRIDE,
+            background=c.background, foreground=c.foreground, one_point=c.one_point,
+        ).mean()
 
-    def _points(self, logits: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-        return decode.points_from_logits(logits.detach(), stride=model.STRIDE,
-                                         threshold=threshold)
+    def _p2r(self, logits: Tensor, points, weight: Tensor | None = None) -> Tensor:
+        c = self.config.loss
+        return losses.p2r_losses(logits, points, model.STRIDE, max_distance=c.max_distance,
+                                 min_radius=c.min_radius, weight=weight).mean()
+
+    def _points(self, logits: Tensor, threshold: float) -> tuple[list[Tensor], list[Tensor]]:
+        found = [decode.points_from_logits(one, stride=model.STRIDE, threshold=threshold)
+                 for one in logits.detach()]
+        return [points for points, _ in found], [scores for _, scores in found]
 
     def _pseudo_masks(self, logits, embedding, points, shape) -> Tensor:
         p = self.config.pseudo
         density = None
         if p.density_gate:
-            density = decode.upsample(torch.sigmoid(logits)[None], tuple(shape))[0]
-        return decode.instance_map(decode.upsample(embedding, tuple(shape)), points,
-                                   threshold=p.theta, geometry_weight=p.geometry_weight,
-                                   sigma=p.sigma, density=density)
+            density = decode.upsample(torch.sigmoid(logits)[:, None], tuple(shape))[:, 0]
+        return decode.instance_maps(embedding, points, stride=model.STRIDE, shape=tuple(shape),
+                                    threshold=p.theta, geometry_weight=p.geometry_weight,
+                                    sigma=p.sigma, density=density)
 
     # -- state ------------------------------------------------------------------------------
 
@@ -440,16 +419,15 @@ def _channels_last(images: Tensor) -> Tensor:
     return images.contiguous(memory_format=torch.channels_last)
 
 
-def _mean(values) -> Tensor:
-    return torch.stack(list(values)).mean()
-
-
-def _discs(points: Tensor, radius: float, shape: tuple[int, int]) -> Tensor:
-    """(H, W) bool: pixels within `radius` px of any point."""
-    covered = torch.zeros(shape[0] * shape[1], dtype=torch.bool, device=points.device)
-    radii = torch.full((len(points),), radius, device=points.device)
-    covered[nnec.incidence(points, radii, shape)[1]] = True
-    return covered.view(*shape)
+def _discs(points: list[Tensor], radius: float, shape: tuple[int, int]) -> Tensor:
+    """(B, H, W) bool: pixels within `radius` px of any point of their image."""
+    height, width = shape
+    stacked, image, _ = decode.stack_points(points, points[0].device)
+    radii = torch.full((len(stacked),), radius, device=stacked.device)
+    head, row, column = nnec.incidence_rows(stacked, radii, shape)
+    covered = torch.zeros(len(points), height, width, dtype=torch.bool, device=stacked.device)
+    covered[image[head], row, column] = True
+    return covered
 
 
 def _warmup_part(config: Config) -> dict:
