@@ -86,6 +86,11 @@ def _parser() -> argparse.ArgumentParser:
     made = command("check", _check, "what is missing or odd in a dataset folder", data)
     made.add_argument("--dataset", required=True, choices=(*DATASETS, "shb", "synthetic"))
     made.add_argument("--root", required=True, type=Path)
+    made = command("coverage", _coverage, "how many exclusion circles cover a pixel, counted over "
+                   "all images (walkthrough 01)", data)
+    made.add_argument("--dataset", required=True, choices=(*DATASETS, "shb", "synthetic"))
+    made.add_argument("--root", required=True, type=Path)
+    made.add_argument("--out", required=True, type=Path, help="a .csv file")
     made = command("draw", _draw, "draw a synthetic dataset in an official layout", data)
     made.add_argument("--layout", required=True, choices=DATASETS)
     made.add_argument("--out", required=True, type=Path)
@@ -189,6 +194,17 @@ def _check(o: argparse.Namespace) -> int:
                            "display.max_rows", None):
         print(table.to_string(index=False))
     return 1 if (table["status"] == "error").any() else 0
+
+
+def _coverage(o: argparse.Namespace) -> int:
+    from xmask import files, lessons
+    from xmask.data import open_dataset
+
+    splits = [open_dataset(o.dataset, o.root, split) for split in ("train", "test")]
+    table = lessons.coverage_table((s.points, s.shape) for split in splits for s in split)
+    files.write_text(o.out, table.to_csv(index=False))
+    print(o.out)
+    return 0
 
 
 def _draw(o: argparse.Namespace) -> int:
