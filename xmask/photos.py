@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import glob
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,7 @@ def find(arguments: Sequence[str | os.PathLike]) -> list[Photo]:
     A folder gives the images directly in it, by their suffix; a glob may hold ** for folders
     below. A file named outright is taken whatever its suffix, and may be missing: that is said
     when its turn comes. Names are file names without suffix; where two are alike, the suffix and
-    the folder (with dashes) are added.
+    folders (with dashes) are added.
     Raises ValueError for a folder or glob that gives no image.
     """
     paths: list[Path] = []
@@ -74,11 +75,26 @@ def find(arguments: Sequence[str | os.PathLike]) -> list[Photo]:
         else:
             found = [path]
         paths += found
-    paths = list({path.resolve(): path for path in reversed(paths)}.values())[::-1]
-    stems = [path.stem for path in paths]
-    names = [stem if stems.count(stem) == 1 else "-".join(path.resolve().parts[1:])
-             for stem, path in zip(stems, paths)]
-    return [Photo(path, name) for path, name in zip(paths, names)]
+    once: dict[Path, Path] = {}
+    for path in paths:
+        once.setdefault(path.resolve(), path)
+    paths = list(once.values())
+    return [Photo(path, name) for path, name in zip(paths, _names(paths))]
+
+
+def _names(paths: list[Path]) -> list[str]:
+    stems = Counter(path.stem for path in paths)
+    full = [path.absolute() for path in paths]
+    shared = os.path.commonpath([path.parent for path in full]) if full else ""
+    names: list[str] = []
+    for path in full:
+        name = path.stem
+        if stems[name] > 1:
+            name = "-".join(path.relative_to(shared).parts)
+        while name in names:
+            name += "_"
+        names.append(name)
+    return names
 
 
 def _is_image(path: Path) -> bool:
@@ -88,7 +104,7 @@ def _is_image(path: Path) -> bool:
 
 def run(photos: Sequence[Photo], model: Predictor, out: str | os.PathLike, *,
         progress: bool = True) -> list[Row]:
-    """Predict every photo into the folder `out`; return one row for each.
+    """Predict every photo into the folder `out`; return one row for each, failed or not.
 
     Written for a photo named N: `N.points.csv` (x, y, score, area in pixels), `N.masks.png`
     (16-bit label map, value k the head of line k), `N.overlay.png`; for the call: `counts.csv`,
@@ -101,7 +117,7 @@ def run(photos: Sequence[Photo], model: Predictor, out: str | os.PathLike, *,
         bar.set_postfix_str(photo.name[-30:], refresh=False)
         try:
             rows.append(_one(photo, model, out))
-        except (OSError, ValueError, MemoryError) as error:
+        except (OSError, ValueError, RuntimeError, MemoryError) as error:  # out of memory, too
             message = " ".join(str(error).split()) or type(error).__name__
             rows.append(Row(str(photo.path), photo.name, error=message))
             bar.write(f"failed: {message}")
@@ -166,7 +182,7 @@ def paint(image: np.ndarray, label_map: np.ndarray, points: np.ndarray) -> np.nd
     """`figures.overlay` of images of any size, in strips: (H, W, 3) uint8."""
     from xmask.figures import overlay
 
-    painted = np.empty_like(image)
+    painted, points = np.empty_like(image), np.rint(points)  # first: half pixels round to even
     for top in range(0, len(image), _STRIP):
         # two rows more on each side: contours and dots reach that far
         begin, end = max(top - 2, 0), min(top + _STRIP + 2, len(image))
