@@ -56,6 +56,17 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--segmenter", default="classical", help="or a SAM checkpoint (.pth)")
     made.add_argument("--limit", type=int, help="only the first images")
 
+    made = command("predict", _predict, "count and masks of your own images, resumable")
+    made.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders or globs")
+    made.add_argument("--out", required=True, type=Path)
+    made.add_argument("--weights", help="a file of `xmask export` or a run folder; default: the "
+                                        "small model of the package, trained on synthetic crowds")
+    made.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
+
+    made = command("export", _export, "write a run's model as one file for `predict --weights`")
+    made.add_argument("run", type=Path, metavar="RUN_FOLDER")
+    made.add_argument("--out", required=True, type=Path)
+
     for name, function, text in (
         ("train", _train, "train one run of the study"),
         ("evaluate", _evaluate, "evaluate one run of the study (training it if needed)"),
@@ -122,6 +133,32 @@ def _masks(o: argparse.Namespace) -> int:
     indices = list(range(len(dataset)))[: o.limit]
     segmenter = open_segmenter(o.segmenter, study.device())
     print(edp_sam.mask_dataset(dataset, indices, segmenter, o.out))
+    return 0
+
+
+def _predict(o: argparse.Namespace) -> int:
+    from xmask import photos, predict
+
+    found = photos.find(o.images)
+    model = predict.load(o.weights, o.device)
+    print(f"{model!r}")
+    rows = photos.run(found, model, o.out)
+    for row in rows:
+        print(f"{row.image}: {row.error or f'{row.count} heads'}"
+              + (f" ({row.repairs})" if row.repairs else ""))
+    failed = [row for row in rows if row.error]
+    print(f"{len(rows) - len(failed)} of {len(rows)} images done, in {o.out}"
+          + (f"; {len(failed)} failed, see above and counts.csv" if failed else ""))
+    if model.record["trained_on"]["synthetic"]:
+        print("This model was trained on synthetic crowds: do not rely on its counts of "
+              "photographs.")
+    return 1 if failed else 0
+
+
+def _export(o: argparse.Namespace) -> int:
+    from xmask import predict
+
+    print(predict.load(predict.export(o.run, o.out), "cpu"))
     return 0
 
 
