@@ -6,6 +6,7 @@ words what it shows: the words are stored with the picture, and a test compares 
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Iterable
 
@@ -17,9 +18,11 @@ from matplotlib.axes import Axes
 from matplotlib.collections import PatchCollection
 from matplotlib.patches import Circle
 from PIL import Image
+from torch import nn
 
 from xmask import nnec
 from xmask.figures import GREY, Picture
+from xmask.trainer import Trainer
 
 DPI = 90
 MOST_CIRCLES = 12  # coverage above this is counted as this; only heads closer than 3 px reach it
@@ -108,3 +111,32 @@ def coverage_table(annotated: Iterable[tuple[np.ndarray, tuple[int, int]]]) -> p
             found[row] += np.bincount(counts.ravel(), minlength=MOST_CIRCLES + 1)
     return pd.DataFrame({"circles": np.arange(MOST_CIRCLES + 1), "pixels": found[0],
                          "pixels_unclipped": found[1]})
+
+
+class WatchedTrainer(Trainer):
+    """A trainer that keeps teacher and student as they were when epochs of `keep` began.
+
+    After `fit`, `teachers` and `students` map each of these epochs, and the last one, to a
+    network in evaluation mode. Other arguments: of `xmask.trainer.Trainer`.
+    """
+
+    def __init__(self, *arguments, keep: Iterable[int] = (), **options):
+        super().__init__(*arguments, **options)
+        self.keep = set(keep)
+        self.teachers: dict[int, nn.Module] = {}
+        self.students: dict[int, nn.Module] = {}
+
+    def fit(self) -> nn.Module:
+        """Train to the end, see `Trainer.fit`."""
+        super().fit()
+        self._keep()
+        return self.teacher
+
+    def _set_rate(self, phase: int) -> None:  # the trainer calls this as an epoch begins
+        if self.epoch in self.keep:
+            self._keep()
+        super()._set_rate(phase)
+
+    def _keep(self) -> None:
+        for kept, network in ((self.teachers, self.teacher), (self.students, self.student)):
+            kept[self.epoch] = copy.deepcopy(network).eval()
