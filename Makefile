@@ -3,7 +3,8 @@
 #   make test        the tests
 # DATA= SAM= point at real datasets and SAM weights; DATASETS= PERCENTS= SEEDS= narrow the study;
 # EXTRAS=no leaves out supervised-only runs and ablations; JOBS= steps at a time.
-# Others: make lab (JupyterLab), make clean (what was made; the environment stays).
+# Others: make walkthroughs (run them anew and store their outputs), make docs (docs/api.md and
+# the results table of README.md from code and tables), make lab (JupyterLab), make clean (what was made; the environment stays).
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -24,10 +25,10 @@ space := $(empty) $(empty)
 list = $(subst $(space),$(comma),$(strip $(subst $(comma),$(space),$(1))))
 option = $(if $(strip $(2)),--$(1) "$(2)")
 
-.PHONY: help setup reproduce test lab clean lock
+.PHONY: help setup reproduce test walkthroughs docs lab clean lock
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
 
 setup: $(VENV)/.ready
 
@@ -48,6 +49,12 @@ reproduce: setup
 
 test: setup
 	$(BIN)/python -m pytest -q
+
+walkthroughs: setup
+	$(BIN)/xmask docs --walkthroughs
+
+docs: setup
+	$(BIN)/xmask docs
 
 lab: setup
 	$(BIN)/jupyter lab notebooks

@@ -91,6 +91,12 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("--profile", choices=PROFILES, default="demo")
         made.add_argument("--data", default="", help="folder of the real datasets")
 
+    made = command("docs", _docs, "for maintainers: write docs/api.md and README.md's results "
+                   "table anew")
+    made.add_argument("--walkthroughs", nargs="*", metavar="NAME",
+                      help="instead, run these walkthroughs (e.g. 01; default: all) and store "
+                           "their outputs")
+
     data = commands.add_parser("data", help="look at datasets").add_subparsers(
         required=True, metavar="COMMAND"
     )
@@ -217,6 +223,19 @@ def _figures(o: argparse.Namespace) -> int:
                          if o.data or o.profile == "demo" else None),
     )
     for path in paths:
+        print(path)
+    return 0
+
+
+def _docs(o: argparse.Namespace) -> int:
+    from xmask import pages, study, walkthroughs
+
+    root = study.enter_root()
+    if o.walkthroughs is None:
+        made = pages.refresh(root)
+    else:
+        made = map(walkthroughs.execute, walkthroughs.walkthroughs(only=o.walkthroughs))
+    for path in made:
         print(path)
     return 0
 

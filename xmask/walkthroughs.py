@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import nbformat
@@ -21,9 +22,17 @@ METADATA = {"kernelspec": {"display_name": "Python 3", "language": "python", "na
 CELL_SECONDS = 300
 
 
-def walkthroughs(folder: str | Path = NOTEBOOKS) -> list[Path]:
-    """The walkthrough notebooks in reading order."""
-    return sorted(Path(folder).glob(PATTERN))
+def walkthroughs(folder: str | Path = NOTEBOOKS, only: Sequence[str] = ()) -> list[Path]:
+    """The walkthrough notebooks in reading order; only: beginnings of their names, e.g. "01".
+
+    Raises ValueError for a beginning that no walkthrough has.
+    """
+    paths = sorted(Path(folder).glob(PATTERN))
+    unknown = [name for name in only if not any(path.name.startswith(name) for path in paths)]
+    if unknown:
+        raise ValueError(f"no walkthrough begins with {', '.join(unknown)}; there are "
+                         f"{', '.join(path.stem for path in paths)}")
+    return [path for path in paths if not only or path.name.startswith(tuple(only))]
 
 
 def execute(path: str | Path) -> Path:
