@@ -3,7 +3,8 @@
 #   make test        the tests
 # DATA= SAM= point at real datasets and SAM weights; DATASETS= PERCENTS= SEEDS= narrow the study;
 # EXTRAS=no leaves out supervised-only runs and ablations; JOBS= steps at a time.
-# Others: make lab (JupyterLab), make clean (what was made; the environment stays).
+# Others: make report (one HTML page of the results; PICTURES=yes shows real photographs in it),
+# make lab (JupyterLab), make clean (what was made; the environment stays).
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -15,6 +16,7 @@ PERCENTS ?=
 SEEDS ?=
 JOBS ?=
 EXTRAS ?=
+PICTURES ?=
 
 BIN := $(VENV)/bin
 # "5 10", "5,10" and "5, 10" are the same list
@@ -24,10 +26,10 @@ space := $(empty) $(empty)
 list = $(subst $(space),$(comma),$(strip $(subst $(comma),$(space),$(1))))
 option = $(if $(strip $(2)),--$(1) "$(2)")
 
-.PHONY: help setup reproduce test lab clean lock
+.PHONY: help setup reproduce test report lab clean lock
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -7
 
 setup: $(VENV)/.ready
 
@@ -48,6 +50,9 @@ reproduce: setup
 
 test: setup
 	$(BIN)/python -m pytest -q
+
+report: setup
+	$(BIN)/xmask report --profile $(PROFILE) $(call option,data,$(DATA)) $(if $(PICTURES),--pictures)
 
 lab: setup
 	$(BIN)/jupyter lab notebooks

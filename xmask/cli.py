@@ -91,6 +91,13 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("--profile", choices=PROFILES, default="demo")
         made.add_argument("--data", default="", help="folder of the real datasets")
 
+    made = command("report", _report, "one HTML page of a profile's results, to share")
+    made.add_argument("--profile", choices=PROFILES, default="demo")
+    made.add_argument("--out", type=Path, help="default: results/PROFILE/report.html")
+    made.add_argument("--data", default="", help="folder of the real datasets, for --pictures")
+    made.add_argument("--pictures", action="store_true",
+                      help="show real photographs, too: mind their terms before you share the page")
+
     data = commands.add_parser("data", help="look at datasets").add_subparsers(
         required=True, metavar="COMMAND"
     )
@@ -213,6 +220,18 @@ def _figures(o: argparse.Namespace) -> int:
     )
     for path in paths:
         print(path)
+    return 0
+
+
+def _report(o: argparse.Namespace) -> int:
+    from xmask import html, study
+
+    results = study.results_folder(o.profile)
+    print(html.write_report(
+        results, o.out or results / "report.html", figures_folder=Path("figures") / o.profile,
+        datasets=lambda dataset: (study.open_test(o.profile, dataset, o.data)
+                                  if o.data or o.profile == "demo" else None),
+        pictures=o.pictures))
     return 0
 
 
