@@ -67,6 +67,15 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("run", type=Path, metavar="RUN_FOLDER")
     made.add_argument("--out", required=True, type=Path)
 
+    made = command("learn", _learn, "train on your own photos: those with a CSV of dots (x,y) "
+                   "beside them, and those without; resumable")
+    made.add_argument("folder", type=Path, metavar="FOLDER")
+    made.add_argument("--out", required=True, type=Path, help="a run folder, for predict --weights")
+    made.add_argument("--segmenter", default="classical", help="or a SAM checkpoint (.pth)")
+    made.add_argument("--seed", type=int, default=1)
+    made.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE",
+                      help="change a field, e.g. --set schedule.phase1=60")
+
     for name, function, text in (
         ("train", _train, "train one run of the study"),
         ("evaluate", _evaluate, "evaluate one run of the study (training it if needed)"),
@@ -96,6 +105,12 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--walkthroughs", nargs="*", metavar="NAME",
                       help="instead, run these walkthroughs (e.g. 01; default: all) and store "
                            "their outputs")
+    made = command("report", _report, "one HTML page of a profile's results, to share")
+    made.add_argument("--profile", choices=PROFILES, default="demo")
+    made.add_argument("--out", type=Path, help="default: results/PROFILE/report.html")
+    made.add_argument("--data", default="", help="folder of the real datasets, for --pictures")
+    made.add_argument("--pictures", action="store_true",
+                      help="show real photographs, too: mind their terms before you share the page")
 
     data = commands.add_parser("data", help="look at datasets").add_subparsers(
         required=True, metavar="COMMAND"
@@ -168,6 +183,17 @@ def _export(o: argparse.Namespace) -> int:
     return 0
 
 
+def _learn(o: argparse.Namespace) -> int:
+    from xmask import own
+
+    dotted, bare = own.read_folder(o.folder)
+    print(f"{len(dotted)} photos with {sum(len(one.points) for one in dotted)} dots, "
+          f"{len(bare)} without")
+    print(own.learn(dotted, bare, o.out, own.configure(_changes(o.set), seed=o.seed),
+                    segmenter=o.segmenter))
+    return 0
+
+
 def _configuration(o: argparse.Namespace):
     from xmask import study
 
@@ -237,6 +263,18 @@ def _docs(o: argparse.Namespace) -> int:
         made = map(walkthroughs.execute, walkthroughs.walkthroughs(only=o.walkthroughs))
     for path in made:
         print(path)
+    return 0
+
+
+def _report(o: argparse.Namespace) -> int:
+    from xmask import html, study
+
+    results = study.results_folder(o.profile)
+    print(html.write_report(
+        results, o.out or results / "report.html", figures_folder=Path("figures") / o.profile,
+        datasets=lambda dataset: (study.open_test(o.profile, dataset, o.data)
+                                  if o.data or o.profile == "demo" else None),
+        pictures=o.pictures))
     return 0
 
 

@@ -64,15 +64,19 @@ class Scene:
         self.radii = nnec.exclusion_radii(heads, shape, lone=decode.LONE_RADIUS)
         head, pixel = nnec.incidence(heads, self.radii, shape)
         kept = nnec.split_coincident(heads, head, pixel, shape)
-        self._head, self._pixel = head[kept], pixel[kept]
+        head, pixel = head[kept], pixel[kept]
+        order, self._layers = _layers(pixel.numpy())
+        head, pixel = head[order], pixel[order]
+        self._owner, self._pixel = (head + 1).to(torch.int32).numpy(), pixel.numpy()
         full = decode.upsample(embedding.cpu(), 4)[:, :shape[0], :shape[1]]
-        self._distance: dict[float, torch.Tensor] = {}
+        self._distance: dict[float, np.ndarray] = {}
         for sigma in sigmas:
             features = decode.smooth(full, sigma)
-            self._distance[sigma], self._spread = decode.pair_terms(
-                features, decode.sample_at(features, heads), heads, self.radii, self._head,
-                self._pixel)
+            distance, spread = decode.pair_terms(
+                features, decode.sample_at(features, heads), heads, self.radii, head, pixel)
+            self._distance[sigma], self._spread = distance.numpy(), spread.numpy()
         self._dimmed = ((1 - _OPACITY) * image).astype(np.uint8)
+        self._rest = image - self._dimmed
         self._colours = _palette(len(points))
         self._circles = _circle_pixels(self.points, self.radii.numpy(), shape)
         self._assigned: tuple[tuple, np.ndarray, np.ndarray] | None = None
@@ -90,7 +94,7 @@ class Scene:
     @property
     def pairs(self) -> int:
         """Length of the incidence list: (head, pixel) pairs with the pixel in the head's circle."""
-        return len(self._head)
+        return len(self._pixel)
 
     def assign(self, geometry_weight: float, sigma: float) -> tuple[np.ndarray, np.ndarray]:
         """(owner, energy), (H, W) int32 and float32: per pixel the head, from 1, that claims it
@@ -103,11 +107,16 @@ class Scene:
                              f"{', '.join(map(str, self.sigmas))}, or give sigmas to Scene")
         key = geometry_weight, sigma
         if self._assigned is None or self._assigned[0] != key:  # theta alone moves for free
-            energy = torch.add(self._distance[sigma], self._spread, alpha=geometry_weight)
-            owner = nnec.lowest_wins(energy, self._head, self._pixel, self.shape)
-            lowest = torch.full((owner.numel(),), torch.inf)
-            lowest.scatter_reduce_(0, self._pixel, energy, "amin")
-            self._assigned = key, owner.numpy(), lowest.reshape(self.shape).numpy()
+            energy = self._distance[sigma] + np.float32(geometry_weight) * self._spread
+            size = self.shape[0] * self.shape[1]
+            owner, lowest = np.zeros(size, np.int32), np.full(size, np.inf, np.float32)
+            for layer in self._layers:
+                pixel, mine, head = self._pixel[layer], energy[layer], self._owner[layer]
+                if layer.start:  # a second, third, ... circle over these pixels
+                    lower = mine < lowest[pixel]
+                    pixel, mine, head = pixel[lower], mine[lower], head[lower]
+                lowest[pixel], owner[pixel] = mine, head
+            self._assigned = key, owner.reshape(self.shape), lowest.reshape(self.shape)
         return self._assigned[1:]
 
     def label_map(self, view: View) -> np.ndarray:
@@ -128,8 +137,9 @@ class Scene:
         else:
             labels = (self.label_map(view) if view.show == "masks"
                       else self.assign(view.geometry_weight, view.sigma)[0])
-            painted = np.where((labels > 0)[..., None],
-                               self._dimmed + self._colours[labels], self.image)
+            # of a pixel of the background, the part that was dimmed is added back
+            painted = self._dimmed + np.where((labels > 0)[..., None], self._colours[labels],
+                                              self._rest)
             edge = _edges(labels)
             painted[edge] = (self._colours[labels[edge]] / _OPACITY).astype(np.uint8)
         if view.circles:
@@ -202,6 +212,21 @@ def describe(scene: Scene, view: View) -> str:
     scale = f"; dark is energy 0, light {_TOP:g}, white no circle" * (view.show == "energy")
     return (f"{s['heads']} heads, {s['with_mask']} with a mask; masks cover "
             f"{100 * s['covered']:.1f}% of the image, median {s['median_area']:.0f} px{scale}")
+
+
+def _layers(pixel: np.ndarray) -> tuple[np.ndarray, list[slice]]:
+    """An order of the incidence list in which every layer holds a pixel at most once, and the
+    layers: first the first circle of every pixel, then the second of those that have one, ...
+
+    At most five circles cover a pixel, so there are few layers, and the minimum per pixel is one
+    plain assignment for each. Within a pixel the order of heads stays, as ties are decided by it.
+    """
+    by_pixel = np.argsort(pixel, kind="stable")
+    new = np.diff(pixel[by_pixel], prepend=-1) != 0
+    rank = np.arange(len(pixel)) - np.maximum.accumulate(np.where(new, np.arange(len(pixel)), 0))
+    order = by_pixel[np.argsort(rank, kind="stable")]
+    ends = np.cumsum(np.bincount(rank))
+    return order, [slice(begin, end) for begin, end in zip([0, *ends[:-1]], ends)]
 
 
 def _palette(people: int) -> np.ndarray:
