@@ -98,7 +98,9 @@ def test_one_coco_file_holds_all_images_of_the_call(folder, tmp_path, model):
         name = photos.Path(image["file_name"]).stem
         again = np.zeros((image["height"], image["width"]), np.int32)
         for one in reader.loadAnns(reader.getAnnIds(imgIds=[image["id"]])):
-            again[reader.annToMask(one) > 0] = one["label"]
+            again[reader.annToMask(one) > 0] = one["head"]
+            assert one["source"] == "predicted" and 0.5 <= one["score"] <= 1
+            assert one["area"] == (again == one["head"]).sum() and one["category_id"] == 1
         np.testing.assert_array_equal(again, read_labels(tmp_path / f"{name}.masks.png"))
 
 

@@ -11,7 +11,7 @@ import dataclasses
 import glob
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -194,22 +194,18 @@ def paint(image: np.ndarray, label_map: np.ndarray, points: np.ndarray) -> np.nd
 
 def _coco(rows: Sequence[Row], model: Predictor, out: Path) -> dict:
     """All masks of the call as one COCO document, read back from the files just written."""
-    done = [row for row in rows if not row.error]
-    images = [{"id": number, "file_name": row.image, "width": row.width, "height": row.height,
-               "count": row.count} for number, row in enumerate(done, 1)]
-
-    def found() -> Iterator[dict]:
-        number = 1
-        for image, row in zip(images, done):
-            table = pd.read_csv(out / f"{row.name}.points.csv")
-            made = coco.annotations(
-                read_labels(out / f"{row.name}.masks.png"), table[["x", "y"]].to_numpy(),
-                table["score"].to_numpy(), image_id=image["id"], first_id=number)
-            number += len(made)
-            yield from made
-
-    trained = model.record["trained_on"]["text"]
-    return coco.document(images, found(), {
-        "description": f"Predicted by xmask ({model.record['backbone']}, trained on {trained}); "
-                       "not ground truth",
-        "version": model.record["sha256"]})
+    images, found = [], []
+    for row in rows:
+        if row.error:
+            continue
+        images.append({"id": len(images) + 1, "file_name": row.image, "width": row.width,
+                       "height": row.height, "count": row.count})
+        table = pd.read_csv(out / f"{row.name}.points.csv")
+        table = table.assign(head=range(1, len(table) + 1), source="predicted")
+        found += coco.annotations(read_labels(out / f"{row.name}.masks.png"), table,
+                                  images[-1]["id"], len(found) + 1)
+    text = (f"Predicted by xmask ({model.record['backbone']}, trained on "
+            f"{model.record['trained_on']['text']}); not ground truth")
+    return {"info": {"description": text, "version": model.record["sha256"]}, "images": images,
+            "annotations": found,
+            "categories": [{"id": 1, "name": "head", "supercategory": "person"}]}
