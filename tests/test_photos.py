@@ -142,6 +142,8 @@ def test_a_changed_image_model_or_output_is_made_again(folder, tmp_path, model, 
     assert made_again()
     Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(folder / "plain.png")
     assert made_again()
+    photos.run(wanted, model, tmp_path, max_side=48, progress=False)
+    assert made_again() and files.read_json(tmp_path / "model.json")["max_side"] is None
     monkeypatch.setitem(model.record, "sha256", "0" * 64)
     assert made_again() and not made_again()
 
