@@ -34,7 +34,8 @@ def test_the_masks_are_those_of_the_decoding(model, small, sigma, theta, weight)
     full = decode.upsample(model.maps(small.image)[1], 4)[:, :150, :200]
     expected = decode.instance_map(full, small.points, threshold=theta, geometry_weight=weight,
                                    sigma=sigma)
-    np.testing.assert_array_equal(small.label_map(view), expected.numpy())
+    differ = (small.label_map(view) != expected.numpy()).mean()
+    assert differ < 1e-4 and expected.any()  # ties of energies, to rounding
 
 
 def test_a_scene_has_the_heads_of_the_prediction(model, small):

@@ -98,7 +98,9 @@ def test_one_coco_file_holds_all_images_of_the_call(folder, tmp_path, model):
         name = photos.Path(image["file_name"]).stem
         again = np.zeros((image["height"], image["width"]), np.int32)
         for one in reader.loadAnns(reader.getAnnIds(imgIds=[image["id"]])):
-            again[reader.annToMask(one) > 0] = one["label"]
+            again[reader.annToMask(one) > 0] = one["head"]
+            assert one["source"] == "predicted" and 0.5 <= one["score"] <= 1
+            assert one["area"] == (again == one["head"]).sum() and one["category_id"] == 1
         np.testing.assert_array_equal(again, read_labels(tmp_path / f"{name}.masks.png"))
 
 
@@ -140,6 +142,8 @@ def test_a_changed_image_model_or_output_is_made_again(folder, tmp_path, model, 
     assert made_again()
     Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(folder / "plain.png")
     assert made_again()
+    photos.run(wanted, model, tmp_path, max_side=48, progress=False)
+    assert made_again() and files.read_json(tmp_path / "model.json")["max_side"] is None
     monkeypatch.setitem(model.record, "sha256", "0" * 64)
     assert made_again() and not made_again()
 

@@ -15,6 +15,7 @@ import xmask
 from tests.test_trainer import tiny
 from xmask import evaluate, files, model, predict
 from xmask.cli import main
+from xmask.data.images import resize_image
 from xmask.data.synthetic import draw_scene
 
 
@@ -93,6 +94,23 @@ def test_changed_thresholds_are_used(bundled, scene):
     few, usual = mine.predict(scene.image), bundled.predict(scene.image)
     assert few.count == usual.count
     assert 0 < (few.instances > 0).sum() < (usual.instances > 0).sum()
+
+
+def test_a_close_up_can_be_computed_smaller(bundled, scene):
+    """Twice as large an image, computed at the size of the first: the same heads, twice as far
+    apart, each in its own mask."""
+    large = scene.image.repeat(2, axis=0).repeat(2, axis=1)
+    found = bundled.predict(large, max_side=200)
+    small = bundled.predict(resize_image(large, scene.shape))
+    assert found.instances.shape == large.shape[:2] and found.count == small.count > 5
+    np.testing.assert_allclose(found.points, small.points * 2 + 0.5)
+    np.testing.assert_array_equal(found.instances[::2, ::2], small.instances)
+    same = bundled.predict(scene.image, max_side=200)  # not larger: nothing happens
+    np.testing.assert_array_equal(same.points, bundled.predict(scene.image).points)
+    with pytest.raises(ValueError, match="max_side: 9 px; give at least 32"):
+        bundled.predict(scene.image, max_side=9)
+    with pytest.raises(ValueError, match="image, resized: 100 x 1 px"):
+        bundled.predict(np.zeros((10, 1000, 3), np.uint8), max_side=100)
 
 
 @pytest.mark.parametrize("image", [

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.test_trainer import tiny
-from xmask import decode, evaluate, metrics, model, tiling
+from xmask import decode, energy, evaluate, metrics, model, tiling
 from xmask.data.synthetic import draw_scene
 
 
@@ -94,6 +94,28 @@ def test_no_cell_sees_farther_than_the_margin(network):
              | (before.embedding != after.embedding)[0].any(0))
     reach = (torch.nonzero(moved) * model.STRIDE - 256).abs().max()
     assert 0 < reach <= 138 + model.STRIDE < tiling.MARGIN
+
+
+def test_nothing_the_network_or_the_decoding_holds_grows_with_the_image(network, monkeypatch):
+    """Whatever the image's size, pieces stay within tile + 2 margins, windows within a tile."""
+    pieces, windows = [], []
+    forward, assign = type(network).forward, energy.assign
+
+    def seen(self, images, *arguments, **options):
+        pieces.append(tuple(images.shape[-2:]))
+        return forward(self, images, *arguments, **options)
+
+    def assigned(features, *arguments, **options):
+        windows.append(tuple(features.shape[-2:]))
+        return assign(features, *arguments, **options)
+
+    monkeypatch.setattr(type(network), "forward", seen)
+    monkeypatch.setattr(energy, "assign", assigned)
+    image = draw_scene(seed=1, shape=(600, 1000), people=40).image
+    maps = tiling.network_maps(network, image, tile=64)
+    tiling.decode_maps(*maps, (600, 1000), tiny().evaluation, tile=64)
+    assert len(pieces) == 10 * 16 and max(map(max, pieces)) <= 64 + 2 * tiling.MARGIN
+    assert len(windows) > 50 and max(map(max, windows)) <= 64
 
 
 @pytest.mark.parametrize("length", [1, 31, 32, 1024, 1344, 1345, 2047, 2048, 5000, 10016])

@@ -61,6 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--out", required=True, type=Path)
     made.add_argument("--weights", help="a file of `xmask export` or a run folder; default: the "
                                         "small model of the package, trained on synthetic crowds")
+    made.add_argument("--max-side", type=int, metavar="PX",
+                      help="compute larger images at this longer side; default: full size")
     made.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
 
     made = command("export", _export, "write a run's model as one file for `predict --weights`")
@@ -163,7 +165,7 @@ def _predict(o: argparse.Namespace) -> int:
     found = photos.find(o.images)
     model = predict.load(o.weights, o.device)
     print(f"{model!r}")
-    rows = photos.run(found, model, o.out)
+    rows = photos.run(found, model, o.out, max_side=o.max_side)
     for row in rows:
         print(f"{row.image}: {row.error or f'{row.count} heads'}"
               + (f" ({row.repairs})" if row.repairs else ""))

@@ -1,105 +1,95 @@
-"""Label maps as COCO annotations: one run-length encoded mask a person.
+"""Masks as COCO JSON with run-length encoding, the format that annotation tools read.
 
-Masks are encoded from the runs of each label, so the cost is that of the map, not of N masks of
-its size; `pycocotools` reads them back identically.
+Not part of the paper. One pass over the label map finds the runs of all heads, so the cost does
+not grow with their number, and no mask is ever spread out over the image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pycocotools import mask as rle
+import pandas as pd
+from pycocotools import mask as coco_mask
 
-PERSON = {"id": 1, "name": "person", "supercategory": "person"}
+from xmask import files
 
 
-def annotations(
-    label_map: np.ndarray,
-    points: np.ndarray | None = None,
-    scores: np.ndarray | None = None,
-    *,
-    image_id: int = 1,
-    first_id: int = 1,
-) -> list[dict[str, Any]]:
-    """One COCO annotation for every label that has pixels, in the order of the labels.
+def encode(labels: np.ndarray) -> dict[int, dict[str, Any]]:
+    """RLE of every instance of a label map: {k: {"size": [H, W], "counts": str}}.
 
-    label_map: (H, W) integers, 0 background, k the person of points[k - 1]. points: (N, 2)
-    (x, y) pixels; scores: (N,). first_id: `id` of the first annotation; the next ones count up.
-    Each has the usual fields (`segmentation` a compressed RLE, `area` in pixels, `bbox` as x, y,
-    width, height), and besides `label`, k, and where given `point` and `score`.
-    Raises ValueError if points or scores are fewer than the labels.
+    labels: (H, W) int, 0 background. The string is pycocotools' compressed form; its decode
+    gives exactly labels == k.
     """
-    label_map = np.asarray(label_map)
-    height, width = label_map.shape
-    # column by column, as COCO counts; a stable sort keeps each label's pixels in that order
-    flat = label_map.ravel(order="F")
-    pixel = np.flatnonzero(flat)
-    owner = flat[pixel]
-    order = np.argsort(owner, kind="stable")
-    pixel, owner = pixel[order], owner[order]
-    labels, begin = np.unique(owner, return_index=True)
-    for name, values in (("points", points), ("scores", scores)):
-        if values is not None and len(labels) and len(values) < labels[-1]:
-            raise ValueError(f"{name}: {len(values)} for a label map that goes to {labels[-1]}; "
-                             "give one for every label")
-    made = []
-    for number, (label, mine) in enumerate(zip(labels, np.split(pixel, begin[1:]))):
-        counts = {"size": [height, width], "counts": _runs(mine, height * width)}
-        encoded = rle.frPyObjects(counts, height, width)
-        one = {
-            "id": first_id + number,
-            "image_id": image_id,
-            "category_id": PERSON["id"],
-            "segmentation": {"size": [height, width], "counts": encoded["counts"].decode()},
-            "area": len(mine),
-            "bbox": _box(mine, height),
-            "iscrowd": 0,
-            "label": int(label),
-        }
-        if points is not None:
-            one["point"] = [float(value) for value in points[label - 1]]
-        if scores is not None:
-            one["score"] = round(float(scores[label - 1]), 6)
-        made.append(one)
-    return made
+    height, width = labels.shape
+    columns = np.asarray(labels).ravel(order="F")  # COCO's runs go down the columns
+    start = np.flatnonzero(np.r_[True, columns[1:] != columns[:-1]])
+    stop = np.r_[start[1:], len(columns)]
+    value = columns[start]
+    order = np.argsort(value, kind="stable")
+    order = order[value[order] > 0]
+    found, first = np.unique(value[order], return_index=True)
+    result = {}
+    for k, runs in zip(found.tolist(), np.split(order, first[1:])):
+        # Zeros and ones in turn: the gap before each run, then the run.
+        gaps = start[runs] - np.r_[0, stop[runs[:-1]]]
+        counts = np.stack([gaps, stop[runs] - start[runs]], axis=1).ravel().tolist()
+        rest = len(columns) - int(stop[runs[-1]])
+        rle = coco_mask.frPyObjects(
+            {"size": [height, width], "counts": counts + [rest] * (rest > 0)}, height, width)
+        result[k] = {"size": [height, width], "counts": rle["counts"].decode("ascii")}
+    return result
 
 
-def document(images: Sequence[dict[str, Any]], found: Iterable[dict[str, Any]],
-             info: dict[str, Any]) -> dict[str, Any]:
-    """The COCO file: images (`id`, `file_name`, `width`, `height`, ...), annotations, category."""
-    return {"info": info, "images": list(images), "annotations": list(found),
-            "categories": [PERSON]}
+def annotations(labels: np.ndarray, table: pd.DataFrame, image_id: int,
+                first_id: int) -> Iterator[dict[str, Any]]:
+    """One COCO annotation per head that has pixels; ids count from `first_id`.
 
-
-def label_map(found: Iterable[dict[str, Any]], shape: tuple[int, int]) -> np.ndarray:
-    """(H, W) int32, the inverse of `annotations` for the annotations of one image.
-
-    Raises ValueError for a mask of another size. Of overlapping masks the later one stands.
+    Besides COCO's own fields: head (k), point (x, y), score, source, as in the table.
     """
-    made = np.zeros(shape, np.int32)
-    for one in found:
-        if list(one["segmentation"]["size"]) != list(shape):
-            raise ValueError(f"annotation {one['id']}: its mask is {one['segmentation']['size']} "
-                             f"(height, width), the image {list(shape)}")
-        x, y, width, height = (int(value) for value in one["bbox"])
-        inside = rle.decode(one["segmentation"])[y:y + height, x:x + width] > 0
-        made[y:y + height, x:x + width][inside] = one["label"]
-    return made
+    runs = encode(labels)
+    for row in table.itertuples():
+        if row.head not in runs:
+            continue
+        segmentation = runs[row.head]
+        yield {
+            "id": first_id, "image_id": image_id, "category_id": 1, "iscrowd": 0,
+            "segmentation": segmentation,
+            "area": int(coco_mask.area(segmentation)),
+            "bbox": [float(v) for v in coco_mask.toBbox(segmentation)],
+            "head": int(row.head), "point": [float(row.x), float(row.y)],
+            "score": float(row.score), "source": str(row.source)}
+        first_id += 1
 
 
-def _runs(pixel: np.ndarray, total: int) -> list[int]:
-    """Lengths of alternating runs of 0 and 1, zeros first; pixel: sorted indices of the ones."""
-    gap = np.flatnonzero(np.diff(pixel) > 1)
-    first = pixel[np.concatenate([[0], gap + 1])]
-    last = pixel[np.concatenate([gap, [len(pixel) - 1]])] + 1
-    edges = np.stack([first, last], axis=1).ravel()
-    runs = np.diff(np.concatenate([[0], edges, [total]]))
-    return [int(length) for length in (runs if runs[-1] else runs[:-1])]
+def write(folder: str | os.PathLike, names: dict[str, str], path: str | os.PathLike) -> Path:
+    """All complete images of a folder of masks as one COCO file; images are written one by one.
 
+    names: image id -> file name. Ids of images count from 1 in that order.
+    """
+    from xmask.edp_sam import is_complete, read_masks
 
-def _box(pixel: np.ndarray, height: int) -> list[float]:
-    x, y = np.divmod(pixel, height)
-    return [float(x.min()), float(y.min()), float(x.max() - x.min() + 1),
-            float(y.max() - y.min() + 1)]
+    folder, path = Path(folder), Path(path)
+    images, number = [], 1
+    with files.replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as out:
+        out.write('{"info": {"description": "EDP-SAM masks of heads, made by XMask"},\n'
+                  '"categories": [{"id": 1, "name": "head", "supercategory": "person"}],\n'
+                  '"annotations": [')
+        separator = "\n"
+        for image_id, (name, file_name) in enumerate(names.items(), start=1):
+            if not is_complete(folder, name):
+                continue
+            labels = read_masks(folder, name)
+            table = pd.read_csv(folder / f"{name}.csv", keep_default_na=False)
+            images.append({"id": image_id, "file_name": file_name, "height": labels.shape[0],
+                           "width": labels.shape[1]})
+            for one in annotations(labels, table, image_id, number):
+                out.write(separator + json.dumps(one))
+                separator = ",\n"
+                number += 1
+        out.write('],\n"images": ' + json.dumps(images) + "}\n")
+    return path

@@ -124,65 +124,29 @@ def instance_map(
     features = smooth(full_precision(embedding.detach()), sigma)
     points = to_tensor(points)[0].detach().to(features.device)
     radii = exclusion_radii(points, shape, lone=LONE_RADIUS)
-    return claim(features, sample_at(features, points), points, radii, threshold=threshold,
-                 geometry_weight=geometry_weight, density=density)
-
-
-def claim(
-    features: torch.Tensor,
-    centres: torch.Tensor,
-    points: torch.Tensor,
-    radii: torch.Tensor,
-    *,
-    threshold: float,
-    geometry_weight: float,
-    density: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """(H, W) int32 label map: the assignment of `instance_map`, its ingredients given.
-
-    features: (D, H, W), smoothed; centres: (N, D), theirs at the heads; points: (N, 2) (x, y),
-    which may lie outside of this H x W piece of an image; radii: (N,) px; density: (H, W).
-    """
-    shape = tuple(features.shape[-2:])
     head, pixel = incidence(points, radii, shape)
     kept = split_coincident(points, head, pixel, shape)
     if not bool(kept.all()):
         head, pixel = head[kept], pixel[kept]
-    distance, spread = pair_terms(features, centres, points, radii, head, pixel)
-    energy = distance.add_(spread, alpha=geometry_weight)
+
+    points = points.double().reshape(-1, 2)
+    centres = sample_at(features, points)
+    flat = flat_features(features)
+    energy = torch.empty(len(head), dtype=flat.dtype, device=flat.device)
+    for start in range(0, len(head), _PAIRS_AT_ONCE):
+        part = slice(start, start + _PAIRS_AT_ONCE)
+        owner, where = head[part], pixel[part]
+        distance = torch.linalg.vector_norm(
+            flat.index_select(0, where) - centres.index_select(0, owner), dim=1)
+        dx = where % shape[1] - points[owner, 0]
+        dy = torch.div(where, shape[1], rounding_mode="floor") - points[owner, 1]
+        spread = (dx * dx + dy * dy) / radii[owner].square()
+        energy[part] = distance + geometry_weight * spread.to(flat.dtype)
     if density is None:
         return lowest_wins(energy, head, pixel, shape, threshold)
     gate = density.reshape(-1)[pixel]
     claims = torch.where(gate > GATE[1], energy < threshold, gate >= GATE[0])
     return lowest_wins(energy[claims], head[claims], pixel[claims], shape)
-
-
-def pair_terms(
-    features: torch.Tensor,
-    centres: torch.Tensor,
-    points: torch.Tensor,
-    radii: torch.Tensor,
-    head: torch.Tensor,
-    pixel: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two terms of the energy for every pair of an incidence list, each (M,).
-
-    |f(u) - f(p_i)| and |u - p_i|^2 / r_i^2; the energy is the first plus lambda times the second.
-    Arguments as in `claim`; head, pixel: (M,) int64.
-    """
-    flat, width = flat_features(features), features.shape[-1]
-    points = points.double().reshape(-1, 2)
-    distance = torch.empty(len(head), dtype=flat.dtype, device=flat.device)
-    spread = torch.empty_like(distance)
-    for start in range(0, len(head), _PAIRS_AT_ONCE):
-        part = slice(start, start + _PAIRS_AT_ONCE)
-        owner, where = head[part], pixel[part]
-        distance[part] = torch.linalg.vector_norm(
-            flat.index_select(0, where) - centres.index_select(0, owner), dim=1)
-        dx = where % width - points[owner, 0]
-        dy = torch.div(where, width, rounding_mode="floor") - points[owner, 1]
-        spread[part] = ((dx * dx + dy * dy) / radii[owner].square()).to(flat.dtype)
-    return distance, spread
 
 
 def points_from_logits(

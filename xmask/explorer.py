@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from xmask import decode, nnec
+from xmask import decode, energy, nnec
 from xmask.figures import INSTANCES
 from xmask.predict import Predictor
 
@@ -72,7 +72,7 @@ class Scene:
         self._distance: dict[float, np.ndarray] = {}
         for sigma in sigmas:
             features = decode.smooth(full, sigma)
-            distance, spread = decode.pair_terms(
+            distance, spread = energy.pair_terms(
                 features, decode.sample_at(features, heads), heads, self.radii, head, pixel)
             self._distance[sigma], self._spread = distance.numpy(), spread.numpy()
         self._dimmed = ((1 - _OPACITY) * image).astype(np.uint8)
@@ -107,11 +107,11 @@ class Scene:
                              f"{', '.join(map(str, self.sigmas))}, or give sigmas to Scene")
         key = geometry_weight, sigma
         if self._assigned is None or self._assigned[0] != key:  # theta alone moves for free
-            energy = self._distance[sigma] + np.float32(geometry_weight) * self._spread
+            claimed = self._distance[sigma] + np.float32(geometry_weight) * self._spread
             size = self.shape[0] * self.shape[1]
             owner, lowest = np.zeros(size, np.int32), np.full(size, np.inf, np.float32)
             for layer in self._layers:
-                pixel, mine, head = self._pixel[layer], energy[layer], self._owner[layer]
+                pixel, mine, head = self._pixel[layer], claimed[layer], self._owner[layer]
                 if layer.start:  # a second, third, ... circle over these pixels
                     lower = mine < lowest[pixel]
                     pixel, mine, head = pixel[lower], mine[lower], head[lower]
@@ -121,8 +121,8 @@ class Scene:
 
     def label_map(self, view: View) -> np.ndarray:
         """(H, W) int32: what `decode.instance_map` gives with these thresholds."""
-        owner, energy = self.assign(view.geometry_weight, view.sigma)
-        return np.where(energy < view.theta, owner, 0)
+        owner, lowest = self.assign(view.geometry_weight, view.sigma)
+        return np.where(lowest < view.theta, owner, 0)
 
     def paint(self, view: View) -> np.ndarray:
         """(H, W, 3) uint8 picture of a view."""
@@ -131,9 +131,9 @@ class Scene:
         if view.show == "image":
             painted = self.image.copy()
         elif view.show == "energy":
-            _, energy = self.assign(view.geometry_weight, view.sigma)
-            painted = _HEAT[np.minimum(energy * (254 / _TOP), 254).astype(np.uint8)]
-            painted[np.isinf(energy)] = 255
+            _, lowest = self.assign(view.geometry_weight, view.sigma)
+            painted = _HEAT[np.minimum(lowest * (254 / _TOP), 254).astype(np.uint8)]
+            painted[np.isinf(lowest)] = 255
         else:
             labels = (self.label_map(view) if view.show == "masks"
                       else self.assign(view.geometry_weight, view.sigma)[0])

@@ -11,7 +11,7 @@ import dataclasses
 import glob
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,8 +103,10 @@ def _is_image(path: Path) -> bool:
 
 
 def run(photos: Sequence[Photo], model: Predictor, out: str | os.PathLike, *,
-        progress: bool = True) -> list[Row]:
+        max_side: int | None = None, progress: bool = True) -> list[Row]:
     """Predict every photo into the folder `out`; return one row for each, failed or not.
+
+    max_side: as in `Predictor.predict`.
 
     Written for a photo named N: `N.points.csv` (x, y, score, area in pixels), `N.masks.png`
     (16-bit label map, value k the head of line k), `N.overlay.png`; for the call: `counts.csv`,
@@ -116,20 +118,21 @@ def run(photos: Sequence[Photo], model: Predictor, out: str | os.PathLike, *,
     for photo in bar:
         bar.set_postfix_str(photo.name[-30:], refresh=False)
         try:
-            rows.append(_one(photo, model, out))
+            rows.append(_one(photo, model, out, max_side))
         except (OSError, ValueError, RuntimeError, MemoryError) as error:  # out of memory, too
             message = " ".join(str(error).split()) or type(error).__name__
             rows.append(Row(str(photo.path), photo.name, error=message))
             bar.write(f"failed: {message}")
     files.write_json(out / "model.json",
-                     model.record | {"decoding": dataclasses.asdict(model.decoding)})
+                     model.record | {"decoding": dataclasses.asdict(model.decoding),
+                                     "max_side": max_side})
     table = pd.DataFrame(rows).astype({name: "Int64" for name in ("count", "width", "height")})
     files.write_text(out / "counts.csv", table.to_csv(index=False, lineterminator="\n"))
     files.write_json(out / "coco.json", _coco(rows, model, out))
     return rows
 
 
-def _one(photo: Photo, model: Predictor, out: Path) -> Row:
+def _one(photo: Photo, model: Predictor, out: Path, max_side: int | None) -> Row:
     """Predict one photo, or take what an earlier call has made of it."""
     if not photo.path.is_file():
         raise FileNotFoundError(f"{photo.path}: no such file")
@@ -140,13 +143,13 @@ def _one(photo: Photo, model: Predictor, out: Path) -> Row:
     stamp = out / ".done" / f"{photo.name}.json"
     fingerprint = provenance.digest(
         files.sha256(photo.path), model.record["sha256"], dataclasses.asdict(model.decoding),
-        model.device.type, provenance.code("xmask.photos"))
+        model.device.type, max_side, provenance.code("xmask.photos"))
     noted = out / ".done" / f"{photo.name}.row.json"
     if provenance.is_done(stamp, fingerprint):
         return Row(**files.read_json(noted) | {"image": str(photo.path)})
 
     image, repairs = _read(photo.path)
-    prediction = model.predict(image, name=str(photo.path))
+    prediction = model.predict(image, max_side=max_side, name=str(photo.path))
     if prediction.count > MOST:
         raise ValueError(f"{photo.path}: {prediction.count} heads, and a 16-bit label map holds "
                          f"{MOST}. Cut the image in parts.")
@@ -194,22 +197,18 @@ def paint(image: np.ndarray, label_map: np.ndarray, points: np.ndarray) -> np.nd
 
 def _coco(rows: Sequence[Row], model: Predictor, out: Path) -> dict:
     """All masks of the call as one COCO document, read back from the files just written."""
-    done = [row for row in rows if not row.error]
-    images = [{"id": number, "file_name": row.image, "width": row.width, "height": row.height,
-               "count": row.count} for number, row in enumerate(done, 1)]
-
-    def found() -> Iterator[dict]:
-        number = 1
-        for image, row in zip(images, done):
-            table = pd.read_csv(out / f"{row.name}.points.csv")
-            made = coco.annotations(
-                read_labels(out / f"{row.name}.masks.png"), table[["x", "y"]].to_numpy(),
-                table["score"].to_numpy(), image_id=image["id"], first_id=number)
-            number += len(made)
-            yield from made
-
-    trained = model.record["trained_on"]["text"]
-    return coco.document(images, found(), {
-        "description": f"Predicted by xmask ({model.record['backbone']}, trained on {trained}); "
-                       "not ground truth",
-        "version": model.record["sha256"]})
+    images, found = [], []
+    for row in rows:
+        if row.error:
+            continue
+        images.append({"id": len(images) + 1, "file_name": row.image, "width": row.width,
+                       "height": row.height, "count": row.count})
+        table = pd.read_csv(out / f"{row.name}.points.csv")
+        table = table.assign(head=range(1, len(table) + 1), source="predicted")
+        found += coco.annotations(read_labels(out / f"{row.name}.masks.png"), table,
+                                  images[-1]["id"], len(found) + 1)
+    text = (f"Predicted by xmask ({model.record['backbone']}, trained on "
+            f"{model.record['trained_on']['text']}); not ground truth")
+    return {"info": {"description": text, "version": model.record["sha256"]}, "images": images,
+            "annotations": found,
+            "categories": [{"id": 1, "name": "head", "supercategory": "person"}]}

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from xmask import decode, evaluate, files, model, tiling
 from xmask import config as configuration
-from xmask.data.images import read_image
+from xmask.data.images import read_image, resize_image, resize_labels
 
 BUNDLED = Path(__file__).parent / "weights" / "xmask-slim.safetensors"
 MIN_SIDE = 8  # px: an image less wide or high than two output cells holds no head (ours)
@@ -42,14 +42,18 @@ class Predictor:
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 
-    def predict(self, image: np.ndarray | str | os.PathLike, *, tile: int = tiling.TILE,
-                name: str = "image") -> decode.Prediction:
+    def predict(self, image: np.ndarray | str | os.PathLike, *, max_side: int | None = None,
+                tile: int = tiling.TILE, name: str = "image") -> decode.Prediction:
         """Points, scores and label map of one image, at its own size, whatever that is.
 
         image: (H, W, 3) uint8 RGB, or the path of an image file (read upright and as 8-bit RGB,
-            see `xmask.data.images.read_image`). tile: px, a multiple of 32, side of the pieces
-            in which larger images are computed; it changes memory, not the result. name: what
-            errors call an array.
+            see `xmask.data.images.read_image`).
+        max_side: px; a larger image is computed at this longer side, and points and masks are
+            brought back to its own size. None: never. Heads should look about as large as in the
+            training images, and those of a close-up do not.
+        tile: px, a multiple of 32, side of the pieces in which large images are computed; it
+            changes memory, not the result.
+        name: what errors call an array.
         Returns a `Prediction`; its `count` is the number of heads.
         Raises FileNotFoundError or ValueError, naming the file, for what is no such image.
         """
@@ -60,6 +64,13 @@ class Predictor:
         if min(height, width) < MIN_SIDE:
             raise ValueError(f"{name}: {width} x {height} px; the smaller side must have at least "
                              f"{MIN_SIDE} px to hold a head")
+        if max_side is not None and max_side < max(height, width):
+            if max_side < model.MULTIPLE:
+                raise ValueError(f"max_side: {max_side} px; give at least {model.MULTIPLE}")
+            scale = max_side / max(height, width)
+            small = max(round(height * scale), 1), max(round(width * scale), 1)
+            found = self.predict(resize_image(pixels, small), tile=tile, name=f"{name}, resized")
+            return _enlarged(found, (height, width))
         logits, embedding = self.maps(pixels, tile=tile)
         return tiling.decode_maps(logits, embedding, pixels.shape[:2], self.decoding, tile=tile)
 
@@ -166,6 +177,15 @@ def _trained_on(run: dict, data: dict) -> dict[str, Any]:
     return {"dataset": run["dataset"], "synthetic": synthetic, "labelled": labelled,
             "unlabelled": data["unlabelled"],
             "text": f"{kind} ({labelled} labelled{rest} images, layout {run['dataset']})"}
+
+
+def _enlarged(found: decode.Prediction, shape: tuple[int, int]) -> decode.Prediction:
+    """A prediction on a resized image, in the pixels of the image of `shape` (H, W)."""
+    # pixel centres: position p of n pixels is (p + 0.5) * N / n - 0.5 of N
+    factor = np.array(shape[::-1]) / found.instances.shape[::-1]
+    points = np.clip((found.points + 0.5) * factor - 0.5, 0, np.array(shape[::-1]) - 1)
+    return decode.Prediction(points.astype(np.float32), found.scores,
+                             resize_labels(found.instances, shape))
 
 
 def _weights_digest(network: nn.Module) -> str:

@@ -14,13 +14,12 @@ pairs stay those of one piece.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from xmask import decode, model, nnec
+from xmask import decode, energy, model, nnec
 from xmask.config import Decoding
 from xmask.data.transforms import to_tensor
 
@@ -74,25 +73,25 @@ def decode_maps(logits: Tensor, embedding: Tensor, shape: tuple[int, int], decod
     """
     height, width = shape
     stride = model.STRIDE
+    windows = [(y0, y1, x0, x1) for y0, y1 in _spans(height, tile, MARGIN)
+               for x0, x1 in _spans(width, tile, MARGIN)]
+    if len(windows) == 1:
+        return decode.predict(
+            logits, embedding, shape, stride=stride, point_threshold=decoding.point_threshold,
+            threshold=decoding.theta, geometry_weight=decoding.geometry_weight,
+            sigma=decoding.sigma, density_gate=decoding.density_gate)
     seen = logits[: -(-height // stride), : -(-width // stride)]
     points, scores = decode.points_from_logits(
         seen, stride=stride, threshold=decoding.point_threshold)
     points = torch.minimum(points, points.new_tensor([width - 1, height - 1])).double()
     radii = nnec.exclusion_radii(points, shape, lone=decode.LONE_RADIUS)
-    windows = [(y0, y1, x0, x1) for y0, y1 in _spans(height, tile, MARGIN)
-               for x0, x1 in _spans(width, tile, MARGIN)]
-
-    @lru_cache(maxsize=1)  # a single window is not smoothed twice
-    def features_of(window: tuple[int, int, int, int]) -> tuple[Tensor, int, int]:
-        return _features(embedding, shape, window, decoding.sigma)
-
     centres = embedding.new_empty((len(points), len(embedding)))
     for y0, y1, x0, x1 in windows:
         here = torch.nonzero((points[:, 0] >= x0) & (points[:, 0] < x1)
                              & (points[:, 1] >= y0) & (points[:, 1] < y1)).squeeze(1)
         if not len(here):
             continue
-        features, top, left = features_of((y0, y1, x0, x1))
+        features, top, left = _features(embedding, shape, (y0, y1, x0, x1), decoding.sigma)
         centres[here] = decode.sample_at(features, points[here] - points.new_tensor([left, top]))
     labels = np.zeros(shape, np.int32)
     for y0, y1, x0, x1 in windows:
@@ -101,11 +100,11 @@ def decode_maps(logits: Tensor, embedding: Tensor, shape: tuple[int, int], decod
             & (points[:, 1] + radii >= y0) & (points[:, 1] - radii <= y1 - 1)).squeeze(1)
         if not len(near):
             continue
-        features, top, left = features_of((y0, y1, x0, x1))
+        features, top, left = _features(embedding, shape, (y0, y1, x0, x1), decoding.sigma)
         density = None
         if decoding.density_gate:
             density = _upsampled(torch.sigmoid(seen)[None], (y0, y1, x0, x1))[0]
-        window = decode.claim(
+        window = energy.assign(
             features[:, y0 - top:y1 - top, x0 - left:x1 - left], centres[near],
             points[near] - points.new_tensor([x0, y0]), radii[near],
             threshold=decoding.theta, geometry_weight=decoding.geometry_weight, density=density)
