@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 _FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
@@ -59,8 +60,11 @@ class Browser:
         data = None if method == "DELETE" else json.dumps(body or {}).encode()
         request = Request(self.base + path, data, {"Content-Type": "application/json"},
                           method=method)
-        with urlopen(request, timeout=120) as answer:
-            return json.load(answer)["value"]
+        try:
+            with urlopen(request, timeout=120) as answer:
+                return json.load(answer)["value"]
+        except HTTPError as error:
+            raise RuntimeError(json.load(error)["value"]["message"]) from None
 
     def open(self, address: str) -> None:
         self._call("POST", "/url", {"url": address})

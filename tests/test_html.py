@@ -7,9 +7,7 @@ import re
 from html.parser import HTMLParser
 
 import numpy as np
-import pandas as pd
 import pytest
-from PIL import Image
 
 from tests import browser
 from tests.test_figures import DrawnSplit
@@ -254,7 +252,8 @@ def test_nothing_runs_over_the_side(opened, width, phone):
     opened.resize(width, phone=phone)
     opened.run("document.querySelectorAll('details').forEach(d => d.open = true)")
     seen = opened.run("const e = document.documentElement;"
-                      "return [innerWidth, e.clientWidth, e.scrollWidth, document.body.scrollWidth]")
+                      "return [innerWidth, e.clientWidth, e.scrollWidth,"
+                      "document.body.scrollWidth]")
     assert seen[0] == width and max(seen[1:]) <= width
     wide = opened.run("return [...document.images].filter(i => i.offsetParent && !i.closest("
                       "'.scroll, dialog') && i.getBoundingClientRect().right > innerWidth).length")
@@ -299,8 +298,8 @@ def test_unknown_values_sort_last_both_ways(opened):
 
 @needs_browser
 def test_the_browser_of_images_shows_the_chosen_run(opened):
-    shown = "return [...document.querySelectorAll('[data-images-of]')].filter(p => p.offsetParent)" \
-            ".map(p => p.dataset.imagesOf)"
+    shown = """return [...document.querySelectorAll('[data-images-of]')]
+        .filter(p => p.offsetParent).map(p => p.dataset.imagesOf)"""
     assert opened.run(shown) == ["sha-40-s1"]  # the one with pictures
     opened.run("const c = document.getElementById('run-choice'); c.value = 'qnrf-5-s1';"
                "c.dispatchEvent(new Event('change'))")
@@ -310,7 +309,8 @@ def test_the_browser_of_images_shows_the_chosen_run(opened):
 @needs_browser
 def test_a_small_picture_opens_large_and_closes(opened):
     opened.run("document.querySelector('button.open').click()")
-    state = "const d = document.getElementById('large'); return [d.open, d.querySelector('img').alt]"
+    state = """const d = document.getElementById('large');
+        return [d.open, d.querySelector('img').alt]"""
     assert opened.run(state) == [True, "IMG_4: left 12 true heads, right 12 predicted"]
     opened.run("document.querySelector('#large button').click()")
     assert opened.run(state)[0] is False

@@ -117,8 +117,8 @@ def _runs_counted(runs: pd.DataFrame) -> str:
 
 def _warning(runs: pd.DataFrame) -> str:
     if runs["synthetic"].all():
-        return ("The numbers show that the method runs and learns; they say nothing about its accuracy on "
-                "photographs. Published numbers stand in columns of their own.")
+        return ("The numbers show that the method runs and learns; they say nothing about its "
+                "accuracy on photographs. Published numbers stand in columns of their own.")
     return "Every table says how its runs were trained; compare only what was made alike."
 
 
