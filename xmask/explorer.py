@@ -75,11 +75,16 @@ class Scene:
             distance, spread = energy.pair_terms(
                 features, decode.sample_at(features, heads), heads, self.radii, head, pixel)
             self._distance[sigma], self._spread = distance.numpy(), spread.numpy()
-        self._dimmed = ((1 - _OPACITY) * image).astype(np.uint8)
-        self._rest = image - self._dimmed
-        self._colours = _palette(len(points))
+        # pictures are painted as one number a pixel: four times fewer steps than by channel
+        self._image = _packed(image)
+        self._dimmed = _packed(((1 - _OPACITY) * image).astype(np.uint8))
+        colours = INSTANCES[np.arange(len(points)) % len(INSTANCES)]
+        colours = np.concatenate([np.zeros((1, 3)), colours])[None]
+        self._fill = _packed((_OPACITY * colours).astype(np.uint8))[0]
+        self._line = _packed(colours.astype(np.uint8))[0]
         self._circles = _circle_pixels(self.points, self.radii.numpy(), shape)
         self._assigned: tuple[tuple, np.ndarray, np.ndarray] | None = None
+        self._labels: tuple[tuple, np.ndarray] | None = None
 
     @classmethod
     def of(cls, model: Predictor, image: np.ndarray) -> Scene:
@@ -121,32 +126,34 @@ class Scene:
 
     def label_map(self, view: View) -> np.ndarray:
         """(H, W) int32: what `decode.instance_map` gives with these thresholds."""
-        owner, lowest = self.assign(view.geometry_weight, view.sigma)
-        return np.where(lowest < view.theta, owner, 0)
+        key = view.theta, view.geometry_weight, view.sigma
+        if self._labels is None or self._labels[0] != key:
+            owner, lowest = self.assign(view.geometry_weight, view.sigma)
+            self._labels = key, owner * (lowest < view.theta)
+        return self._labels[1]
 
     def paint(self, view: View) -> np.ndarray:
         """(H, W, 3) uint8 picture of a view."""
         if view.show not in VIEWS:
             raise ValueError(f"show: {view.show!r} is not one of {', '.join(VIEWS)}")
         if view.show == "image":
-            painted = self.image.copy()
+            painted = self._image.copy()
         elif view.show == "energy":
             _, lowest = self.assign(view.geometry_weight, view.sigma)
-            painted = _HEAT[np.minimum(lowest * (254 / _TOP), 254).astype(np.uint8)]
-            painted[np.isinf(lowest)] = 255
+            step = np.minimum(lowest * (254 / _TOP), 254).astype(np.uint8)
+            step[np.isinf(lowest)] = 255
+            painted = _HEAT.take(step)
         else:
             labels = (self.label_map(view) if view.show == "masks"
                       else self.assign(view.geometry_weight, view.sigma)[0])
-            # of a pixel of the background, the part that was dimmed is added back
-            painted = self._dimmed + np.where((labels > 0)[..., None], self._colours[labels],
-                                              self._rest)
-            edge = _edges(labels)
-            painted[edge] = (self._colours[labels[edge]] / _OPACITY).astype(np.uint8)
+            painted = np.where(labels > 0, self._dimmed + self._fill.take(labels), self._image)
+            edge = np.flatnonzero(_edges(labels))
+            painted.ravel()[edge] = self._line.take(labels.ravel()[edge])
         if view.circles:
-            painted.reshape(-1, 3)[self._circles] = 255 if view.show != "energy" else 0
+            painted.ravel()[self._circles] = _BLACK if view.show == "energy" else _WHITE
         if view.points:
             _dots(painted, self.points)
-        return painted
+        return np.ascontiguousarray(painted.view(np.uint8).reshape(*self.shape, 4)[..., :3])
 
     def summary(self, view: View) -> dict[str, float]:
         """heads; with_mask: heads that own a pixel; covered: share of pixels in masks; median
@@ -229,19 +236,24 @@ def _layers(pixel: np.ndarray) -> tuple[np.ndarray, list[slice]]:
     return order, [slice(begin, end) for begin, end in zip([0, *ends[:-1]], ends)]
 
 
-def _palette(people: int) -> np.ndarray:
-    """(N + 1, 3) uint8: the share of an instance's colour in the painting; 0 is background."""
-    colours = _OPACITY * INSTANCES[np.arange(people) % len(INSTANCES)]
-    return np.concatenate([np.zeros((1, 3)), colours]).astype(np.uint8)
+def _packed(picture: np.ndarray) -> np.ndarray:
+    """(H, W) uint32 of (H, W, 3) uint8: a pixel's three bytes and one of 0."""
+    wide = np.zeros((*picture.shape[:2], 4), np.uint8)
+    wide[..., :3] = picture
+    return wide.view(np.uint32)[..., 0]
 
 
 def _heat() -> np.ndarray:
+    """(256,) packed colours of energies; the last is white, for no energy."""
     from matplotlib import colormaps
 
-    return (colormaps["cividis"](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
+    colours = (colormaps["cividis"](np.arange(256))[None, :, :3] * 255).round().astype(np.uint8)
+    colours[0, 255] = 255
+    return _packed(colours)[0]
 
 
 _HEAT = _heat()  # made for colour-blind readers: one hue to the next by lightness
+_BLACK, _WHITE = _packed(np.array([[[0, 0, 0], [255, 255, 255]]], np.uint8))[0]
 
 
 def _edges(labels: np.ndarray) -> np.ndarray:
@@ -268,10 +280,10 @@ def _circle_pixels(points: np.ndarray, radii: np.ndarray, shape: tuple[int, int]
 
 
 def _dots(picture: np.ndarray, points: np.ndarray) -> None:
-    """White dots with a black rim, 3 x 3 px, in place."""
-    height, width = picture.shape[:2]
+    """White dots with a black rim, 3 x 3 px, in a packed picture."""
+    height, width = picture.shape
     place = np.rint(points).astype(np.int64)
-    for reach, value in ((1, 0), (0, 255)):
+    for reach, value in ((1, _BLACK), (0, _WHITE)):
         for dy in range(-reach, reach + 1):
             for dx in range(-reach, reach + 1):
                 x = np.clip(place[:, 0] + dx, 0, width - 1)
