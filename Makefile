@@ -3,7 +3,9 @@
 #   make test        the tests
 # DATA= SAM= point at real datasets and SAM weights; DATASETS= PERCENTS= SEEDS= narrow the study;
 # EXTRAS=no leaves out supervised-only runs and ablations; JOBS= steps at a time.
-# Others: make bench (what it costs), make lab (JupyterLab), make clean (what was made; the environment stays).
+# Others: make report (one HTML page of the results; PICTURES=yes shows real photographs in it),
+# make bench (what the method costs), make lab (JupyterLab), make clean (what was made; the environment stays); for maintainers, make
+# walkthroughs (run notebooks/0* anew) and make docs (docs/api.md, results table of README.md).
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -15,6 +17,7 @@ PERCENTS ?=
 SEEDS ?=
 JOBS ?=
 EXTRAS ?=
+PICTURES ?=
 
 BIN := $(VENV)/bin
 # "5 10", "5,10" and "5, 10" are the same list
@@ -24,10 +27,10 @@ space := $(empty) $(empty)
 list = $(subst $(space),$(comma),$(strip $(subst $(comma),$(space),$(1))))
 option = $(if $(strip $(2)),--$(1) "$(2)")
 
-.PHONY: help setup reproduce test bench lab clean lock
+.PHONY: help setup reproduce test bench report walkthroughs docs lab clean lock
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
 
 setup: $(VENV)/.ready
 
@@ -51,6 +54,15 @@ test: setup
 
 bench: setup
 	$(BIN)/xmask bench
+
+report: setup
+	$(BIN)/xmask report --profile $(PROFILE) $(call option,data,$(DATA)) $(if $(PICTURES),--pictures)
+
+walkthroughs: setup
+	$(BIN)/xmask docs --walkthroughs
+
+docs: setup
+	$(BIN)/xmask docs
 
 lab: setup
 	$(BIN)/jupyter lab notebooks

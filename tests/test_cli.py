@@ -5,7 +5,7 @@ import pytest
 from xmask.cli import main
 
 COMMANDS = ["reproduce", "masks", "train", "evaluate", "tables", "figures", "data check",
-            "data draw"]
+            "data draw", "data coverage", "predict", "export", "learn", "report", "docs"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -4,7 +4,16 @@ A companion to "Exclusivity-Guided Mask Learning for Semi-Supervised Crowd Insta
 and Counting" (arXiv 2603.16241). The modules, in the order in which data flows: `data` (readers,
 synthetic crowds), `nnec` (exclusion circles), `segmenters` and `edp_sam` (dots to masks), `model`,
 `losses`, `trainer` (learning), `decode` (network output to points and masks), `evaluate`,
-`metrics`, `report` (tables and figures), `study` (the steps that notebooks call).
+`metrics`, `report` (tables and figures), `study` (the steps that notebooks call); and `predict`,
+one's own photos: `xmask.load().predict("photo.jpg")`.
 """
 
 __version__ = "0.1.0"
+
+
+def load(weights=None, device=None):
+    """A model ready to predict, see `xmask.predict.load`: the small one of the package, or the
+    one in a file or run folder."""
+    from xmask.predict import load as load_  # here, so that `import xmask` stays light
+
+    return load_(weights, device)

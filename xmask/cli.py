@@ -56,6 +56,28 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--segmenter", default="classical", help="or a SAM checkpoint (.pth)")
     made.add_argument("--limit", type=int, help="only the first images")
 
+    made = command("predict", _predict, "count and masks of your own images, resumable")
+    made.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders or globs")
+    made.add_argument("--out", required=True, type=Path)
+    made.add_argument("--weights", help="a file of `xmask export` or a run folder; default: the "
+                                        "small model of the package, trained on synthetic crowds")
+    made.add_argument("--max-side", type=int, metavar="PX",
+                      help="compute larger images at this longer side; default: full size")
+    made.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
+
+    made = command("export", _export, "write a run's model as one file for `predict --weights`")
+    made.add_argument("run", type=Path, metavar="RUN_FOLDER")
+    made.add_argument("--out", required=True, type=Path)
+
+    made = command("learn", _learn, "train on your own photos: those with a CSV of dots (x,y) "
+                   "beside them, and those without; resumable")
+    made.add_argument("folder", type=Path, metavar="FOLDER")
+    made.add_argument("--out", required=True, type=Path, help="a run folder, for predict --weights")
+    made.add_argument("--segmenter", default="classical", help="or a SAM checkpoint (.pth)")
+    made.add_argument("--seed", type=int, default=1)
+    made.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE",
+                      help="change a field, e.g. --set schedule.phase1=60")
+
     for name, function, text in (
         ("train", _train, "train one run of the study"),
         ("evaluate", _evaluate, "evaluate one run of the study (training it if needed)"),
@@ -84,6 +106,17 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--only", type=_names, default=(), metavar="GROUPS",
                       help="e.g. decode,losses; default: all")
     made.add_argument("--threads", type=int, default=2)
+    made = command("docs", _docs, "for maintainers: write docs/api.md and README.md's results "
+                   "table anew")
+    made.add_argument("--walkthroughs", nargs="*", metavar="NAME",
+                      help="instead, run these walkthroughs (e.g. 01; default: all) and store "
+                           "their outputs")
+    made = command("report", _report, "one HTML page of a profile's results, to share")
+    made.add_argument("--profile", choices=PROFILES, default="demo")
+    made.add_argument("--out", type=Path, help="default: results/PROFILE/report.html")
+    made.add_argument("--data", default="", help="folder of the real datasets, for --pictures")
+    made.add_argument("--pictures", action="store_true",
+                      help="show real photographs, too: mind their terms before you share the page")
 
     data = commands.add_parser("data", help="look at datasets").add_subparsers(
         required=True, metavar="COMMAND"
@@ -91,6 +124,11 @@ def _parser() -> argparse.ArgumentParser:
     made = command("check", _check, "what is missing or odd in a dataset folder", data)
     made.add_argument("--dataset", required=True, choices=(*DATASETS, "shb", "synthetic"))
     made.add_argument("--root", required=True, type=Path)
+    made = command("coverage", _coverage, "how many exclusion circles cover a pixel, counted over "
+                   "all images (walkthrough 01)", data)
+    made.add_argument("--dataset", required=True, choices=(*DATASETS, "shb", "synthetic"))
+    made.add_argument("--root", required=True, type=Path)
+    made.add_argument("--out", required=True, type=Path, help="a .csv file")
     made = command("draw", _draw, "draw a synthetic dataset in an official layout", data)
     made.add_argument("--layout", required=True, choices=DATASETS)
     made.add_argument("--out", required=True, type=Path)
@@ -122,6 +160,43 @@ def _masks(o: argparse.Namespace) -> int:
     indices = list(range(len(dataset)))[: o.limit]
     segmenter = open_segmenter(o.segmenter, study.device())
     print(edp_sam.mask_dataset(dataset, indices, segmenter, o.out))
+    return 0
+
+
+def _predict(o: argparse.Namespace) -> int:
+    from xmask import photos, predict
+
+    found = photos.find(o.images)
+    model = predict.load(o.weights, o.device)
+    print(f"{model!r}")
+    rows = photos.run(found, model, o.out, max_side=o.max_side)
+    for row in rows:
+        print(f"{row.image}: {row.error or f'{row.count} heads'}"
+              + (f" ({row.repairs})" if row.repairs else ""))
+    failed = [row for row in rows if row.error]
+    print(f"{len(rows) - len(failed)} of {len(rows)} images done, in {o.out}"
+          + (f"; {len(failed)} failed, see above and counts.csv" if failed else ""))
+    if model.record["trained_on"]["synthetic"]:
+        print("This model was trained on synthetic crowds: do not rely on its counts of "
+              "photographs.")
+    return 1 if failed else 0
+
+
+def _export(o: argparse.Namespace) -> int:
+    from xmask import predict
+
+    print(predict.load(predict.export(o.run, o.out), "cpu"))
+    return 0
+
+
+def _learn(o: argparse.Namespace) -> int:
+    from xmask import own
+
+    dotted, bare = own.read_folder(o.folder)
+    print(f"{len(dotted)} photos with {sum(len(one.points) for one in dotted)} dots, "
+          f"{len(bare)} without")
+    print(own.learn(dotted, bare, o.out, own.configure(_changes(o.set), seed=o.seed),
+                    segmenter=o.segmenter))
     return 0
 
 
@@ -193,6 +268,31 @@ def _bench(o: argparse.Namespace) -> int:
     return 0
 
 
+def _docs(o: argparse.Namespace) -> int:
+    from xmask import pages, study, walkthroughs
+
+    root = study.enter_root()
+    if o.walkthroughs is None:
+        made = pages.refresh(root)
+    else:
+        made = map(walkthroughs.execute, walkthroughs.walkthroughs(only=o.walkthroughs))
+    for path in made:
+        print(path)
+    return 0
+
+
+def _report(o: argparse.Namespace) -> int:
+    from xmask import html, study
+
+    results = study.results_folder(o.profile)
+    print(html.write_report(
+        results, o.out or results / "report.html", figures_folder=Path("figures") / o.profile,
+        datasets=lambda dataset: (study.open_test(o.profile, dataset, o.data)
+                                  if o.data or o.profile == "demo" else None),
+        pictures=o.pictures))
+    return 0
+
+
 def _check(o: argparse.Namespace) -> int:
     import pandas as pd
 
@@ -203,6 +303,17 @@ def _check(o: argparse.Namespace) -> int:
                            "display.max_rows", None):
         print(table.to_string(index=False))
     return 1 if (table["status"] == "error").any() else 0
+
+
+def _coverage(o: argparse.Namespace) -> int:
+    from xmask import files, lessons
+    from xmask.data import open_dataset
+
+    splits = [open_dataset(o.dataset, o.root, split) for split in ("train", "test")]
+    table = lessons.coverage_table((s.points, s.shape) for split in splits for s in split)
+    files.write_text(o.out, table.to_csv(index=False))
+    print(o.out)
+    return 0
 
 
 def _draw(o: argparse.Namespace) -> int:

@@ -99,6 +99,8 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Optimisation:
+    """Batches, crops, learning rates, and the teacher's pace."""
+
     batch: int = 16  # labelled crops a step, and as many unlabelled ones
     crop: int = 256
     scale_min: float = 0.7
@@ -128,6 +130,8 @@ class Machine:
 
 @dataclass(frozen=True)
 class Config:
+    """One experiment: all that decides its numbers. Made by `preset`, changed by `override`."""
+
     profile: str
     dataset: str
     percent: int

@@ -44,6 +44,11 @@ class Prediction:
     scores: np.ndarray
     instances: np.ndarray
 
+    @property
+    def count(self) -> int:
+        """The number of heads."""
+        return len(self.points)
+
 
 @torch.no_grad()
 def predict(

@@ -142,6 +142,7 @@ def best_fixed_disc(points: list[np.ndarray], truths: list[np.ndarray], *, exclu
     """Discs of one radius at the given points: the radius (px) whose mean IoU over the whole set
     is best, from 2 to 34 px in steps of 50%, then of 11%.
 
+    points: (N, 2) (x, y) px for every image; truths: their true label maps (H, W).
     exclusive: False draws equal, whole discs, which may overlap; True gives each contested pixel
     to the nearest point, so that neighbours cut each other down to size.
     """

@@ -294,7 +294,7 @@ def figure_predictions(dataset, run_folder: str | Path,
     rows = []
     for name in ids:
         sample = dataset[list(dataset.ids).index(name)]
-        predicted, points = _prediction(run_folder, name, sample.image.shape[:2])
+        predicted, points = read_prediction(run_folder, name, sample.image.shape[:2])
         truth = sample.instances
         if truth is None:
             truth = np.zeros(sample.image.shape[:2], dtype=np.int32)
@@ -316,8 +316,13 @@ def figure_predictions(dataset, run_folder: str | Path,
     return _finish(figure, f"{title}: predicted instances", run)
 
 
-def _prediction(run_folder: Path, name: str, shape: tuple[int, int]
-                ) -> tuple[np.ndarray, np.ndarray]:
+def read_prediction(run_folder: Path, name: str, shape: tuple[int, int]
+                    ) -> tuple[np.ndarray, np.ndarray]:
+    """Label map (H, W) int32 and points (N, 2) float32 that a run predicted for an image.
+
+    Raises FileNotFoundError without the files, ValueError if they are of another size than
+    `shape`, the image's (H, W).
+    """
     path = run_folder / "predictions" / f"{name}.png"
     for file in (path, path.with_suffix(".csv")):
         if not file.exists():

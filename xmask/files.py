@@ -35,6 +35,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a UTF-8 text file in one move: a reader sees the old one or the whole new one."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -45,6 +46,7 @@ def write_json(path: str | os.PathLike, value: object) -> None:
 
 
 def read_json(path: str | os.PathLike) -> dict:
+    """The content of a JSON file; ValueError, naming the file, if it is none."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -62,6 +64,7 @@ def write_png(path: str | os.PathLike, array: np.ndarray) -> None:
 
 
 def sha256(path: str | os.PathLike) -> str:
+    """Checksum of a file, as 64 hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):

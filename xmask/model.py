@@ -57,10 +57,12 @@ class XMask(nn.Module):
         self.register_buffer("mean", torch.tensor(_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(_STD).view(3, 1, 1), persistent=False)
 
-    def forward(self, images: Tensor, masks: bool = True) -> Output:
+    def forward(self, images: Tensor, masks: bool = True, grid: Tensor | None = None) -> Output:
+        """grid: (2, H / 8, W / 8) coordinates, see `coordinates`, where the images are pieces of
+        a larger one; None: they are whole."""
         fused = self.fusion(*self.encoder((images - self.mean) / self.std))
         density = self.decoder(fused)
-        embedding = self.mask_head(fused) if masks else None
+        embedding = self.mask_head(fused, grid) if masks else None
         return Output(density[:, 1] - density[:, 0], embedding)
 
 
@@ -130,13 +132,19 @@ class MaskHead(nn.Module):
             nn.Conv2d(channels, embedding, 1),
         )
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, grid: Tensor | None = None) -> Tensor:
         b, _, h, w = features.shape
-        y = torch.linspace(-1, 1, h, device=features.device, dtype=features.dtype)
-        x = torch.linspace(-1, 1, w, device=features.device, dtype=features.dtype)
-        grid = torch.stack(torch.meshgrid(y, x, indexing="ij")).expand(b, -1, -1, -1)
+        if grid is None:
+            grid = coordinates(h, w, features.device)
+        grid = grid.to(features).expand(b, -1, -1, -1)
         # unit length in float32 also under autocast: distances of near neighbours matter
         return F.normalize(self.layers(torch.cat([features, grid], 1)).float(), dim=1)
+
+
+def coordinates(height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
+    """(2, height, width): row and column of every feature cell, from -1 to 1 over the image."""
+    y, x = (torch.linspace(-1, 1, side, device=device) for side in (height, width))
+    return torch.stack(torch.meshgrid(y, x, indexing="ij"))
 
 
 def build(config: Network) -> tuple[XMask, str]:

@@ -92,6 +92,7 @@ def is_done(stamp: Path, fingerprint: str) -> bool:
 
 
 def write_stamp(stamp: Path, fingerprint: str, outputs: list[Path]) -> None:
+    """Note that a step is done: its fingerprint and the checksums of its outputs."""
     files.write_json(
         stamp,
         {

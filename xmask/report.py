@@ -188,6 +188,7 @@ def main_variants(runs: pd.DataFrame) -> list[str]:
 
 
 def title(dataset: str) -> str:
+    """The name of a dataset as people write it."""
     return DATASETS.get(dataset, dataset)
 
 

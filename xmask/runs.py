@@ -174,6 +174,7 @@ def _check_runs(runs: pd.DataFrame, folder: Path) -> None:
 
 
 def listing(values: pd.Series) -> str:
+    """Unique values, for a sentence."""
     return ", ".join(str(value) for value in values.unique())
 
 

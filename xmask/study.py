@@ -93,10 +93,12 @@ def configure(
 
 
 def results_folder(profile: str) -> Path:
+    """Where tables and run folders of a profile live."""
     return Path("results") / profile
 
 
 def run_folder(config: Config) -> Path:
+    """The folder of a run: configuration, history, measures."""
     return results_folder(config.profile) / "runs" / config.run
 
 
@@ -106,6 +108,7 @@ def work_folder(profile: str) -> Path:
 
 
 def device() -> torch.device:
+    """CUDA where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -140,10 +143,12 @@ def _open(profile: str, dataset: str, data: str, split: str, max_side: int | Non
 
 
 def open_train(config: Config, data: str = ""):
+    """The training images of a configuration, a sequence of `Sample`."""
     return _open(config.profile, config.dataset, data, "train", config.max_side)
 
 
 def open_test(profile: str, dataset: str, data: str = "", max_side: int | None = None):
+    """The test images of a dataset, a sequence of `Sample`."""
     return _open(profile, dataset, data, "test", max_side)
 
 
@@ -196,6 +201,7 @@ def _kept(kept: dict[int, Sample] | None, position: int, read) -> Sample:
 
 
 def mask_options(config: Config) -> dict[str, bool]:
+    """The options of `edp_sam.generate_masks` that a configuration sets."""
     return {"nnec": config.masks.nnec, "superpixel_prompt": config.masks.superpixel_prompt}
 
 
@@ -243,6 +249,7 @@ def mask_summary(config: Config, indices: list[int], data: str = "") -> pd.DataF
 
 
 def train_fingerprint(config: Config, data: str = "") -> str:
+    """What a training depends on, as a digest: code, versions, configuration, data."""
     dataset = open_train(config, data)
     segmenter = segmenters.open_segmenter(config.masks.segmenter, "cpu").describe()
     return provenance.digest(
@@ -252,6 +259,7 @@ def train_fingerprint(config: Config, data: str = "") -> str:
 
 
 def evaluation_fingerprint(config: Config, data: str = "") -> str:
+    """What an evaluation depends on, as a digest: its training and the test images."""
     test = open_test(config.profile, config.dataset, data, config.max_side)
     return provenance.digest(
         provenance.code("xmask.evaluate"), train_fingerprint(config, data), test.checksum()
@@ -259,6 +267,7 @@ def evaluation_fingerprint(config: Config, data: str = "") -> str:
 
 
 def stamp_of(step: str, config: Config) -> Path:
+    """The file that says that a step of a run is done."""
     return work_folder(config.profile) / "stamps" / f"{step}-{config.run}.json"
 
 

@@ -58,6 +58,10 @@ def decode(path: str | os.PathLike) -> Decoded:
         raise FileNotFoundError(f"{path}: no such image. Check the path.") from None
     except _UnsupportedDepth:
         raise
+    except Image.DecompressionBombError:
+        raise ValueError(
+            f"{path}: more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels, which Pillow takes for an "
+            "attack. Cut it in parts, or read it yourself and pass the array.") from None
     except _BROKEN as error:
         raise ValueError(
             f"{path}: cannot be read as an image ({error or type(error).__name__}). The file is "

@@ -175,6 +175,7 @@ class Crops(Dataset):
 
 
 def collate(items: list[tuple[Sample, Tensor | None, Tensor | None]]) -> Batch:
+    """The crops of `Crops` as one `Batch`; images become (B, 3, S, S)."""
     crops, views, visible = zip(*items)
     return Batch(
         images=torch.stack([to_tensor(crop.image) for crop in crops]),

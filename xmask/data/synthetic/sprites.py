@@ -42,6 +42,7 @@ def window(y: int, x: int, patch, shape):
 
 
 def blend(canvas: np.ndarray, sprite: Sprite) -> None:
+    """Paint a sprite over a canvas (3, H, W), in place."""
     rows, columns, inside = window(sprite.y, sprite.x, sprite.alpha.shape, canvas.shape[1:])
     part = canvas[:, rows, columns]
     part *= 1 - sprite.alpha[inside]
@@ -65,6 +66,7 @@ def cloud_field(rng, shape: tuple[int, int], cells: int) -> np.ndarray:
 
 
 def per_person(values: np.ndarray) -> np.ndarray:
+    """One value a person, (N,), as (N, 1, 1), to be multiplied with their pictures."""
     return np.asarray(values, np.float32).reshape(-1, 1, 1)
 
 

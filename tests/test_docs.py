@@ -1,0 +1,184 @@
+"""Docs that run: commands parse, code blocks work, links lead somewhere, generated parts are new."""
+
+import inspect
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from PIL import Image
+
+from xmask import config, pages
+from xmask.cli import _parser, main
+from xmask.data.synthetic import draw_scene
+from xmask.study import _assigned
+from xmask.walkthroughs import walkthroughs
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {path.name: path.read_text(encoding="utf-8")
+         for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+         if path.name != "api.md"}
+for _path in walkthroughs(ROOT / "notebooks"):
+    PAGES[_path.name] = "\n\n".join(
+        cell.source for cell in nbformat.read(_path, 4).cells if cell.cell_type == "markdown")
+LANGUAGES = {"sh", "sbatch", "python", "text", "bibtex"}
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+SHELL_WORDS = ("for ", "done", "#")
+
+
+def blocks(languages):
+    return [pytest.param(text, id=f"{name}-{number}")
+            for name, page in PAGES.items()
+            for number, (language, text) in enumerate(
+                re.findall(r"^```(\w*)\n(.*?)^```", page, re.DOTALL | re.MULTILINE))
+            if language in languages]
+
+
+def commands(text):
+    """The commands of a shell block: continued lines joined, loops and comments left out."""
+    for line in re.sub(r"\\\n\s*", " ", text).splitlines():
+        line = line.strip()
+        if line and not line.startswith(SHELL_WORDS):
+            yield shlex.split(line, comments=True)
+
+
+def test_every_code_block_says_its_language():
+    for name, page in PAGES.items():
+        found = re.findall(r"^```(\w*)\n.*?^```", page, re.DOTALL | re.MULTILINE)
+        assert set(found) <= LANGUAGES, f"{name}: {found}"
+
+
+@pytest.mark.parametrize("text", blocks({"sh", "sbatch"}))
+def test_every_command_of_a_shell_block_exists(text):
+    for words in commands(text):
+        CHECKS[Path(words[0]).name](words[1:])
+
+
+def check_xmask(words):
+    _parser().parse_args(words)  # a wrong word ends in SystemExit
+    assert not any(word.startswith("--set") for word in words) or config.override(
+        config.preset("paper", "sha", 40),
+        {words[i + 1].split("=")[0]: _example(words[i + 1].split("=")[1])
+         for i, word in enumerate(words) if word == "--set"})
+
+
+def _example(text):
+    value = yaml.safe_load(text)
+    return float(value) if isinstance(value, str) and value.startswith("$") else value
+
+
+def check_papermill(words):
+    source = ROOT / words[0]
+    code = [cell.source for cell in nbformat.read(source, 4).cells if cell.cell_type == "code"]
+    known = _assigned(code[0])
+    for i, word in enumerate(words):
+        if word == "-p":
+            assert words[i + 1] in known, f"{words[i + 1]} is no parameter of {source.name}"
+        if word == "-y":
+            given = yaml.safe_load(words[i + 1].replace("$lr", "0.1"))
+            assert set(given) <= known
+            config.override(config.preset("paper", "sha", 40), given.get("overrides", {}))
+
+
+def check_make(words):
+    for word in words:
+        if "=" in word:
+            assert re.search(rf"^{word.split('=')[0]} \?=", MAKEFILE, re.MULTILINE) or (
+                f"$({word.split('=')[0]})" in MAKEFILE), word
+        else:
+            assert re.search(rf"^{word}:", MAKEFILE, re.MULTILINE), f"make {word}: no such target"
+
+
+def check_files(words):
+    """Commands of the system: nothing to check but that we wrote them on purpose."""
+
+
+CHECKS = {"xmask": check_xmask, "papermill": check_papermill, "make": check_make,
+          "cat": check_files}
+
+
+@pytest.mark.parametrize("text", blocks({"python"}))
+def test_a_python_block_runs(text, tmp_path):
+    Image.fromarray(draw_scene(1, shape=(96, 128), people=5).image).save(tmp_path / "photo.jpg")
+    done = subprocess.run([sys.executable, "-c", text], cwd=tmp_path, capture_output=True,
+                          text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip() or "print" not in text
+
+
+def test_the_three_lines_for_your_own_photo_do_what_they_say(tmp_path, monkeypatch, capsys):
+    text = next(one for one in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) if "photo.jpg" in one)
+    assert len(text.splitlines()) == 3
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(draw_scene(1, shape=(96, 128), people=5).image).save("photo.jpg")
+    ran = [words[1:] for words in commands(text) if Path(words[0]).name == "xmask"]
+    assert len(ran) == 1 and main(ran[0]) == 0
+    assert "synthetic crowds" in capsys.readouterr().out
+    read = [words[1] for words in commands(text) if words[0] == "cat"]
+    assert all((tmp_path / file).stat().st_size for file in read)
+
+
+@pytest.mark.parametrize("name", [name for name in PAGES if name.endswith(".md")])
+def test_links_lead_somewhere_and_pictures_are_described(name):
+    folder = ROOT if name == "README.md" else ROOT / "docs"
+    for bang, text, target in re.findall(r"(!?)\[([^\]]*)\]\(([^)]+)\)", PAGES[name]):
+        if "://" not in target:
+            assert (folder / target.split("#")[0]).exists(), target
+        assert not bang or len(text) > 40, f"{target} has no alternative text"
+
+
+def test_commands_named_in_sentences_exist():
+    known = set(_parser()._subparsers._group_actions[0].choices)
+    for name, page in PAGES.items():
+        for command in re.findall(r"`xmask ([a-z]+)", page):
+            assert command in known, f"{name}: xmask {command}"
+        for target in re.findall(r"`make ([a-z]+)", page):
+            check_make([target])
+
+
+def test_readme_shows_the_results_of_the_tables():
+    block, day = pages.stored_block(README)
+    assert block == pages.results_block(ROOT, day), "run `make docs`"
+    assert "synthetic" in block.lower()
+
+
+def test_a_changed_table_makes_the_results_of_readme_stale(tmp_path):
+    for file in (pages.SUMMARY, pages.README):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_bytes((ROOT / file).read_bytes())
+    (tmp_path / "docs").mkdir()
+    pages.refresh(tmp_path)
+    assert (tmp_path / pages.README).read_text(encoding="utf-8") == README  # the date stays
+    table = (tmp_path / pages.SUMMARY).read_text(encoding="utf-8")
+    old = re.search(r",synthetic,1,([\d.]+),", table)[1]
+    (tmp_path / pages.SUMMARY).write_text(table.replace(f",{old},", ",123.4,"), encoding="utf-8")
+    block, day = pages.stored_block(README)
+    assert pages.results_block(tmp_path, day) != block
+    pages.refresh(tmp_path)
+    assert "123.4" in pages.stored_block((tmp_path / pages.README).read_text("utf-8"))[0]
+
+
+def test_the_api_page_is_what_the_docstrings_say():
+    assert (ROOT / pages.API).read_text(encoding="utf-8") == pages.api_page(), "run `make docs`"
+    assert "/home/" not in pages.api_page() and " at 0x" not in pages.api_page()
+
+
+ARRAYS = {"points", "image", "logits", "embedding", "label_map", "radii", "head", "pixel",
+          "features", "pred_map", "true_map", "maps", "energy"}
+PUBLIC = [pytest.param(one, id=f"{module.__name__}.{name}")
+          for module in pages.modules() for name, one in pages.public(module)]
+
+
+@pytest.mark.parametrize("one", PUBLIC)
+def test_every_public_function_says_what_it_does_and_the_shape_of_its_arrays(one):
+    text = one.__doc__ or ""
+    assert text and not text.startswith(f"{one.__name__}("), "no docstring"
+    assert one.__name__ in (ROOT / pages.API).read_text(encoding="utf-8")
+    if inspect.isfunction(one) and ARRAYS & set(inspect.signature(one).parameters):
+        assert re.search(r"\((\.\.\.|[A-Zhnb0-9][\w*]*),|scalar", text), "no shape"
