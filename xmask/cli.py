@@ -56,6 +56,13 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--segmenter", default="classical", help="or a SAM checkpoint (.pth)")
     made.add_argument("--limit", type=int, help="only the first images")
 
+    made = command("train-sam", _train_sam, "train the bundled SAM on synthetic crowds")
+    made.add_argument("--out", type=Path, help="weights file; default: the one in the package")
+    made.add_argument("--seed", type=int, help="of the first training scene")
+    made.add_argument("--scenes", type=int, help="drawn scenes")
+    made.add_argument("--steps", type=int)
+    made.add_argument("--threads", type=int, default=1)
+
     for name, function, text in (
         ("train", _train, "train one run of the study"),
         ("evaluate", _evaluate, "evaluate one run of the study (training it if needed)"),
@@ -117,6 +124,18 @@ def _masks(o: argparse.Namespace) -> int:
     indices = list(range(len(dataset)))[: o.limit]
     segmenter = open_segmenter(o.segmenter, study.device())
     print(edp_sam.mask_dataset(dataset, indices, segmenter, o.out))
+    return 0
+
+
+def _train_sam(o: argparse.Namespace) -> int:
+    import torch
+
+    from xmask import sam, sam_training
+
+    torch.set_num_threads(o.threads)
+    chosen = {name: getattr(o, name) for name in ("seed", "scenes", "steps")}
+    plan = sam_training.Plan(**{k: value for k, value in chosen.items() if value is not None})
+    print(json.dumps(sam_training.train(plan, o.out or sam.BUNDLED), indent=1))
     return 0
 
 

@@ -122,7 +122,7 @@ def generate_masks(
     segmenter.set_image(image)
     candidates: list[tuple[str, np.ndarray, np.ndarray]] = []  # source, logits (M,), score (N,)
     if point_prompt:
-        prompts = _point_prompts(points, radii)
+        prompts = point_prompts(points, radii, scale)
         logits, predicted = segmenter.predict(prompts, head, pixel)
         candidates += [("point", *one) for one in zip(logits, predicted.T)]
         radius = np.stack([_mask_radius(one > 0, head, len(points)) for one in logits])
@@ -131,7 +131,7 @@ def generate_masks(
     region = None
     if superpixel_prompt:
         region = superpixel_regions(image, points, scale, head, pixel, compactness=compactness)
-        prompts = _superpixel_prompts(points, radii, scale, head[region], pixel[region], shape)
+        prompts = superpixel_prompts(points, radii, scale, head[region], pixel[region], shape)
         logits, predicted = segmenter.predict(prompts, head, pixel)
         candidates += [("superpixel", *one) for one in zip(logits, predicted.T)]
 
@@ -250,8 +250,11 @@ def check_label_map(label_map: np.ndarray, points: np.ndarray, radii: np.ndarray
 
 # -- prompts ---------------------------------------------------------------------------------
 
-def _point_prompts(points: np.ndarray, radii: np.ndarray) -> Prompts:
-    """The head as positive point, its nearest neighbours as negative points."""
+def point_prompts(points: np.ndarray, radii: np.ndarray, scale: np.ndarray) -> Prompts:
+    """The head as positive point, its nearest neighbours as negative points.
+
+    points: (N, 2); radii: (N,) px, of the circles; scale: (N,) px, local head radii.
+    """
     count = len(points)
     wanted = min(_NEGATIVES, count - 1)
     coordinates = np.repeat(points[:, None], 1 + wanted, axis=1)
@@ -264,10 +267,10 @@ def _point_prompts(points: np.ndarray, radii: np.ndarray) -> Prompts:
         near = (distance >= 1) & (distance <= _NEGATIVE_RANGE * radii[:, None])
         coordinates[:, 1:] = np.where(near[:, 1:, None], points[neighbour[:, 1:]], points[:, None])
         labels[:, 1:][near[:, 1:]] = NEGATIVE
-    return Prompts(coordinates, labels, multimask=True)
+    return Prompts(coordinates, labels, multimask=True, sizes=scale)
 
 
-def _superpixel_prompts(
+def superpixel_prompts(
     points: np.ndarray, radii: np.ndarray, scale: np.ndarray, head: np.ndarray,
     pixel: np.ndarray, shape: tuple[int, int],
 ) -> Prompts:
@@ -279,7 +282,7 @@ def _superpixel_prompts(
         boxes[present] = np.stack([
             np.minimum.reduceat(x, start) - 0.5, np.minimum.reduceat(y, start) - 0.5,
             np.maximum.reduceat(x, start) + 0.5, np.maximum.reduceat(y, start) + 0.5], axis=1)
-    return replace(_point_prompts(points, radii), boxes=boxes, multimask=False)
+    return replace(point_prompts(points, radii, scale), boxes=boxes, multimask=False)
 
 
 # -- scoring and merging ---------------------------------------------------------------------
