@@ -1,0 +1,95 @@
+"""Masks as COCO JSON with run-length encoding, the format that annotation tools read.
+
+Not part of the paper. One pass over the label map finds the runs of all heads, so the cost does
+not grow with their number, and no mask is ever spread out over the image.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from pycocotools import mask as coco_mask
+
+from xmask import files
+
+
+def encode(labels: np.ndarray) -> dict[int, dict[str, Any]]:
+    """RLE of every instance of a label map: {k: {"size": [H, W], "counts": str}}.
+
+    labels: (H, W) int, 0 background. The string is pycocotools' compressed form; its decode
+    gives exactly labels == k.
+    """
+    height, width = labels.shape
+    columns = np.asarray(labels).ravel(order="F")  # COCO's runs go down the columns
+    start = np.flatnonzero(np.r_[True, columns[1:] != columns[:-1]])
+    stop = np.r_[start[1:], len(columns)]
+    value = columns[start]
+    order = np.argsort(value, kind="stable")
+    order = order[value[order] > 0]
+    found, first = np.unique(value[order], return_index=True)
+    result = {}
+    for k, runs in zip(found.tolist(), np.split(order, first[1:])):
+        # Zeros and ones in turn: the gap before each run, then the run.
+        gaps = start[runs] - np.r_[0, stop[runs[:-1]]]
+        counts = np.stack([gaps, stop[runs] - start[runs]], axis=1).ravel().tolist()
+        rest = len(columns) - int(stop[runs[-1]])
+        rle = coco_mask.frPyObjects(
+            {"size": [height, width], "counts": counts + [rest] * (rest > 0)}, height, width)
+        result[k] = {"size": [height, width], "counts": rle["counts"].decode("ascii")}
+    return result
+
+
+def annotations(labels: np.ndarray, table: pd.DataFrame, image_id: int,
+                first_id: int) -> Iterator[dict[str, Any]]:
+    """One COCO annotation per head that has pixels; ids count from `first_id`.
+
+    Besides COCO's own fields: head (k), point (x, y), score, source, as in the table.
+    """
+    runs = encode(labels)
+    for row in table.itertuples():
+        if row.head not in runs:
+            continue
+        segmentation = runs[row.head]
+        yield {
+            "id": first_id, "image_id": image_id, "category_id": 1, "iscrowd": 0,
+            "segmentation": segmentation,
+            "area": int(coco_mask.area(segmentation)),
+            "bbox": [float(v) for v in coco_mask.toBbox(segmentation)],
+            "head": int(row.head), "point": [float(row.x), float(row.y)],
+            "score": float(row.score), "source": str(row.source)}
+        first_id += 1
+
+
+def write(folder: str | os.PathLike, names: dict[str, str], path: str | os.PathLike) -> Path:
+    """All complete images of a folder of masks as one COCO file; images are written one by one.
+
+    names: image id -> file name. Ids of images count from 1 in that order.
+    """
+    from xmask.edp_sam import is_complete, read_masks
+
+    folder, path = Path(folder), Path(path)
+    images, number = [], 1
+    with files.replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as out:
+        out.write('{"info": {"description": "EDP-SAM masks of heads, made by XMask"},\n'
+                  '"categories": [{"id": 1, "name": "head", "supercategory": "person"}],\n'
+                  '"annotations": [')
+        separator = "\n"
+        for image_id, (name, file_name) in enumerate(names.items(), start=1):
+            if not is_complete(folder, name):
+                continue
+            labels = read_masks(folder, name)
+            table = pd.read_csv(folder / f"{name}.csv", keep_default_na=False)
+            images.append({"id": image_id, "file_name": file_name, "height": labels.shape[0],
+                           "width": labels.shape[1]})
+            for one in annotations(labels, table, image_id, number):
+                out.write(separator + json.dumps(one))
+                separator = ",\n"
+                number += 1
+        out.write('],\n"images": ' + json.dumps(images) + "}\n")
+    return path
