@@ -453,7 +453,7 @@ def _assign(
     _give_pixels(owner, points, head, pixel, squared)
     energy[owner[pixel] == head + 1] = -1.0
     energy[(owner[pixel] != head + 1) & (owner[pixel] > 0)] = np.inf
-    return _keep_connected(circles.lowest_wins(energy, head, pixel, shape), points)
+    return keep_connected(circles.lowest_wins(energy, head, pixel, shape), points)
 
 
 def _give_pixels(
@@ -476,7 +476,7 @@ def _give_pixels(
                 break
 
 
-def _keep_connected(labels: np.ndarray, points: np.ndarray) -> np.ndarray:
+def keep_connected(labels: np.ndarray, points: np.ndarray) -> np.ndarray:
     """Of every instance only the 4-connected piece that comes nearest to its head."""
     pieces = connected_components(labels, background=0, connectivity=1).ravel()
     pixel = np.flatnonzero(pieces)
