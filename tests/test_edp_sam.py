@@ -358,3 +358,24 @@ def test_a_label_map_holds_65535_heads_at_most(tmp_path):
     table = pd.DataFrame({"head": np.arange(65536)})
     with pytest.raises(ValueError, match="65536 heads do not fit"):
         edp_sam._write_masks(tmp_path, "x", np.zeros((2, 2), np.int32), table)
+
+
+# -- head sizes as a further prompt ----------------------------------------------------------
+
+def test_annotated_head_sizes_tell_the_size_and_may_be_missing():
+    image, points, truth = crowd_with_truth()
+    sizes = np.tile([12.0, 15.0], (len(points), 1))
+    sizes[3] = 0  # not annotated
+    labels, table = generate_masks(image, points, ClassicalSegmenter(), boxes=sizes)
+    check_invariants(labels, table, points, truth.shape,
+                     nnec.exclusion_radii(points, truth.shape))
+    assert (table["area"] > 0).all()
+    wrong = generate_masks(image, points, ClassicalSegmenter(), boxes=sizes * 0.4)[0]
+    known = np.arange(len(points)) != 3
+    area = np.bincount(labels.ravel())[1:][known].mean()
+    assert np.bincount(wrong.ravel(), minlength=len(points) + 1)[1:][known].mean() < area
+    with pytest.raises(ValueError, match=r"boxes: shape \(2, 2\) for 24 heads"):
+        generate_masks(image, points, ClassicalSegmenter(), boxes=sizes[:2])
+    # Sizes that nobody knows change nothing.
+    unknown = generate_masks(image, points, ClassicalSegmenter(), boxes=sizes * np.nan)[0]
+    assert (unknown == generate_masks(image, points, ClassicalSegmenter())[0]).all()

@@ -91,9 +91,8 @@ def write_sha(root, pictures):
     images = {"train": len(pictures), "test": 0}
     files.write_json(root / "part_A" / "synthetic.json", {"images": images})
     for number, (picture, _) in enumerate(pictures, start=1):
-        if not isinstance(picture, bytes):
-            files.write_png(folder / "instances" / f"IMG_{number}.png",
-                            np.zeros(picture.size[::-1], np.uint16))
+        size = (1, 1) if isinstance(picture, bytes) else picture.size[::-1]
+        files.write_png(folder / "instances" / f"IMG_{number}.png", np.zeros(size, np.uint16))
     return root
 
 

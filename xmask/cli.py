@@ -68,7 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--out", type=Path, help="weights file; default: the one in the package")
     made.add_argument("--seed", type=int, help="of the first training scene")
     made.add_argument("--scenes", type=int, help="drawn scenes")
-    made.add_argument("--steps", type=int)
+    made.add_argument("--steps", type=int, help="over which the learning rate falls")
+    made.add_argument("--stop", type=int, help="end after so many of the steps")
     made.add_argument("--threads", type=int, default=1)
 
     made = command("edp-study", _edp_study, "compare EDP-SAM with simpler masks on drawn scenes")
@@ -168,7 +169,7 @@ def _train_sam(o: argparse.Namespace) -> int:
     from xmask import sam, sam_training
 
     torch.set_num_threads(o.threads)
-    chosen = {name: getattr(o, name) for name in ("seed", "scenes", "steps")}
+    chosen = {name: getattr(o, name) for name in ("seed", "scenes", "steps", "stop")}
     plan = sam_training.Plan(**{k: value for k, value in chosen.items() if value is not None})
     print(json.dumps(sam_training.train(plan, o.out or sam.BUNDLED), indent=1))
     return 0

@@ -40,7 +40,8 @@ class Plan:
 
     seed: int = SEED
     scenes: int = 300
-    steps: int = 2400
+    steps: int = 2400  # over which the learning rate falls to nothing
+    stop: int | None = None  # end after so many of them
     crops: int = 8  # per step
     heads: int = 12  # at most, per crop
     lr: float = 1.2e-3
@@ -287,8 +288,8 @@ def train(plan: Plan = Plan(), path: Path = sam.BUNDLED, *, device: str = "cpu",
     then, so that a run that is stopped leaves something to look at.
     Raises ValueError for a plan that cannot be.
     """
-    for name in ("scenes", "steps", "crops", "heads"):
-        if getattr(plan, name) < 1:
+    for name in ("scenes", "steps", "crops", "heads", "stop"):
+        if getattr(plan, name) is not None and getattr(plan, name) < 1:
             raise ValueError(f"{name}: {getattr(plan, name)} is too small; give 1 or more")
     began = time.monotonic()
     torch.manual_seed(plan.seed)
@@ -306,7 +307,8 @@ def train(plan: Plan = Plan(), path: Path = sam.BUNDLED, *, device: str = "cpu",
     averaged = {name: value.detach().clone() for name, value in model.state_dict().items()}
     sums: dict[str, float] = {}
     log: list[dict[str, float]] = []
-    bar = tqdm(range(1, plan.steps + 1), desc="training", unit="step", disable=not progress)
+    last = plan.stop or plan.steps
+    bar = tqdm(range(1, last + 1), desc="training", unit="step", disable=not progress)
     for step in bar:
         batch = make_batch(scenes, rng, plan, sam.SMALL["side"], cells)
         batch = Batch(*(getattr(batch, name).to(device) for name in Batch.__dataclass_fields__))
@@ -323,7 +325,7 @@ def train(plan: Plan = Plan(), path: Path = sam.BUNDLED, *, device: str = "cpu",
                 averaged[name].lerp_(value, 1 - keep)
         for name, value in terms.items():
             sums[name] = sums.get(name, 0.0) + value.item()
-        every = min(100, plan.steps)
+        every = min(100, last)
         if step % every == 0:
             log.append({"step": step, "seconds": round(time.monotonic() - began, 1),
                         **{name: round(value / every, 4) for name, value in sums.items()}})
@@ -340,7 +342,7 @@ def _save(state: dict[str, torch.Tensor], plan: Plan, log: list[dict[str, float]
     model.load_state_dict(state)
     sam.save_bundled(model, sam.SMALL, {
         "command": f"xmask train-sam --seed {plan.seed} --scenes {plan.scenes} "
-                   f"--steps {plan.steps}",
+                   f"--steps {plan.steps}" + (f" --stop {plan.stop}" if plan.stop else ""),
         "plan": asdict(plan), "steps_done": log[-1]["step"],
         "data": "synthetic crowds, xmask.data.synthetic.draw_scene",
         "scene_seeds": [plan.seed, plan.seed + plan.scenes - 1], "device": device,
