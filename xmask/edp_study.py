@@ -8,7 +8,10 @@ somebody else. The simple methods:
 - fixed discs: one radius for everybody, the best one on these very scenes (an advantage);
 - exclusion discs: radius r_i / 2, so that no two overlap;
 - Voronoi-limited discs: the local head radius s_i of EDP-SAM, and the nearest head wins;
-- watershed: of the colour gradient, from the heads and from everything outside the circles.
+- watershed: of the colour gradient, from the heads and from everything outside the circles;
+- plain point: the segmenter as anybody would use it on a dot: no neighbours, no circles, no
+  agreement on sizes, the mask it trusts most, contested pixels to the higher logit. "Point
+  prompt only" is EDP-SAM without its superpixels, with all of these.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from xmask import files, nnec, provenance
 from xmask.data.sample import Sample
 from xmask.data.synthetic import draw_scene
 from xmask.edp_sam import generate_masks, local_head_radius
-from xmask.segmenters import open_segmenter
+from xmask.segmenters import Prompts, Segmenter, open_segmenter
 
 SEED = 3_700_000  # of the first scene; nothing else uses seeds from here to 3.8 million
 RADII = (3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20)  # px, tried for fixed discs
@@ -43,6 +46,7 @@ PROMPTS = {
     "both, without NNEC": {"nnec": False},
     "EDP-SAM": {},
 }
+PLAIN = "plain point"
 THIRDS = ("densest", "middle", "sparsest")
 
 
@@ -75,6 +79,18 @@ def watershed_masks(image: np.ndarray, points: np.ndarray) -> np.ndarray:
     markers[discs(points, np.minimum(radii, 2 * size), shape) == 0] = background
     labels = watershed(gradient, markers)
     return np.where(labels == background, 0, labels).astype(np.int32)
+
+
+def plain_point_masks(image: np.ndarray, points: np.ndarray, segmenter: Segmenter) -> np.ndarray:
+    """One positive point per head and nothing else: label map (H, W) int32."""
+    shape = image.shape[:2]
+    reach = np.minimum(2 * nnec.exclusion_radii(points, shape), max(0.5 * min(shape), 3.0))
+    head, pixel = nnec.incidence(points, reach, shape)
+    segmenter.set_image(image)
+    prompts = Prompts(points[:, None], np.ones((len(points), 1), int))
+    logits, trust = segmenter.predict(prompts, head, pixel)
+    logit = logits[trust.argmax(axis=1)[head], np.arange(len(head))]
+    return nnec.lowest_wins(-logit, head, pixel, shape, threshold=0.0)
 
 
 def simple_methods() -> dict[str, Callable[[Sample], np.ndarray]]:
@@ -113,6 +129,9 @@ def one_scene(number: int, seed: int, segmenters: tuple[str, ...]) -> list[dict[
             for name, method in simple_methods().items()]
     for spec in segmenters:
         segmenter = open_segmenter(spec)
+        plain = plain_point_masks(sample.image, sample.points.astype(float), segmenter)
+        rows.append({**scene, "segmenter": spec, "method": PLAIN,
+                     **compare(plain, sample.instances, heads)})
         rows += [{**scene, "segmenter": spec, "method": name, **compare(
             generate_masks(sample.image, sample.points, segmenter, **options)[0],
             sample.instances, heads)} for name, options in PROMPTS.items()]
