@@ -57,7 +57,8 @@ def test_thirds_go_by_median_radius_and_only_the_best_fixed_disc_stays():
     assert best["without mask"] == 3
 
 
-def test_the_command_writes_its_tables(tmp_path, capsys):
+def test_the_command_writes_its_tables_and_goes_on(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert main(["edp-study", "--out", str(tmp_path), "--scenes", "3", "--seed", "9700000",
                  "--segmenters", "classical"]) == 0
     assert "| classical | EDP-SAM |" in capsys.readouterr().out
@@ -68,5 +69,15 @@ def test_the_command_writes_its_tables(tmp_path, capsys):
         "xmask edp-study --scenes 3 --seed 9700000 --segmenters classical")
     scenes = pd.read_csv(tmp_path / "scenes.csv")
     assert (scenes.groupby("scene")["heads"].nunique() == 1).all()
+    before = (tmp_path / "scenes.csv").read_text()
+    kept = sorted((tmp_path / "work" / "edp_study").rglob("*.json"))
+    assert len(kept) == 3
+    asked = []
+    monkeypatch.setattr(edp_study, "one_scene", lambda number, seed, segmenters: (
+        asked.append(number) or files.read_json(kept[number])["rows"]))
+    kept[1].rename(tmp_path / "1.json")
+    kept[1] = tmp_path / "1.json"  # stopped before scene 1 was finished
+    edp_study.run(tmp_path, scenes=3, seed=9_700_000, segmenters=["classical"], progress=False)
+    assert asked == [1] and (tmp_path / "scenes.csv").read_text() == before
     assert main(["edp-study", "--out", str(tmp_path), "--scenes", "2"]) == 1
     assert "scenes: 2; give 3 or more" in capsys.readouterr().err

@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -143,25 +143,25 @@ def run(out: str | os.PathLike, *, scenes: int = 30, seed: int = SEED,
         progress: bool = True) -> pd.DataFrame:
     """The comparison; writes scenes.csv, thirds.csv, table.md and study.json into `out`.
 
+    Finished scenes are kept in work/edp_study until code, segmenters or versions change.
+
     Returns the table of `thirds`. Raises ValueError for fewer than three scenes.
     """
     if scenes < 3:
         raise ValueError(f"scenes: {scenes}; give 3 or more, one for each density third")
     out, segmenters = Path(out), tuple(segmenters)
     described = {spec: open_segmenter(spec).describe() for spec in segmenters}
-    bar = tqdm(total=scenes, desc="comparing", unit="scene", disable=not progress)
-    rows: list[dict[str, Any]] = []
-    with bar:
-        if jobs == 1:
-            for number in range(scenes):
-                rows += one_scene(number, seed, segmenters)
-                bar.update()
-        else:
-            with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-                for part in pool.map(one_scene, range(scenes), [seed] * scenes,
-                                     [segmenters] * scenes):
-                    rows += part
-                    bar.update()
+    # Scenes are kept, so that a stopped comparison goes on, and a larger one starts from it.
+    kept = Path("work") / "edp_study" / provenance.digest(
+        seed, described, provenance.code("xmask.edp_study"), provenance.versions())[:16]
+    paths = [kept / f"{number}.json" for number in range(scenes)]
+    todo = [number for number in range(scenes) if not paths[number].is_file()]
+    with tqdm(total=scenes, initial=scenes - len(todo), desc="comparing", unit="scene",
+              disable=not progress) as bar:
+        for number, rows in _scenes(todo, seed, segmenters, jobs):
+            files.write_json(paths[number], {"rows": rows})
+            bar.update()
+    rows = [row for path in paths for row in files.read_json(path)["rows"]]
     table = thirds(pd.DataFrame(rows))
     _write_csv(out / "scenes.csv", pd.DataFrame(rows))
     _write_csv(out / "thirds.csv", table)
@@ -171,6 +171,19 @@ def run(out: str | os.PathLike, *, scenes: int = 30, seed: int = SEED,
         "data": "synthetic crowds", "segmenters": described, "versions": provenance.versions()})
     files.write_text(out / "table.md", markdown(table, scenes, seed))
     return table
+
+
+def _scenes(todo: list[int], seed: int, segmenters: tuple[str, ...], jobs: int
+            ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """Number and rows of each scene, as they are finished."""
+    if jobs == 1:
+        for number in todo:
+            yield number, one_scene(number, seed, segmenters)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        waiting = {pool.submit(one_scene, number, seed, segmenters): number for number in todo}
+        for future in as_completed(waiting):
+            yield waiting[future], future.result()
 
 
 def thirds(rows: pd.DataFrame) -> pd.DataFrame:
