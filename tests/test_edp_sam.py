@@ -232,7 +232,8 @@ class Dataset:
         if i in self.broken:
             raise OSError(f"IMG_{i}.jpg is truncated")
         points = np.random.default_rng(i).uniform(0, 23, (i * 2, 2)).astype(np.float32)
-        return Sample(picture((24, 24), i), points, None, self.ids[i])
+        repairs = {"clipped": i} if i else {}
+        return Sample(picture((24, 24), i), points, None, self.ids[i], repairs=repairs)
 
     def checksum(self):
         return "0" * 64
@@ -259,7 +260,7 @@ def masks(out, segmenter, indices=range(5), broken=(), **options):
 def test_masks_of_a_data_set_can_be_read_back(tmp_path):
     out = masks(tmp_path / "masks", ClassicalSegmenter())
     assert {p.name for p in out.iterdir()} == {
-        "manifest.json", *(f"IMG_{k}.{kind}" for k in range(5) for kind in ("png", "csv"))}
+        "manifest.json", "times.csv", *(f"IMG_{k}.{kind}" for k in range(5) for kind in ("png", "csv"))}
     sample = Dataset()[4]
     labels, table = generate_masks(sample.image, sample.points, ClassicalSegmenter())
     stored = read_masks(out, "IMG_4")
@@ -269,6 +270,13 @@ def test_masks_of_a_data_set_can_be_read_back(tmp_path):
     assert not read_masks(out, "IMG_0").any()  # an image without heads
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["failed"] == {} and manifest["segmenter"]["kind"] == "classical"
+    assert list(manifest["images"]) == [f"IMG_{k}" for k in range(5)]
+    found = manifest["images"]["IMG_4"]
+    assert found["heads"] == 8 and sum(found["sources"].values()) == 8
+    assert found["score"] == pytest.approx(table["score"].mean(), abs=1e-4)
+    assert found["repairs"] == {"clipped": 4}
+    assert manifest["images"]["IMG_0"]["heads"] == 0
+    assert pd.read_csv(out / "times.csv")["image"].tolist() == [f"IMG_{k}" for k in range(5)]
 
 
 def test_a_stopped_run_goes_on_where_it_stopped(tmp_path):
@@ -279,12 +287,31 @@ def test_a_stopped_run_goes_on_where_it_stopped(tmp_path):
     masks(tmp_path, segmenter)
     assert segmenter.images == 2
     whole = masks(tmp_path / "at once", ClassicalSegmenter())
+    assert (tmp_path / "manifest.json").read_text() == (whole / "manifest.json").read_text()
     for k in range(5):
         for kind in ("png", "csv"):
             name = f"IMG_{k}.{kind}"
             assert files.sha256(tmp_path / name) == files.sha256(whole / name)
     masks(tmp_path, segmenter)
     assert segmenter.images == 2  # nothing left to do
+
+
+def test_any_number_of_workers_gives_the_same_folder(tmp_path):
+    alone = masks(tmp_path / "1", ClassicalSegmenter())
+    together = masks(tmp_path / "3", ClassicalSegmenter(), workers=3)
+    for path in alone.iterdir():
+        if path.name != "times.csv":
+            assert files.sha256(path) == files.sha256(together / path.name)
+    with pytest.raises(ValueError, match="workers, threads: 0, 1"):
+        masks(tmp_path / "0", ClassicalSegmenter(), workers=0)
+
+
+def test_workers_go_on_when_an_image_fails(tmp_path):
+    with pytest.raises(edp_sam.MasksFailed, match="failed for 2 of 5 images, the first IMG_1"):
+        masks(tmp_path, ClassicalSegmenter(), broken=(3, 1), workers=2)
+    manifest = files.read_json(tmp_path / "manifest.json")
+    assert list(manifest["failed"]) == ["IMG_1", "IMG_3"]
+    assert list(manifest["images"]) == ["IMG_0", "IMG_2", "IMG_4"]
 
 
 def test_masks_of_other_settings_are_made_anew(tmp_path):
@@ -331,3 +358,24 @@ def test_a_label_map_holds_65535_heads_at_most(tmp_path):
     table = pd.DataFrame({"head": np.arange(65536)})
     with pytest.raises(ValueError, match="65536 heads do not fit"):
         edp_sam._write_masks(tmp_path, "x", np.zeros((2, 2), np.int32), table)
+
+
+# -- head sizes as a further prompt ----------------------------------------------------------
+
+def test_annotated_head_sizes_tell_the_size_and_may_be_missing():
+    image, points, truth = crowd_with_truth()
+    sizes = np.tile([12.0, 15.0], (len(points), 1))
+    sizes[3] = 0  # not annotated
+    labels, table = generate_masks(image, points, ClassicalSegmenter(), boxes=sizes)
+    check_invariants(labels, table, points, truth.shape,
+                     nnec.exclusion_radii(points, truth.shape))
+    assert (table["area"] > 0).all()
+    wrong = generate_masks(image, points, ClassicalSegmenter(), boxes=sizes * 0.4)[0]
+    known = np.arange(len(points)) != 3
+    area = np.bincount(labels.ravel())[1:][known].mean()
+    assert np.bincount(wrong.ravel(), minlength=len(points) + 1)[1:][known].mean() < area
+    with pytest.raises(ValueError, match=r"boxes: shape \(2, 2\) for 24 heads"):
+        generate_masks(image, points, ClassicalSegmenter(), boxes=sizes[:2])
+    # Sizes that nobody knows change nothing.
+    unknown = generate_masks(image, points, ClassicalSegmenter(), boxes=sizes * np.nan)[0]
+    assert (unknown == generate_masks(image, points, ClassicalSegmenter())[0]).all()

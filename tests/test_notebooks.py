@@ -35,5 +35,6 @@ def test_a_notebook_fits_the_screen_and_names_no_place_of_ours(path):
 def test_every_step_of_the_study_has_a_notebook():
     assert [path.name for path in STEPS] == [
         "10_masks.ipynb", "11_train.ipynb", "12_evaluate.ipynb",
+        "13_bundled_sam.ipynb", "14_correct_masks.ipynb", "15_edp_sam_study.ipynb",
         "20_tables.ipynb", "21_figures.ipynb", "22_ablations.ipynb",
     ]

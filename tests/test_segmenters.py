@@ -12,7 +12,8 @@ from segment_anything import SamPredictor
 from segment_anything.modeling import (
     ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer)
 
-from xmask import nnec, segmenters
+from xmask import nnec
+from xmask import sam as sam_models
 from xmask.segmenters import ClassicalSegmenter, Prompts, SamSegmenter, open_segmenter, resize_taps
 
 
@@ -89,9 +90,10 @@ def test_small_heads_are_prompted_in_an_enlarged_crop():
     segmenter = SamSegmenter.from_model(sam, max_zoom=2)
     segmenter.set_image(image)
     logits, scores = segmenter.predict(Prompts(points[:, None], labels), head, pixel)
-    # A zoom of 2 on 320 px means crops of 160 px at every 80 px: these heads' start at 0 and 160.
-    for heads, left in ((slice(0, 2), 0), (slice(2, 3), 160)):
-        top = 0
+    # A zoom of 2 on 320 px means crops of 160 px, at 0, 80 and 160: there is no room for the
+    # full step of 96 px. A head belongs to the crop whose middle is nearest.
+    assert segmenter.encoded == 2
+    for heads, left, top in ((slice(0, 2), 0, 0), (slice(2, 3), 160, 0)):
         crop = np.ascontiguousarray(image[top:top + 160, left:left + 160])
         local = points[heads] - [left, top]
         masks, quality = as_sam_does(sam, crop, local[:, None], labels[heads], None, True)
@@ -138,7 +140,7 @@ def test_files_that_are_no_sam_are_named_with_what_they_hold(tmp_path):
     cases = {
         "vgg.pth": ({"features.0.weight": torch.zeros(1)}, "features.0.weight"),
         "list.pth": ([1, 2], "found a list"),
-        "narrow.pth": ({segmenters._SAM_WIDTH_KEY: torch.zeros(32, 3, 16, 16)}, "32 wide"),
+        "narrow.pth": ({sam_models.WIDTH_KEY: torch.zeros(32, 3, 16, 16)}, "32 wide"),
     }
     for name, (content, found) in cases.items():
         torch.save(content, tmp_path / name)
@@ -151,7 +153,7 @@ def test_files_that_are_no_sam_are_named_with_what_they_hold(tmp_path):
 
 def test_weights_that_only_look_like_sam_are_refused(tmp_path, monkeypatch):
     path = tmp_path / "other.pth"
-    torch.save({segmenters._SAM_WIDTH_KEY: torch.zeros(768, 3, 16, 16)}, path)
+    torch.save({sam_models.WIDTH_KEY: torch.zeros(768, 3, 16, 16)}, path)
     monkeypatch.setitem(
         segment_anything.sam_model_registry, "vit_b", lambda: tiny_sam(side=64, width=768))
     with pytest.raises(ValueError, match="looks like vit_b but does not fit"):

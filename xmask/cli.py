@@ -48,12 +48,20 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--no-extras", action="store_true",
                       help="leave out supervised-only runs and ablations")
 
-    made = command("masks", _masks, "EDP-SAM masks of a dataset's images, resumable")
-    made.add_argument("--dataset", required=True, choices=(*DATASETS, "shb", "synthetic"))
-    made.add_argument("--root", required=True, type=Path, help="folder of the dataset")
-    made.add_argument("--out", required=True, type=Path)
+    made = command("masks", _masks, "EDP-SAM masks of a dataset or of one image, resumable")
+    made.add_argument("--dataset", choices=(*DATASETS, "shb", "synthetic"))
+    made.add_argument("--root", type=Path, help="folder of the dataset")
     made.add_argument("--split", default="train")
-    made.add_argument("--segmenter", default="classical", help="or a SAM checkpoint (.pth)")
+    made.add_argument("--image", type=Path, help="one image instead of a dataset")
+    made.add_argument("--points", type=Path, help="its heads: a CSV with columns x and y")
+    made.add_argument("--out", required=True, type=Path)
+    made.add_argument("--segmenter", choices=("bundled", "classical"), default="bundled")
+    made.add_argument("--checkpoint", type=Path, help="SAM (.pth) to use instead")
+    made.add_argument("--workers", type=int, default=1, help="processes; masks do not depend "
+                      "on how many")
+    made.add_argument("--threads", type=int, default=1, help="of each process")
+    made.add_argument("--boxes", action="store_true",
+                      help="use the head sizes that the dataset has (JHU-CROWD++) as well")
     made.add_argument("--limit", type=int, help="only the first images")
 
     made = command("predict", _predict, "count and masks of your own images, resumable")
@@ -77,6 +85,20 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--seed", type=int, default=1)
     made.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE",
                       help="change a field, e.g. --set schedule.phase1=60")
+    made = command("train-sam", _train_sam, "train the bundled SAM on synthetic crowds")
+    made.add_argument("--out", type=Path, help="weights file; default: the one in the package")
+    made.add_argument("--seed", type=int, help="of the first training scene")
+    made.add_argument("--scenes", type=int, help="drawn scenes")
+    made.add_argument("--steps", type=int, help="over which the learning rate falls")
+    made.add_argument("--stop", type=int, help="end after so many of the steps")
+    made.add_argument("--threads", type=int, default=1)
+
+    made = command("edp-study", _edp_study, "compare EDP-SAM with simpler masks on drawn scenes")
+    made.add_argument("--out", type=Path, default=Path("results/edp_sam"))
+    made.add_argument("--scenes", type=int, default=30)
+    made.add_argument("--seed", type=int, help="of the first scene")
+    made.add_argument("--segmenters", type=_names, default=("classical", "bundled"))
+    made.add_argument("--jobs", type=int, default=1)
 
     for name, function, text in (
         ("train", _train, "train one run of the study"),
@@ -152,14 +174,55 @@ def _reproduce(o: argparse.Namespace) -> int:
 
 
 def _masks(o: argparse.Namespace) -> int:
-    from xmask import edp_sam, study
+    from xmask import coco, contact_sheet, edp_sam, study
     from xmask.data import open_dataset
+    from xmask.data.one_image import OneImage
     from xmask.segmenters import open_segmenter
 
-    dataset = open_dataset(o.dataset, o.root, o.split)
+    if (o.dataset is None) == (o.image is None):
+        raise ValueError("give either --dataset and --root, or --image and --points")
+    if o.dataset and o.root is None:
+        raise ValueError(f"--root: give the folder of {o.dataset}")
+    if o.image and o.points is None:
+        raise ValueError("--points: give a CSV with columns x and y, one row per head")
+    dataset = (open_dataset(o.dataset, o.root, o.split) if o.dataset
+               else OneImage(o.image, o.points))
     indices = list(range(len(dataset)))[: o.limit]
-    segmenter = open_segmenter(o.segmenter, study.device())
-    print(edp_sam.mask_dataset(dataset, indices, segmenter, o.out))
+    segmenter = open_segmenter(str(o.checkpoint or o.segmenter), study.device())
+    failure = None
+    try:
+        edp_sam.mask_dataset(dataset, indices, segmenter, o.out, workers=o.workers,
+                             threads=o.threads, **({"boxes": True} if o.boxes else {}))
+    except edp_sam.MasksFailed as error:
+        failure = error
+    names = {dataset.ids[i]: dataset.image_path(i).name for i in indices}
+    written = [coco.write(o.out, names, o.out / "coco.json"),
+               contact_sheet.write(dataset, o.out, o.out / "worst.png")]
+    print(edp_sam.summary(o.out, list(names)))
+    print("\n".join(str(path) for path in (o.out / "manifest.json", *written) if path))
+    if failure:
+        raise failure
+    return 0
+
+
+def _train_sam(o: argparse.Namespace) -> int:
+    import torch
+
+    from xmask import sam, sam_training
+
+    torch.set_num_threads(o.threads)
+    chosen = {name: getattr(o, name) for name in ("seed", "scenes", "steps", "stop")}
+    plan = sam_training.Plan(**{k: value for k, value in chosen.items() if value is not None})
+    print(json.dumps(sam_training.train(plan, o.out or sam.BUNDLED), indent=1))
+    return 0
+
+
+def _edp_study(o: argparse.Namespace) -> int:
+    from xmask import edp_study
+
+    seed = edp_study.SEED if o.seed is None else o.seed
+    edp_study.run(o.out, scenes=o.scenes, seed=seed, segmenters=o.segmenters, jobs=o.jobs)
+    print((o.out / "table.md").read_text(encoding="utf-8"))
     return 0
 
 

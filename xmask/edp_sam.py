@@ -26,13 +26,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
-from dataclasses import replace
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 from scipy.spatial import cKDTree
@@ -44,12 +50,19 @@ from tqdm.auto import tqdm
 from xmask import files, nnec as circles
 from xmask.segmenters import NEGATIVE, PADDING, POSITIVE, Prompts, Segmenter, check_image
 
+try:
+    import resource
+except ImportError:  # Windows does not tell a process its peak memory
+    resource = None
+
 # Where a head's mask comes from; the same four words for every segmenter.
 SOURCES = ("point", "superpixel", "merged", "disc")
 COLUMNS = ["head", "x", "y", "radius", "score", "source", "area", "flags"]
 
 # Raised whenever masks change for the same input, so that stored masks are made anew.
-ALGORITHM = 1
+ALGORITHM = 2
+
+_NOTE_EVERY = 10.0  # seconds between two writes of a growing manifest
 
 # All constants are ours unless said otherwise, set on drawn scenes (seeds 1000 to 1005).
 _WINDOW = 25  # heads at similar image height that tell the local head radius
@@ -80,6 +93,7 @@ def generate_masks(
     nnec: bool = True,
     point_prompt: bool = True,
     superpixel_prompt: bool = True,
+    boxes: np.ndarray | None = None,
     compactness: float = 10.0,
 ) -> tuple[np.ndarray, pd.DataFrame]:
     """Instance masks of the heads of one image.
@@ -91,6 +105,9 @@ def generate_masks(
         twice as far, and still do not overlap.
     point_prompt, superpixel_prompt: which of the two prompts to use (ablations), at least one.
         Without the point prompt the local head radius rests on geometry alone.
+    boxes: (N, 2) float, width and height of each head as annotated, where a data set has them
+        (JHU-CROWD++): they tell the head's size, and with the point they make one more prompt,
+        whose candidate counts as the point's. A head without a size (0 or NaN) does without.
     compactness: of SLIC in Lab; higher makes squarer superpixels (scikit-image's default is 10).
 
     Returns the label map, (H, W) int32 with value k on the pixels of points[k - 1] and 0 on the
@@ -113,6 +130,11 @@ def generate_masks(
     radii = circles.exclusion_radii(points, shape)
     limit = radii if nnec else np.minimum(2 * radii, max(0.5 * min(shape), 3.0))
     scale = local_head_radius(points, radii, shape)
+    sized = np.zeros(len(points), dtype=bool)
+    if boxes is not None:
+        boxes, sized = _check_boxes(boxes, len(points))
+        known = np.sqrt(boxes[sized].prod(axis=1)) / 2
+        scale[sized] = known.clip(_SMALLEST_HEAD, limit[sized])
     reach = np.minimum(limit, np.maximum(_REACH * scale, 3.0))
     head, pixel = circles.incidence(points, reach, shape)
     kept = circles.split_coincident(points, head, pixel, shape)
@@ -122,16 +144,19 @@ def generate_masks(
     segmenter.set_image(image)
     candidates: list[tuple[str, np.ndarray, np.ndarray]] = []  # source, logits (M,), score (N,)
     if point_prompt:
-        prompts = _point_prompts(points, radii)
+        prompts = point_prompts(points, radii, scale)
         logits, predicted = segmenter.predict(prompts, head, pixel)
         candidates += [("point", *one) for one in zip(logits, predicted.T)]
         radius = np.stack([_mask_radius(one > 0, head, len(points)) for one in logits])
-        scale = _voted_scale(points, scale, radius, predicted.T**2 * (radius > 0))
-        scale = np.minimum(scale, limit)
+        voted = _voted_scale(points, scale, radius, predicted.T**2 * (radius > 0))
+        scale = np.where(sized, scale, np.minimum(voted, limit))
+        if sized.any():
+            candidates += _sized_candidates(segmenter, points, radii, scale, boxes, sized, head,
+                                            pixel)
     region = None
     if superpixel_prompt:
         region = superpixel_regions(image, points, scale, head, pixel, compactness=compactness)
-        prompts = _superpixel_prompts(points, radii, scale, head[region], pixel[region], shape)
+        prompts = superpixel_prompts(points, radii, scale, head[region], pixel[region], shape)
         logits, predicted = segmenter.predict(prompts, head, pixel)
         candidates += [("superpixel", *one) for one in zip(logits, predicted.T)]
 
@@ -250,8 +275,11 @@ def check_label_map(label_map: np.ndarray, points: np.ndarray, radii: np.ndarray
 
 # -- prompts ---------------------------------------------------------------------------------
 
-def _point_prompts(points: np.ndarray, radii: np.ndarray) -> Prompts:
-    """The head as positive point, its nearest neighbours as negative points."""
+def point_prompts(points: np.ndarray, radii: np.ndarray, scale: np.ndarray) -> Prompts:
+    """The head as positive point, its nearest neighbours as negative points.
+
+    points: (N, 2); radii: (N,) px, of the circles; scale: (N,) px, local head radii.
+    """
     count = len(points)
     wanted = min(_NEGATIVES, count - 1)
     coordinates = np.repeat(points[:, None], 1 + wanted, axis=1)
@@ -264,10 +292,10 @@ def _point_prompts(points: np.ndarray, radii: np.ndarray) -> Prompts:
         near = (distance >= 1) & (distance <= _NEGATIVE_RANGE * radii[:, None])
         coordinates[:, 1:] = np.where(near[:, 1:, None], points[neighbour[:, 1:]], points[:, None])
         labels[:, 1:][near[:, 1:]] = NEGATIVE
-    return Prompts(coordinates, labels, multimask=True)
+    return Prompts(coordinates, labels, multimask=True, sizes=scale)
 
 
-def _superpixel_prompts(
+def superpixel_prompts(
     points: np.ndarray, radii: np.ndarray, scale: np.ndarray, head: np.ndarray,
     pixel: np.ndarray, shape: tuple[int, int],
 ) -> Prompts:
@@ -279,7 +307,19 @@ def _superpixel_prompts(
         boxes[present] = np.stack([
             np.minimum.reduceat(x, start) - 0.5, np.minimum.reduceat(y, start) - 0.5,
             np.maximum.reduceat(x, start) + 0.5, np.maximum.reduceat(y, start) + 0.5], axis=1)
-    return replace(_point_prompts(points, radii), boxes=boxes, multimask=False)
+    return replace(point_prompts(points, radii, scale), boxes=boxes, multimask=False)
+
+
+def _sized_candidates(
+    segmenter: Segmenter, points: np.ndarray, radii: np.ndarray, scale: np.ndarray,
+    boxes: np.ndarray, sized: np.ndarray, head: np.ndarray, pixel: np.ndarray,
+) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    """The candidate that annotated head sizes give; heads without a size have none."""
+    corners = np.concatenate([points - boxes / 2, points + boxes / 2], axis=1)
+    prompts = replace(point_prompts(points, radii, scale), boxes=corners, multimask=False)
+    logits, predicted = segmenter.predict(prompts, head, pixel)
+    logits[:, ~sized[head]] = -np.abs(logits[:, ~sized[head]])
+    return [("point", logits[0], predicted[:, 0] * sized)]
 
 
 # -- scoring and merging ---------------------------------------------------------------------
@@ -413,7 +453,7 @@ def _assign(
     _give_pixels(owner, points, head, pixel, squared)
     energy[owner[pixel] == head + 1] = -1.0
     energy[(owner[pixel] != head + 1) & (owner[pixel] > 0)] = np.inf
-    return _keep_connected(circles.lowest_wins(energy, head, pixel, shape), points)
+    return keep_connected(circles.lowest_wins(energy, head, pixel, shape), points)
 
 
 def _give_pixels(
@@ -436,7 +476,7 @@ def _give_pixels(
                 break
 
 
-def _keep_connected(labels: np.ndarray, points: np.ndarray) -> np.ndarray:
+def keep_connected(labels: np.ndarray, points: np.ndarray) -> np.ndarray:
     """Of every instance only the 4-connected piece that comes nearest to its head."""
     pieces = connected_components(labels, background=0, connectivity=1).ravel()
     pixel = np.flatnonzero(pieces)
@@ -505,6 +545,17 @@ def _check_points(points: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     return points
 
 
+def _check_boxes(boxes: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """(N, 2) float64 widths and heights, 1 where unknown, and which are known (N,)."""
+    boxes = np.asarray(boxes, dtype=np.float64)
+    if boxes.shape != (count, 2):
+        raise ValueError(
+            f"boxes: shape {boxes.shape} for {count} heads; expected ({count}, 2), width and "
+            "height of each")
+    known = (np.isfinite(boxes) & (boxes > 0)).all(axis=1)
+    return np.where(known[:, None], boxes, 1.0), known
+
+
 def _home(points: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """(column, row) of the pixel each head lies on."""
     height, width = shape
@@ -523,55 +574,205 @@ def _squared_distance(
 
 # -- a whole data set ------------------------------------------------------------------------
 
+class MasksFailed(RuntimeError):
+    """Some images got no masks; the rest of the data set did."""
+
+
 def mask_dataset(
     dataset: Any, indices: Iterable[int], segmenter: Segmenter, out: str | os.PathLike, *,
-    progress: bool = True, **options: Any,
+    workers: int = 1, threads: int = 1, progress: bool = True, **options: Any,
 ) -> Path:
     """Masks of many images as a folder; run again after an interruption, it goes on.
 
-    dataset: a `xmask.data` dataset. indices: which of its images. options: of `generate_masks`.
+    dataset: a `xmask.data` dataset. indices: which of its images. options: of `generate_masks`;
+    boxes=True takes the head sizes from the samples.
+    workers: processes; above 1 they are spawned, so a script needs the usual
+    `if __name__ == "__main__":`. threads: of the segmenter in each; its last bits may depend
+    on this number, while no result depends on the number of workers.
+
     Writes into `out`, per image, <id>.png (label map, 16-bit grey) and then <id>.csv (table),
     each in one move, so that an image with both is complete whenever the process is stopped.
-    manifest.json holds what the masks depend on: options, segmenter, data checksum, algorithm.
+    manifest.json holds what the masks depend on (options, segmenter, data checksum, algorithm),
+    and for each image its statistics, what was repaired in its annotation, or why it failed.
     Images complete under the same manifest are skipped; masks of another one are removed.
+    times.csv tells how long the images of this call took, and the memory used.
 
-    Returns `out`. An image that fails is recorded in the manifest and does not stop the others.
-    Raises RuntimeError at the end if any failed, and ValueError at once if `out` holds pictures
+    Returns `out`. An image that fails does not stop the others.
+    Raises MasksFailed at the end if any failed, and ValueError at once if `out` holds pictures
     or tables but no manifest: that is somebody else's folder.
     """
+    if workers < 1 or threads < 1:
+        raise ValueError(f"workers, threads: {workers}, {threads}; each has to be 1 or more")
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     request = json.loads(json.dumps({
         "algorithm": ALGORITHM, "segmenter": segmenter.describe(), "options": options,
         "dataset": {"checksum": dataset.checksum(), "settings": dataset.settings}}))
     manifest = _read_manifest(out)
+    for half in out.glob(".partial-*"):  # of a process that was killed
+        half.unlink()
     if {key: manifest.get(key) for key in request} != request:
         # Removed before the new manifest is there: stopped in between, the old one is still
         # true of what is left.
         for stale in (*out.glob("*.csv"), *out.glob("*.png")):
             stale.unlink()
+        manifest = {}
+    statistics: dict[str, Any] = dict(manifest.get("images", {}))
     failures: dict[str, str] = {}
-    files.write_json(out / "manifest.json", {**request, "failed": failures})
+    times: list[dict[str, Any]] = []
 
+    def note() -> None:
+        done = {name: statistics[name] for name in dataset.ids if name in statistics}
+        files.write_json(out / "manifest.json", {**request, "images": done, "failed": failures})
+
+    note()
     indices = list(indices)
-    todo = [i for i in indices if not _is_complete(out, dataset.ids[i])]
-    for i in tqdm(todo, desc="masks", unit="image", disable=not progress):
-        name = dataset.ids[i]
-        try:
-            sample = dataset[i]
-            _write_masks(out, name, *generate_masks(
-                sample.image, sample.points, segmenter, **options))
-        except Exception as error:  # one broken image must not cost the night's other images
-            failures[name] = f"{type(error).__name__}: {error}"
-            tqdm.write(f"masks of {name} failed: {failures[name]}")
-            files.write_json(out / "manifest.json", {**request, "failed": failures})
+    complete = [i for i in indices if is_complete(out, dataset.ids[i])]
+    for i in complete:
+        if dataset.ids[i] not in statistics:  # finished, but stopped before it was noted
+            table = pd.read_csv(out / f"{dataset.ids[i]}.csv", keep_default_na=False)
+            statistics[dataset.ids[i]] = _statistics(table, dataset[i].repairs)
+    todo = [i for i in indices if i not in set(complete)]
+    job = _Job(dataset, segmenter, out, threads, options)
+    noted = time.monotonic()
+    results = _in_order(job, todo) if workers == 1 else _in_parallel(job, todo, workers)
+    try:
+        for name, found, error, took in tqdm(
+                results, desc="masks", unit="image", total=len(todo), disable=not progress):
+            if error:
+                failures[name] = error
+                tqdm.write(f"masks of {name} failed: {error}")
+            else:
+                statistics[name] = found
+                times.append({"image": name, "heads": found["heads"], **took})
+            if time.monotonic() - noted > _NOTE_EVERY:
+                note()
+                noted = time.monotonic()
+    finally:
+        failures = {name: failures[name] for name in dataset.ids if name in failures}
+        note()
+        files.write_text(out / "times.csv", pd.DataFrame(times).to_csv(
+            index=False, float_format="%.3f"))
     if failures:
         name, reason = next(iter(failures.items()))
-        raise RuntimeError(
+        raise MasksFailed(
             f"{out}: masks failed for {len(failures)} of {len(indices)} images, the first "
             f"{name} ({reason}); all are listed in {out / 'manifest.json'}. The others are done: "
             "mend these and run again")
     return out
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a worker needs to make the masks of any image of a data set."""
+
+    dataset: Any
+    segmenter: Segmenter
+    out: Path
+    threads: int
+    options: dict[str, Any]
+
+    def run(self, i: int) -> tuple[str, dict[str, Any] | None, str, dict[str, float]]:
+        """Name, statistics, error (or "") and times of image i, whose masks are then stored."""
+        name = self.dataset.ids[i]
+        began = time.perf_counter()
+        try:
+            sample = self.dataset[i]
+            options = dict(self.options)
+            if options.pop("boxes", False):
+                if sample.boxes is None:
+                    raise ValueError("boxes: this data set has no head sizes; leave --boxes out")
+                options["boxes"] = sample.boxes
+            labels, table = generate_masks(
+                sample.image, sample.points, self.segmenter, **options)
+            took = {"seconds": time.perf_counter() - began}
+            took |= getattr(self.segmenter, "seconds", {}) if len(table) else {}
+            _write_masks(self.out, name, labels, table)
+        except Exception as error:  # one broken image must not cost the night's other images
+            return name, None, f"{type(error).__name__}: {error}", {}
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 if resource else 0.0
+        return name, _statistics(table, sample.repairs), "", {**took, "peak_mb": peak}
+
+
+def _in_order(job: _Job, todo: list[int]) -> Iterator[tuple]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(job.threads)
+    try:
+        for i in todo:
+            yield job.run(i)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _in_parallel(job: _Job, todo: list[int], workers: int) -> Iterator[tuple]:
+    pool = ProcessPoolExecutor(
+        min(workers, max(len(todo), 1)), mp_context=get_context("spawn"),
+        initializer=_start_worker, initargs=(job,))
+    try:
+        for future in as_completed([pool.submit(_run_in_worker, i) for i in todo]):
+            yield future.result()
+    except BrokenProcessPool:
+        raise RuntimeError(
+            f"{job.out}: a worker process died, most likely for want of memory. What is done is "
+            "kept: run again with fewer workers") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_job: _Job | None = None  # of this worker process
+
+
+def _start_worker(job: _Job) -> None:
+    global _job
+    _job = job
+    torch.set_num_threads(job.threads)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """A worker whose parent was killed has nobody to work for."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _run_in_worker(i: int) -> tuple:
+    return _job.run(i)
+
+
+def _statistics(table: pd.DataFrame, repairs: dict[str, int]) -> dict[str, Any]:
+    """What the manifest says about an image."""
+    words = pd.Series([word for one in table["flags"] for word in one.split()], dtype=object)
+    return {
+        "heads": len(table),
+        "sources": {one: int((table["source"] == one).sum()) for one in SOURCES},
+        "flags": {word: int(count) for word, count in words.value_counts().sort_index().items()},
+        # as the table on disk says it, so that a number does not depend on who reads it
+        "score": float(f"{table['score'].map('{:.6g}'.format).astype(float).mean():.4f}")
+        if len(table) else None,
+        "repairs": {name: int(count) for name, count in repairs.items()},
+    }
+
+
+def summary(out: str | os.PathLike, names: list[str]) -> str:
+    """What became of the images `names` in a folder of masks, in a few lines."""
+    manifest = files.read_json(Path(out) / "manifest.json")
+    done = [manifest["images"][name] for name in names if name in manifest["images"]]
+    failed = [name for name in names if name in manifest["failed"]]
+    heads = sum(one["heads"] for one in done)
+    sources = {source: sum(one["sources"][source] for one in done) for source in SOURCES}
+    lines = [f"{len(done)} of {len(names)} images have masks, {len(failed)} failed",
+             f"{heads} heads: " + ", ".join(f"{n} {source}" for source, n in sources.items())]
+    for what, key in (("flags", "flags"), ("repairs", "repairs")):
+        total: dict[str, int] = {}
+        for one in done:
+            for word, count in one[key].items():
+                total[word] = total.get(word, 0) + count
+        if total:
+            lines.append(f"{what}: " + ", ".join(f"{n} {word}" for word, n in sorted(
+                total.items())))
+    lines += [f"failed: {name}: {manifest['failed'][name]}" for name in failed]
+    return "\n".join(lines)
 
 
 def read_masks(out: str | os.PathLike, name: str) -> np.ndarray:
@@ -580,7 +781,7 @@ def read_masks(out: str | os.PathLike, name: str) -> np.ndarray:
     Raises FileNotFoundError if it is not there or not complete, ValueError if it is no label map.
     """
     path = Path(out) / f"{name}.png"
-    if not _is_complete(Path(out), name):
+    if not is_complete(Path(out), name):
         raise FileNotFoundError(
             f"{path}: no complete masks of image {name} in {out}; run `xmask masks` for this "
             "data set (it goes on where it stopped)")
@@ -605,7 +806,8 @@ def _write_masks(out: Path, name: str, labels: np.ndarray, table: pd.DataFrame) 
     files.write_text(out / f"{name}.csv", table.to_csv(index=False, float_format="%.6g"))
 
 
-def _is_complete(out: Path, name: str) -> bool:
+def is_complete(out: Path, name: str) -> bool:
+    """Whether image `name` has its masks in folder `out`."""
     return (out / f"{name}.csv").is_file() and (out / f"{name}.png").is_file()
 
 

@@ -6,14 +6,14 @@ mask inside the head's exclusion circle, so a segmenter is asked for logits at a
 incidences, which is O(H*W) however many heads there are.
 
 Two segmenters live here. `SamSegmenter` is the Segment Anything Model, through the
-`segment_anything` package. `ClassicalSegmenter` is a star-convex contour search without any
+`segment_anything` package: the original release, or the small bundled one. `ClassicalSegmenter` is a star-convex contour search without any
 network: it makes every step of the study runnable, and testable, without downloaded weights.
 It is a stand-in for SAM and says so in `describe()`.
 """
 
 from __future__ import annotations
 
-import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,7 +23,8 @@ import torch
 from scipy.ndimage import gaussian_filter
 from skimage.color import rgb2lab
 
-from xmask import files
+from xmask import files, sam
+from xmask.crops import View, plan_crops
 from xmask.sam_decoder import HeadDecoder
 
 POSITIVE, NEGATIVE, PADDING = 1, 0, -1  # labels of prompt points, as in SAM
@@ -36,12 +37,15 @@ class Prompts:
     points: (B, K, 2) float, (x, y). labels: (B, K) int, 1 on the object, 0 off it, -1 padding.
     boxes: (B, 4) float x0, y0, x1, y1, or None.
     multimask: three candidate masks for an ambiguous prompt (True) or the single best (False).
+    sizes: (B,) float px, about the radius of each object, or None; a segmenter may use it to
+        decide how closely to look, and takes the incidences' extent for it where it is None.
     """
 
     points: np.ndarray
     labels: np.ndarray
     boxes: np.ndarray | None = None
     multimask: bool = True
+    sizes: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         count, each = self.labels.shape if self.labels.ndim == 2 else (-1, -1)
@@ -52,6 +56,9 @@ class Prompts:
         if self.boxes is not None and self.boxes.shape != (count, 4):
             raise ValueError(
                 f"prompts: boxes {self.boxes.shape} do not match {count} heads; expected (B, 4)")
+        if self.sizes is not None and self.sizes.shape != (count,):
+            raise ValueError(
+                f"prompts: sizes {self.sizes.shape} do not match {count} heads; expected (B,)")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -81,12 +88,14 @@ class Segmenter(Protocol):
 
 
 def open_segmenter(spec: str, device: str = "cpu") -> Segmenter:
-    """A segmenter from the command line's words: "classical", or the path of a SAM checkpoint.
+    """A segmenter from the command line's words: "bundled", "classical", or a checkpoint's path.
 
     Raises FileNotFoundError if there is no such file and ValueError if it is not a SAM.
     """
     if spec == "classical":
         return ClassicalSegmenter()
+    if spec == "bundled":
+        return SamSegmenter.bundled(device)
     return SamSegmenter(spec, device=device)
 
 
@@ -103,40 +112,27 @@ def check_image(image: np.ndarray) -> None:
 # Segment Anything
 # --------------------------------------------------------------------------------------------
 
-# Width of the image encoder tells the published models apart (segment_anything, build_sam.py).
-_SAM_WIDTHS = {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}
-_SAM_WIDTH_KEY = "image_encoder.patch_embed.proj.weight"
-_SAM_REMEDY = (
-    "give a checkpoint of the original Segment Anything release (sam_vit_b, sam_vit_l or "
-    "sam_vit_h), or use the segmenter 'classical'")
-
 _DECODER_BATCH = 64  # heads per decoder call, SAM's own habit for grids of points
-# A head's circle should span this many pixels of SAM's 1024-pixel input (ours): 16 cells of the
-# 256 x 256 logits. Objects of a few input pixels are lost; an enlarged crop brings them back.
-_CIRCLE_SPAN = 64
+_ENCODER_BATCH, _ENCODER_SIDE = 16, 256  # crops per encoder call, for inputs up to so many px
+# Where nobody says how large a head is, its radius is this share of its circle's diameter: in a
+# crowd, circles are 2.3 heads wide.
+_OF_CIRCLE = 7 / 32
 _OUTSIDE_VIEW = -20.0  # logit of an incidence that the head's crop does not show
 
 
-@dataclass(frozen=True)
-class _View:
-    """A crop of the image that SAM sees enlarged to its input size; pixels of the image."""
-
-    top: int
-    left: int
-    height: int
-    width: int
-
-
 class SamSegmenter:
-    """The Segment Anything Model.
+    """The Segment Anything Model, original or bundled.
 
-    The whole image is encoded once by `set_image`. Heads whose circle spans fewer than 64 of
-    SAM's input pixels are prompted in a crop enlarged 2 or 4 times instead, encoded when first
-    needed (SAM loses objects of a few pixels); `max_zoom=1` switches that off.
+    Heads are prompted in crops of the image, enlarged until a head is large enough for the
+    model's masks (`xmask.crops`); a crop is encoded when first needed, and kept until the next
+    image. `max_zoom` limits how small crops get; 1 keeps to the whole image.
 
     checkpoint: a state dict of the original release. model_type: "vit_b", "vit_l" or "vit_h";
     inferred from the weights if None. device: where the model runs.
     Raises FileNotFoundError, or ValueError that says what the file is instead.
+
+    `seconds` holds the time spent since `set_image`, in "encoder" and "prompts"; `encoded` the
+    number of crops.
     """
 
     name = "sam"
@@ -147,10 +143,10 @@ class SamSegmenter:
         model_type: str | None = None,
         device: str | torch.device = "cpu",
         *,
-        max_zoom: int = 4,
+        max_zoom: float = 4,  # at most 36 crops: the original encoder takes seconds on a CPU
     ) -> None:
         path = Path(checkpoint)
-        model, model_type = _load_sam(path, model_type)
+        model, model_type = sam.load_original(path, model_type)
         self._attach(model, device, max_zoom)
         self._description = {
             "kind": "sam",
@@ -161,8 +157,17 @@ class SamSegmenter:
         }
 
     @classmethod
+    def bundled(cls, device: str | torch.device = "cpu", *, max_zoom: float = 64) -> SamSegmenter:
+        """The small SAM that comes with the package, trained on synthetic crowds only."""
+        model, record = sam.load_bundled()
+        self = cls.from_model(model, device, max_zoom=max_zoom)
+        self._description |= {
+            "model_type": "bundled", "checkpoint": record["file"], "sha256": record["sha256"]}
+        return self
+
+    @classmethod
     def from_model(
-        cls, model: torch.nn.Module, device: str | torch.device = "cpu", *, max_zoom: int = 4
+        cls, model: torch.nn.Module, device: str | torch.device = "cpu", *, max_zoom: float = 4
     ) -> SamSegmenter:
         """A segmenter around a `segment_anything.modeling.Sam` that is already in memory."""
         self = cls.__new__(cls)
@@ -170,7 +175,9 @@ class SamSegmenter:
         self._description = {"kind": "sam", "model_type": "in-memory", "max_zoom": max_zoom}
         return self
 
-    def _attach(self, model: torch.nn.Module, device: str | torch.device, max_zoom: int) -> None:
+    def _attach(
+        self, model: torch.nn.Module, device: str | torch.device, max_zoom: float
+    ) -> None:
         from segment_anything.utils.transforms import ResizeLongestSide
 
         if max_zoom < 1:
@@ -178,19 +185,31 @@ class SamSegmenter:
         self.device = torch.device(device)
         self._model = model.to(self.device).eval()
         self._input_side = model.image_encoder.img_size
+        self._cells = 4 * model.prompt_encoder.image_embedding_size[0]
         self._resize = ResizeLongestSide(self._input_side)
         self._max_zoom = max_zoom
+        self._forget()
+
+    def _forget(self) -> None:
         self._image: np.ndarray | None = None
-        self._features: dict[_View, torch.Tensor] = {}
+        self._features: dict[View, torch.Tensor] = {}
+        self.seconds = {"encoder": 0.0, "prompts": 0.0}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Sent to another process without the image it is looking at."""
+        return self.__dict__ | {"_image": None, "_features": {}}
+
+    @property
+    def encoded(self) -> int:
+        return len(self._features)
 
     def describe(self) -> dict[str, Any]:
         return dict(self._description)
 
     def set_image(self, image: np.ndarray) -> None:
         check_image(image)
+        self._forget()
         self._image = np.ascontiguousarray(image)
-        self._features = {}
-        self._encode(_View(0, 0, *image.shape[:2]))
 
     def predict(
         self, prompts: Prompts, head: np.ndarray, pixel: np.ndarray
@@ -200,10 +219,17 @@ class SamSegmenter:
         candidates = 3 if prompts.multimask else 1
         logits = np.full((candidates, len(head)), _OUTSIDE_VIEW, dtype=np.float32)
         scores = np.zeros((len(prompts), candidates), dtype=np.float32)
+        if len(prompts) == 0:
+            return logits, scores
         first = np.searchsorted(head, np.arange(len(prompts) + 1))
-        views, view_of = self._views(prompts, head, pixel, first)
-        for number, view in enumerate(views):
-            members = np.flatnonzero(view_of == number)
+        views, view_of = plan_crops(
+            prompts.points[:, 0], self._sizes(prompts, head, pixel, first),
+            self._image.shape[:2], cells=self._cells, side=self._input_side,
+            max_zoom=self._max_zoom)
+        self._encode(views)
+        began = time.perf_counter()
+        for number in np.unique(view_of):
+            view, members = views[number], np.flatnonzero(view_of == number)
             decoder = self._decoder(view)
             for start in range(0, len(members), _DECODER_BATCH):
                 rows = members[start:start + _DECODER_BATCH]
@@ -218,63 +244,54 @@ class SamSegmenter:
                 low, quality = self._decode(decoder, prompts, rows, view, local, y, x)
                 scores[rows] = quality.clamp(0, 1).cpu().numpy()
                 logits[:, where[shown]] = self._read(low, local, y, x, view).cpu().numpy()
+        self.seconds["prompts"] += time.perf_counter() - began
         return logits, scores
 
-    @torch.no_grad()
-    def _encode(self, view: _View) -> torch.Tensor:
-        """SAM's image embedding of a crop, kept until the next image."""
-        if view not in self._features:
-            crop = self._image[view.top:view.top + view.height, view.left:view.left + view.width]
-            if self._model.image_format != "RGB":
-                crop = crop[..., ::-1]
-            resized = torch.as_tensor(self._resize.apply_image(crop), device=self.device)
-            pixels = self._model.preprocess(resized.permute(2, 0, 1)[None])
-            self._features[view] = self._model.image_encoder(pixels)
-        return self._features[view]
-
-    def _views(
+    def _sizes(
         self, prompts: Prompts, head: np.ndarray, pixel: np.ndarray, first: np.ndarray
-    ) -> tuple[list[_View], np.ndarray]:
-        """The crops needed, and the crop of every head: (views, (B,) index)."""
-        height, width = self._image.shape[:2]
-        long_side = max(height, width)
-        views = [_View(0, 0, height, width)]
-        view_of = np.zeros(len(prompts), dtype=np.int64)
+    ) -> np.ndarray:
+        """(B,) px: how large each head is, as far as anybody knows."""
+        if prompts.sizes is not None:
+            return prompts.sizes
+        sizes = np.full(len(prompts), np.inf)
         filled = np.flatnonzero(first[1:] > first[:-1])
-        if self._max_zoom == 1 or len(filled) == 0:
-            return views, view_of
-        y, x = np.divmod(pixel, width)
-        starts = first[:-1][filled]
-        span = np.maximum(
-            np.maximum.reduceat(x, starts) - np.minimum.reduceat(x, starts),
-            np.maximum.reduceat(y, starts) - np.minimum.reduceat(y, starts)) + 1
-        wanted = _CIRCLE_SPAN / (span * self._input_side / long_side)
-        zoom = 2.0 ** np.ceil(np.log2(np.maximum(wanted, 1)))
-        zoom = np.minimum(zoom, self._max_zoom)
-        centre = prompts.points[filled, 0]
-        for factor in np.unique(zoom[zoom > 1]):
-            side = math.ceil(long_side / factor)
-            members = zoom == factor
-            # Crops overlap by half, and each head goes to the crop whose middle is nearest: it
-            # has a quarter of the crop around it, twice what its circle needs.
-            top, tall = _crop_starts(centre[members, 1], height, side)
-            left, wide = _crop_starts(centre[members, 0], width, side)
-            corners, number = np.unique(
-                np.stack([top, left], axis=1), axis=0, return_inverse=True)
-            view_of[filled[members]] = len(views) + number.reshape(-1)
-            views += [_View(int(t), int(l), tall, wide) for t, l in corners]
-        return views, view_of
+        if len(filled):
+            starts = first[:-1][filled]
+            sizes[filled] = _OF_CIRCLE * (1 + np.maximum.reduce([
+                np.maximum.reduceat(one, starts) - np.minimum.reduceat(one, starts)
+                for one in np.divmod(pixel, self._image.shape[1])]))
+        return sizes
 
     @torch.no_grad()
-    def _decoder(self, view: _View) -> HeadDecoder:
+    def _encode(self, views: list[View]) -> None:
+        """SAM's image embeddings of crops, kept until the next image."""
+        began = time.perf_counter()
+        missing = [view for view in dict.fromkeys(views) if view not in self._features]
+        batch = _ENCODER_BATCH if self._input_side <= _ENCODER_SIDE else 1
+        for start in range(0, len(missing), batch):
+            part = missing[start:start + batch]
+            pixels = []
+            for view in part:
+                crop = self._image[view.top:view.top + view.height,
+                                   view.left:view.left + view.width]
+                if self._model.image_format != "RGB":
+                    crop = crop[..., ::-1]
+                resized = torch.as_tensor(self._resize.apply_image(crop), device=self.device)
+                pixels.append(self._model.preprocess(resized.permute(2, 0, 1)))
+            for view, features in zip(part, self._model.image_encoder(torch.stack(pixels))):
+                self._features[view] = features
+        self.seconds["encoder"] += time.perf_counter() - began
+
+    @torch.no_grad()
+    def _decoder(self, view: View) -> HeadDecoder:
         prompt_encoder = self._model.prompt_encoder
         return HeadDecoder(
-            self._model.mask_decoder, self._encode(view), prompt_encoder.get_dense_pe(),
+            self._model.mask_decoder, self._features[view][None], prompt_encoder.get_dense_pe(),
             prompt_encoder.no_mask_embed.weight[0])
 
     @torch.no_grad()
     def _decode(
-        self, decoder: HeadDecoder, prompts: Prompts, rows: np.ndarray, view: _View,
+        self, decoder: HeadDecoder, prompts: Prompts, rows: np.ndarray, view: View,
         local: np.ndarray, y: np.ndarray, x: np.ndarray,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """SAM's decoder on some heads: low-resolution logits (b, C, h, w), predicted IoU (b, C).
@@ -316,7 +333,7 @@ class SamSegmenter:
         return torch.as_tensor(array, dtype=torch.float32, device=self.device)
 
     def _read(
-        self, low: torch.Tensor, local: np.ndarray, y: np.ndarray, x: np.ndarray, view: _View
+        self, low: torch.Tensor, local: np.ndarray, y: np.ndarray, x: np.ndarray, view: View
     ) -> torch.Tensor:
         """Logits (C, m) at pixels (y, x) of a crop, as if the masks had been fully upsampled."""
         count, candidates, rows, columns = low.shape
@@ -368,55 +385,6 @@ def resize_taps(
     weight = np.zeros((size, taps))
     np.add.at(weight, (np.arange(size)[:, None], cells - first[:, None]), weights)
     return first, weight
-
-
-def _crop_starts(centre: np.ndarray, length: int, side: int) -> tuple[np.ndarray, int]:
-    """Along one axis: where the half-overlapping crop nearest to each centre starts; its length."""
-    side = min(side, length)
-    steps = math.ceil((length - side) / (side / 2))
-    nearest = np.rint((centre - side / 2) / max((length - side) / max(steps, 1), 1e-9))
-    return np.rint(nearest.clip(0, steps) * (length - side) / max(steps, 1)).astype(int), side
-
-
-def _load_sam(path: Path, model_type: str | None) -> tuple[torch.nn.Module, str]:
-    """The model in a checkpoint file, and its type."""
-    from segment_anything import sam_model_registry
-
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such SAM checkpoint; {_SAM_REMEDY}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a different one for every way a file can be broken
-        reason = str(error).strip().splitlines()
-        raise ValueError(
-            f"{path}: not a readable checkpoint of {path.stat().st_size} bytes "
-            f"({type(error).__name__}: {reason[0] if reason else 'no reason given'}). It is "
-            f"truncated or of another kind: download it again, or {_SAM_REMEDY}") from None
-    if not isinstance(state, dict) or _SAM_WIDTH_KEY not in state:
-        found = (f"a dictionary with {', '.join(map(repr, list(state)[:3])) or 'nothing'}"
-                 if isinstance(state, dict) else f"a {type(state).__name__}")
-        raise ValueError(
-            f"{path}: not a SAM state dict: found {found}, and no {_SAM_WIDTH_KEY!r}; "
-            f"{_SAM_REMEDY}")
-    width = state[_SAM_WIDTH_KEY].shape[0]
-    inferred = _SAM_WIDTHS.get(width)
-    if inferred is None:
-        raise ValueError(
-            f"{path}: an image encoder {width} wide belongs to no known SAM "
-            f"({', '.join(f'{t} is {w}' for w, t in _SAM_WIDTHS.items())}); {_SAM_REMEDY}")
-    if model_type is not None and model_type != inferred:
-        raise ValueError(
-            f"{path}: model type {model_type!r} was asked for, but the weights are {inferred!r} "
-            f"(image encoder {width} wide); leave the type out, or give the other file")
-    model = sam_model_registry[inferred]()
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines()[1:3]]
-        raise ValueError(
-            f"{path}: looks like {inferred} but does not fit it ({' '.join(lines)[:300]}); "
-            f"{_SAM_REMEDY}") from None
-    return model, inferred
 
 
 # --------------------------------------------------------------------------------------------

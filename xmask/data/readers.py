@@ -129,12 +129,16 @@ class CrowdDataset(Sequence):
     def checksum(self) -> str:
         """SHA-256 over names, annotation bytes and stored image sizes, in order.
 
-        Images are not decoded: it says which data a run has seen, not whether pixels are intact
+        Images are not decoded (one without a readable size counts as 0x0): it says which data a
+        run has seen, not whether pixels are intact
         (for that see `check_dataset`).
         """
         digest = hashlib.sha256()
         for i, name in enumerate(self.ids):
-            height, width = images.image_size(self.image_path(i))
+            try:
+                height, width = images.image_size(self.image_path(i))
+            except ValueError:  # one broken image shall not hide the others; reading it says why
+                height = width = 0
             annotation = self.annotation_path(i).read_bytes()
             digest.update(f"{name} {height}x{width} {len(annotation)}\n".encode())
             digest.update(annotation)
