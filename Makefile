@@ -3,7 +3,7 @@
 #   make test        the tests
 # DATA= SAM= point at real datasets and SAM weights; DATASETS= PERCENTS= SEEDS= narrow the study;
 # EXTRAS=no leaves out supervised-only runs and ablations; JOBS= steps at a time.
-# Others: make bench (what it costs), make lab (JupyterLab), make clean (what was made; the environment stays).
+# Others: make bench (what it costs), make lab (JupyterLab), make clean (what was made).
 
 PYTHON ?= python3
 VENV   ?= .venv
