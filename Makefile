@@ -4,8 +4,8 @@
 # DATA= SAM= point at real datasets and SAM weights; DATASETS= PERCENTS= SEEDS= narrow the study;
 # EXTRAS=no leaves out supervised-only runs and ablations; JOBS= steps at a time.
 # Others: make report (one HTML page of the results; PICTURES=yes shows real photographs in it),
-# make bench (what the method costs), make lab (JupyterLab), make clean (what was made; the environment stays); for maintainers, make
-# walkthroughs (run notebooks/0* anew) and make docs (docs/api.md, results table of README.md).
+# make bench (what the method costs), make lab (JupyterLab), make clean (what was made on the way).
+# For maintainers: make walkthroughs (run notebooks/0* anew), make docs (docs/api.md, README's table).
 
 PYTHON ?= python3
 VENV   ?= .venv

@@ -101,6 +101,8 @@ def _draw_growth(axes: Axes, rows: list[dict[str, Any]]) -> None:
     ):
         series = sorted((row for row in rows if row["operation"] == operation
                          and row["shape"] == [768, 1024]), key=lambda row: row["heads"])
+        if not series:
+            continue
         heads = [row["heads"] for row in series]
         axes.plot(heads, [row["ours"]["median"] for row in series], "o-", color=colour, ms=3.5,
                   label=f"{label}, ours")
@@ -110,6 +112,9 @@ def _draw_growth(axes: Axes, rows: list[dict[str, Any]]) -> None:
             guessed = "extrapolated_from" in row["other"]
             axes.plot(row["heads"], seconds, "s", color=colour, ms=4,
                       mfc="white" if guessed else colour)
+    if not axes.lines:  # these groups were left out
+        axes.set_axis_off()
+        return
     axes.set(xscale="log", yscale="log", xlabel="heads in one 1024×768 image",
              ylabel="seconds (hollow: extrapolated)")
     axes.legend(fontsize=6.5, frameon=False)

@@ -226,7 +226,9 @@ def sam_stock(heads: int, shape: Shape, batch: int = 64) -> Callable[[], dict[st
             coordinates = predictor.transform.apply_coords_torch(part[:, None].clone(), shape)
             masks, scores, _ = predictor.predict_torch(
                 coordinates, torch.ones(len(part), 1), multimask_output=True)
-            best = masks[torch.arange(len(part)), scores.argmax(1)].flatten(1)
+            # SamSegmenter keeps scores in 0..1, so of several above 1 the first is best
+            chosen = scores.clamp(0, 1).argmax(1)
+            best = masks[torch.arange(len(part)), chosen].flatten(1)
             mine = (head >= start) & (head < start + batch)
             claims[mine] = best[head[mine] - start, pixel[mine]]
         return {"labels": _sam_label_map(claims, points, head, pixel, shape)}

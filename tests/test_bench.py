@@ -1,0 +1,257 @@
+"""The benchmark measures what it says: equal results, honest targets. No test looks at a clock."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests import reference
+from xmask import bench, decode, losses, model
+from xmask.bench import dense, measure, report, rows, sides
+from xmask.files import read_json
+
+SMALL = (64, 96)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 10**6), st.integers(2, 12))
+def test_dense_sides_are_the_slow_references(seed, heads):
+    rng = np.random.default_rng(seed)
+    shape = (20, 24)
+    points = rng.uniform(0, [23, 19], (heads, 2)).astype(np.float32)
+    tensor = torch.from_numpy(points)
+    np.testing.assert_allclose(dense.radii(tensor, shape), reference.radii(points, shape))
+    embedding = sides.unit_embedding(4, *shape)
+    energy = reference.energies(embedding, points, 0.8, 3.0, shape)
+    wanted = np.where(energy.min(0) < 1.1, energy.argmin(0) + 1, 0)
+    differ = dense.instance_map(embedding, tensor).numpy() != wanted
+    first, second = np.nan_to_num(np.sort(energy, 0)[:2], posinf=1e9)
+    assert not (differ & (second - first > 1e-5) & (np.abs(first - 1.1) > 1e-5)).any()
+    labels = sides.discs(tensor, shape)
+    torch.testing.assert_close(
+        dense.exclusivity_loss(embedding.double(), tensor, labels),
+        reference.exclusivity(embedding.double(), points, labels.numpy()))
+    pred, true = sides._two_maps(heads, shape)
+    if pred.max() and true.max():
+        wanted = reference.segmentation(pred, true)
+        assert dense.segmentation(pred, true) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("ours, other, agree", [
+    (sides.circles_ours, sides.circles_dense, rows.same_number),
+    (sides.decode_ours, sides.decode_dense, rows.same_map),
+    (sides.p2r_ours, sides.p2r_dense, rows.same_array),
+    (sides.segmentation_ours, sides.segmentation_dense, rows.same_metrics),
+    (sides.localization_ours, sides.localization_dense, rows.same_number),
+])
+def test_both_sides_of_a_row_give_the_same(ours, other, agree):
+    verdict = agree(ours(30, SMALL)(), other(30, SMALL)())
+    assert verdict in ("identical", "identical map")
+
+
+def test_both_losses_have_the_same_value_and_gradient():
+    ours, other = (side(20, SMALL)() for side in (sides.exclusivity_ours, sides.exclusivity_dense))
+    assert ours[0] == pytest.approx(other[0], rel=1e-5)
+    np.testing.assert_allclose(ours[1], other[1], atol=1e-5 * np.abs(other[1]).max())
+
+
+def test_disagreement_is_said():
+    assert rows.same_map(np.zeros((2, 2)), np.eye(2)) == "2 of 4 pixels differ"
+    assert "differ" in rows.same_metrics({"a": 1.0}, {"a": 1.1})
+    assert rows.same_number(1, 2) == "1 against 2"
+
+
+def test_sam_rows_agree_up_to_logits_near_zero():
+    ours, stock = sides.sam_ours(3, SMALL)(), sides.sam_stock(3, SMALL, batch=2)()
+    differ = ours["labels"] != stock["labels"]
+    assert (ours["nearest_zero"][differ] < 1e-4 * ours["scale"]).all()
+    assert ours["labels"].max() > 0
+
+
+@pytest.mark.parametrize("phase", [1, 2, 3])
+def test_terms_of_a_step_are_finite_and_learn(phase):
+    assert np.isfinite(sides.training_terms(phase, batch=2, heads=5, crop=64)())
+
+
+def _sleepy(value, bytes_=0):
+    def call():
+        block = np.ones(bytes_, np.uint8)
+        return value + int(block[:0].sum())
+
+    return call
+
+
+def _broken():
+    raise ValueError("no such thing")
+
+
+def test_a_side_is_measured_in_its_own_process():
+    small, large = measure.alternate(
+        [(_sleepy, {"value": 1}), (_sleepy, {"value": 2, "bytes_": 1 << 27})], threads=1, runs=3)
+    assert (small.result, large.result) == (1, 2)
+    assert 1 <= len(small.seconds) <= 3 and min(small.seconds) >= 0
+    # a page or two of it may have been there before
+    assert large.peak > 0.95 * (1 << 27) > small.peak
+
+
+def test_a_failing_side_says_why():
+    with pytest.raises(RuntimeError, match="no such thing"):
+        measure.alternate([(_broken, {})], threads=1)
+
+
+def _tiny_rows():
+    size = {"heads": 40, "shape": SMALL}
+    yield rows.Row("decode", "decoding, every head", (768, 1024), 40, (sides.decode_ours, size),
+                   "dense, every head", (sides.decode_dense, size), faster=1e9, fewer=(2, 4),
+                   leaner=1e-9)
+    yield rows.Row("network", "after", SMALL, 40, (sides.decode_ours, size), "itself",
+                   (sides.decode_dense, size), share=1e9, times=3, agree=rows.same_map)
+
+
+def test_a_run_writes_table_numbers_and_figure(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "rows", _tiny_rows)
+    monkeypatch.setattr(measure, "bandwidth", lambda threads: 1e10)
+    bench.run(tmp_path, tmp_path, only=("decode", "network"), threads=1, progress=False)
+    found = read_json(tmp_path / "bench.json")
+    first, second = found["rows"]
+    assert first["met"] == {"faster": False, "leaner": True}
+    assert first["other"]["extrapolated_from"] == [2, 4]
+    assert second["met"] == {"share": True} and second["other"]["multiplied_by"] == 3
+    assert second["agreement"] == "identical map"
+    text = (tmp_path / "bench.md").read_text()
+    assert "**missed**" in text and "*(2, 4)" in text and "synthetic" in text
+    assert (tmp_path / "bench.png").stat().st_size > 1000
+    # another run of one group keeps the other's numbers
+    bench.run(tmp_path, tmp_path, only=("network",), threads=1, progress=False)
+    assert read_json(tmp_path / "bench.json")["rows"][0] == first
+
+
+def test_an_unknown_group_is_named(tmp_path):
+    with pytest.raises(ValueError, match="speed unknown; known: nnec"):
+        bench.run(tmp_path, tmp_path, only=("speed",))
+
+
+def test_every_row_has_a_group_that_can_be_asked_for():
+    every = list(rows.rows())
+    assert {row.group for row in every} | {"growth"} == set(bench.GROUPS)
+    assert [row.heads for row in every if row.operation == "decoding, every head"] == [
+        50, 541, 3000, 10000]
+    assert all(row.fewer is None or "only" in row.other[0].__annotations__ for row in every)
+
+
+# -- the batched functions that the rows stand on -----------------------------------------------
+
+
+def _batch(seed, shape=(32, 48), sizes=(7, 0, 1, 12)):
+    rng = np.random.default_rng(seed)
+    points = [torch.from_numpy(rng.uniform(0, [shape[1] - 1, shape[0] - 1], (n, 2))).float()
+              for n in sizes]
+    points[3][5] = points[3][2]  # two heads at one place
+    labels = torch.stack([sides.discs(p, shape) for p in points])
+    cells = tuple(side // model.STRIDE for side in shape)
+    logits = torch.from_numpy(rng.normal(size=(len(sizes), *cells)))
+    embedding = torch.from_numpy(rng.normal(size=(len(sizes), 5, *cells)))
+    ignore = torch.from_numpy(rng.random((len(sizes), *shape)) < 0.2)
+    return points, labels, logits, torch.nn.functional.normalize(embedding, dim=1), ignore
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_batch_gives_what_its_images_give(seed):
+    points, labels, logits, embedding, ignore = _batch(seed)
+    each = range(len(points))
+    weights = {"background": 0.3, "foreground": 0.2, "one_point": 0.1}
+    pairs = [
+        (losses.p2r_losses(logits, points, 4),
+         [losses.p2r_loss(logits[i], points[i], 4) for i in each]),
+        (losses.exclusivity_losses(embedding, points, labels, ignore=ignore),
+         [losses.exclusivity_loss(embedding[i], points[i], labels[i], ignore=ignore[i])
+          for i in each]),
+        (losses.mask_constraints(logits, labels, points[::-1], **weights),
+         [losses.mask_constraint(logits[i], labels[i], points[::-1][i], **weights) for i in each]),
+        (losses.point_mask_consistencies(logits, labels, ignore=ignore),
+         [losses.point_mask_consistency(logits[i], labels[i], ignore=ignore[i]) for i in each]),
+    ]
+    for batch, single in pairs:
+        torch.testing.assert_close(batch, torch.stack(single))
+    shape = tuple(labels.shape[1:])
+    maps = decode.instance_maps(embedding, points, stride=4, shape=shape)
+    for i in each:
+        whole = decode.upsample(embedding[i], 4)
+        assert torch.equal(maps[i], decode.instance_map(whole, points[i]))
+
+
+def test_the_batched_exclusivity_list_of_an_accelerator_gives_the_same(monkeypatch):
+    points, labels, _, embedding, ignore = _batch(4)
+    wanted = losses.exclusivity_losses(embedding, points, labels, ignore=ignore)
+    monkeypatch.setattr(losses, "_one_at_a_time", lambda device: False)
+    got = losses.exclusivity_losses(embedding, points, labels, ignore=ignore)
+    torch.testing.assert_close(got, wanted)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.integers(0, 40), st.integers(1, 40), st.integers(1, 40),
+       st.sampled_from([3.0, 17.0, 96.0]), st.booleans())
+def test_nearest_heads_equal_all_distances_ties_included(seed, heads, rows_, columns, far, grid):
+    rng = np.random.default_rng(seed)
+    points = rng.uniform(-5, [4 * columns + 5, 4 * rows_ + 5], (heads, 2))
+    points = torch.from_numpy(np.rint(points) + 0.5 if grid else points)
+    owner, distance = losses.p2r_assign(points, (rows_, columns), 4, far)
+    if heads == 0:
+        assert (owner == -1).all() and torch.isinf(distance).all()
+        return
+    y, x = torch.meshgrid(torch.arange(rows_) * 4 + 1.5, torch.arange(columns) * 4 + 1.5,
+                          indexing="ij")
+    delta = torch.stack([x.reshape(-1), y.reshape(-1)], 1).double()[:, None] - points[None]
+    squared = delta.square().sum(2)
+    best = squared.min(1).values
+    wanted = (squared == best[:, None]).int().argmax(1)  # the lowest index among equals
+    wanted[best.sqrt() >= far] = -1
+    assert torch.equal(owner, wanted)
+    reached = owner >= 0
+    torch.testing.assert_close(distance[reached], best.sqrt()[reached])
+
+
+@pytest.mark.parametrize("stride, shape", [(1, (40, 70)), (4, (40, 70)), (4, (133, 20)),
+                                           (2, (9, 3))])
+@pytest.mark.parametrize("sigma", [None, 1.5, 3.0])
+def test_bands_and_centres_are_upsampling_then_smoothing(stride, shape, sigma):
+    cells = [-(-side // stride) for side in shape]
+    embedding = torch.randn(2, 3, *cells, generator=torch.Generator().manual_seed(0)).double()
+    whole = decode.smooth(decode.upsample(embedding, stride)[:, :, :shape[0], :shape[1]], sigma)
+    flat = embedding.permute(0, 2, 3, 1).contiguous()
+    wide = decode._stretch(flat, stride, shape[1], sigma)
+    bands = torch.cat([band for *_, band in decode._bands(wide, stride, shape[0], sigma)])
+    torch.testing.assert_close(bands, decode.flat_features(whole))
+    points = torch.rand(20, 2, dtype=torch.float64) * torch.tensor([shape[1], shape[0]])
+    image = torch.arange(20) % 2
+    torch.testing.assert_close(
+        decode._smooth_at(flat, points, image, stride, shape, sigma),
+        decode.sample_at(whole, points, image))
+
+
+def test_lowest_energy_wins_for_any_float():
+    from xmask.nnec import lowest_wins
+
+    nan, inf = float("nan"), float("inf")
+    energy = torch.tensor([0.0, -0.0, -2.0, -1.0, nan, 3.0, inf, nan, 1.1])
+    head = torch.tensor([1, 0, 0, 1, 0, 1, 0, 1, 0])
+    pixel = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3, 4])
+    for kind in (energy, energy.double()):
+        assert lowest_wins(kind, head, pixel, (1, 5)).tolist() == [[1, 1, 2, 0, 1]]
+        assert lowest_wins(kind, head, pixel, (1, 5), -1.5).tolist() == [[0, 1, 0, 0, 0]]
+    # 1.1 in float32 is above 1.1: not below the threshold
+    assert lowest_wins(energy, head, pixel, (1, 5), 1.1).tolist() == [[1, 1, 0, 0, 0]]
+
+
+def test_the_picture_shows_every_target():
+    row = {"group": "network", "operation": "after", "shape": [4, 4], "heads": 5, "against": "x",
+           "ours": {"median": 1.0}, "other": {"median": 2.0}, "times_faster": 2.0,
+           "times_leaner": None, "target": {"faster": None, "leaner": None, "share": 0.05},
+           "met": {"share": False}}
+    found = {"rows": [row], "machine": {"processor": "a", "threads": 1}}
+    left, right = report.picture(found).axes
+    assert [bar.get_width() for bar in right.patches] == pytest.approx([0.1])
+    assert right.get_yticklabels()[0].get_text() == "after, 5 heads"
