@@ -81,3 +81,12 @@ def test_the_command_writes_its_tables_and_goes_on(tmp_path, capsys, monkeypatch
     assert asked == [1] and (tmp_path / "scenes.csv").read_text() == before
     assert main(["edp-study", "--out", str(tmp_path), "--scenes", "2"]) == 1
     assert "scenes: 2; give 3 or more" in capsys.readouterr().err
+
+
+def test_head_sizes_are_compared_on_the_same_scenes(tmp_path, capsys):
+    assert main(["edp-study", "--boxes", "--out", str(tmp_path), "--scenes", "1", "--seed",
+                 "9700010", "--segmenters", "classical"]) == 0
+    table = pd.read_csv(tmp_path / "boxes.csv").set_index("sizes")
+    assert table.index.to_list() == ["none", "exact", "off by 20%"]
+    assert table["heads"].nunique() == 1 and table.loc["exact", "mean_iou"] > 0.5
+    assert "off by 20%" in capsys.readouterr().out

@@ -95,8 +95,10 @@ def _parser() -> argparse.ArgumentParser:
 
     made = command("edp-study", _edp_study, "compare EDP-SAM with simpler masks on drawn scenes")
     made.add_argument("--out", type=Path, default=Path("results/edp_sam"))
-    made.add_argument("--scenes", type=int, default=30)
+    made.add_argument("--scenes", type=int, default=18)
     made.add_argument("--seed", type=int, help="of the first scene")
+    made.add_argument("--boxes", action="store_true",
+                      help="instead: what annotated head sizes add (boxes.csv)")
     made.add_argument("--segmenters", type=_names, default=("classical", "bundled"))
     made.add_argument("--jobs", type=int, default=1)
 
@@ -220,6 +222,10 @@ def _train_sam(o: argparse.Namespace) -> int:
 def _edp_study(o: argparse.Namespace) -> int:
     from xmask import edp_study
 
+    if o.boxes:
+        seeds = {} if o.seed is None else {"seed": o.seed}
+        print(edp_study.run_boxes(o.out, scenes=o.scenes, segmenters=o.segmenters, **seeds))
+        return 0
     seed = edp_study.SEED if o.seed is None else o.seed
     edp_study.run(o.out, scenes=o.scenes, seed=seed, segmenters=o.segmenters, jobs=o.jobs)
     print((o.out / "table.md").read_text(encoding="utf-8"))
