@@ -60,7 +60,8 @@ def show(figure: Picture, alt: str) -> None:
     """Display a figure, with `alt`, what it shows in a sentence, for those who do not see it."""
     stream = io.BytesIO()
     with matplotlib.style.context("default"):
-        figure.savefig(stream, format="png", dpi=DPI, facecolor="white")
+        figure.savefig(stream, format="png", dpi=DPI, facecolor="white", bbox_inches="tight",
+                       pad_inches=0.06)
     with Image.open(stream) as full:
         small = full.convert("RGB").quantize(256, dither=Image.Dither.NONE)
     stream = io.BytesIO()
