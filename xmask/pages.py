@@ -91,6 +91,8 @@ def _signature(one: object) -> str:
                   for parameter in signature.parameters.values() if parameter.name != "self"]
     shown = str(signature.replace(parameters=parameters,
                                   return_annotation=inspect.Signature.empty))
+    # a file of the package, wherever that is installed
+    shown = re.sub(r"\w*Path\('[^']*/(xmask/[^']*)'\)", r"Path('\1')", shown)
     return re.sub(r"<factory>|<function [\w.]*?(\w+|<lambda>) at 0x[0-9a-f]+>|<class '([\w.]+)'>",
                   lambda match: match[1] or match[2] or "...", shown)
 
