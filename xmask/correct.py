@@ -126,7 +126,10 @@ def read_corrected(folder: str | os.PathLike, name: str) -> np.ndarray:
 
 def close_up(image: np.ndarray, labels: np.ndarray, points: np.ndarray, k: int,
              box: list[float] | None = None, *, side: int = 420) -> np.ndarray:
-    """Head k and its neighbours, enlarged, with masks and a box: (side, side, 3) uint8."""
+    """Head k and its neighbours, enlarged, with masks and a box: (side, side, 3) uint8.
+
+    image: (H, W, 3) uint8; labels: (H, W) label map; points: (N, 2) px; box: x0, y0, x1, y1 px.
+    """
     from xmask.figures import overlay
 
     radius = float(nnec.exclusion_radii(points, labels.shape)[k - 1])

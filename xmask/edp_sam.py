@@ -299,7 +299,11 @@ def superpixel_prompts(
     points: np.ndarray, radii: np.ndarray, scale: np.ndarray, head: np.ndarray,
     pixel: np.ndarray, shape: tuple[int, int],
 ) -> Prompts:
-    """The same points with the box of the superpixels; head, pixel: the region's incidences."""
+    """The prompts of `point_prompts` with boxes (N, 4) x0, y0, x1, y1 px around the superpixels.
+
+    points: (N, 2) px; radii, scale: (N,) px, circle and head radius; head, pixel: (M,), the
+    superpixels' incidences; shape: (H, W). A head without a superpixel gets a square of `scale`.
+    """
     boxes = np.concatenate([points - scale[:, None], points + scale[:, None]], axis=1)
     if len(head):
         present, start = np.unique(head, return_index=True)
@@ -477,7 +481,8 @@ def _give_pixels(
 
 
 def keep_connected(labels: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Of every instance only the 4-connected piece that comes nearest to its head."""
+    """Of every instance of a label map (H, W) only the 4-connected piece that comes nearest to its
+    head; points: (N, 2) px."""
     pieces = connected_components(labels, background=0, connectivity=1).ravel()
     pixel = np.flatnonzero(pieces)
     piece = pieces[pixel]

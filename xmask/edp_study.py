@@ -68,7 +68,8 @@ def discs(points: np.ndarray, radii: np.ndarray, shape: tuple[int, int]) -> np.n
 
 
 def watershed_masks(image: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Watershed of the colour gradient from the heads, and from outside all circles."""
+    """Watershed of the colour gradient from the heads, and from outside all circles: (H, W) label
+    map. image: (H, W, 3) uint8; points: (N, 2) px."""
     shape = image.shape[:2]
     radii = nnec.exclusion_radii(points, shape)
     lab = rgb2lab(image)

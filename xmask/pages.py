@@ -41,9 +41,10 @@ SHOWN = {
 
 
 def modules() -> list[ModuleType]:
-    """All modules of the package, in the order of the page."""
+    """All modules of the package, in the order of the page; of the benchmark only its entrance."""
     names = ["xmask", *(found.name for found in pkgutil.walk_packages(xmask.__path__, "xmask."))]
-    names = [name for name in names if not name.endswith("__main__")]
+    names = [name for name in names if not name.endswith("__main__")
+             and not name.startswith("xmask.bench.")]
     order = {name: place for place, name in enumerate(FIRST)}
     names.sort(key=lambda name: (order.get(name, len(order)), name))
     return [importlib.import_module(name) for name in names]

@@ -202,7 +202,7 @@ def everybody(owner: np.ndarray, inner: tuple[int, int], shape: tuple[int, int])
 
 
 def jitter(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Colours, contrast, noise and sharpness of another camera."""
+    """An image (H, W, 3) uint8 with the colours, contrast, noise and sharpness of another camera."""
     values = image.astype(np.float32) / 255
     if rng.random() < 0.5:
         hsv = rgb2hsv(values)
