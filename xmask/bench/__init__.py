@@ -72,6 +72,7 @@ def compare(row: rows.Row, *, threads: int) -> dict[str, Any]:
             # the spread of an extrapolation is that of its two ends, carried along
             a, b = _side(theirs[0])[name], other[name]
             other[name] = max(b + reach * (b - a), b)
+        other["low"], other["high"] = sorted((other["low"], other["high"]))
         other["extrapolated_from"] = list(row.fewer)
     elif row.times > 1:
         for name in ("median", "low", "high"):
