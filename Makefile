@@ -20,6 +20,8 @@ EXTRAS ?=
 PICTURES ?=
 
 BIN := $(VENV)/bin
+# uv trusts the certificates that this machine trusts, as pip does
+export UV_SYSTEM_CERTS ?= 1
 # "5 10", "5,10" and "5, 10" are the same list
 comma := ,
 empty :=
