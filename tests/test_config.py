@@ -27,6 +27,7 @@ def test_the_paper_preset_holds_the_published_constants():
     assert (o.batch, o.crop, o.scale_min, o.scale_max) == (16, 256, 0.7, 1.3)
     assert (o.lr, o.encoder_lr, o.phase2_lr, o.phase3_lr) == (5e-5, 1e-5, 5e-6, 5e-6)
     assert (o.weight_decay, o.clip, o.ema, o.confident) == (1e-4, 5, 0.998, 0.9)
+    assert (o.phase2_encoder_lr, c.loss.phase2_p2r) == (0, 0)
     assert c.seed == 2024 and c.selection == "last" and not o.cosine
 
 

@@ -277,7 +277,7 @@ def two_squares():
 def test_background_term_is_the_mean_of_rescaled_activation_off_the_masks():
     logits = torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     labels = two_squares()
-    fine = torch.relu(reference.upsample(logits[None], 4)[0])
+    fine = reference.upsample(torch.relu(logits)[None], 4)[0]
     fine = fine * torch.relu(logits).sum() / fine.sum()
     value = mask_constraint(logits, labels, background=2.0)
     torch.testing.assert_close(value, 2.0 * fine[torch.from_numpy(labels) == 0].mean())
@@ -286,7 +286,7 @@ def test_background_term_is_the_mean_of_rescaled_activation_off_the_masks():
 def test_foreground_term_wants_a_total_of_one_per_instance():
     logits = torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     labels = torch.from_numpy(two_squares())
-    fine = torch.relu(reference.upsample(logits[None], 4)[0])
+    fine = reference.upsample(torch.relu(logits)[None], 4)[0]
     fine = fine * torch.relu(logits).sum() / fine.sum()
     miss = [abs(fine[labels == k].sum() - 1) for k in (1, 2)]
     torch.testing.assert_close(

@@ -9,7 +9,7 @@ from tests.test_transforms import scene
 from xmask import evaluate
 from xmask.config import Schedule, override, preset
 from xmask.data.sample import Sample
-from xmask.trainer import TRAINED, Trainer, phase_of, unlabelled_weight
+from xmask.trainer import Trainer, learning_rates, phase_of, unlabelled_weight
 
 TINY = {
     "network.channels": 8,
@@ -117,17 +117,38 @@ def test_a_checkpoint_of_other_code_or_data_is_not_resumed(tmp_path):
     assert (same_run.epoch, other.epoch) == (4, 0)
 
 
-@pytest.mark.parametrize("phase", [1, 2, 3])
-def test_only_the_parts_of_a_phase_learn(tmp_path, phase):
-    run = trainer(tmp_path, tiny(schedule__warmup=0, schedule__mask_warmup=0))
+PAPER = {"optimisation__phase2_encoder_lr": 0.0, "loss__phase2_p2r": 0.0}
+
+
+def test_the_paper_freezes_the_encoder_after_phase_1():
+    parts = {phase: set(learning_rates(preset("paper", "sha", 10), phase)) for phase in (1, 2, 3)}
+    assert parts == {1: {"encoder", "fusion", "decoder"}, 2: {"mask_head", "fusion", "decoder"},
+                     3: {"fusion", "decoder"}}
+    ours = preset("demo", "sha", 10)
+    assert learning_rates(ours, 2)["encoder"] == ours.optimisation.phase2_encoder_lr > 0
+
+
+def test_points_can_be_learnt_in_the_mask_phase_too(tmp_path):
+    run = trainer(tmp_path, tiny(loss__phase2_p2r=3.0))
+    run._enter(2)
+    row = run._step(2, 0.0, run._batches(3))
+    assert row["p2r"] > 0 and row["loss"] == pytest.approx(row["p2r"] + row["exclusivity"])
+    run = trainer(tmp_path, tiny(**PAPER))
+    run._enter(2)
+    assert "p2r" not in run._step(2, 0.0, run._batches(3))
+
+
+@pytest.mark.parametrize("phase, changes", [(1, {}), (2, {}), (2, PAPER), (3, {})])
+def test_only_the_parts_of_a_phase_learn(tmp_path, phase, changes):
+    run = trainer(tmp_path, tiny(schedule__warmup=0, schedule__mask_warmup=0, **changes))
     run.epoch = {1: 2, 2: 4, 3: 5}[phase]
     before = {k: v.clone() for k, v in run.student.state_dict().items()}
     run._enter(phase)
     run._step(phase, 1.0, run._batches(run.epoch))
     changed = {k.split(".")[0] for k, v in run.student.state_dict().items()
                if not torch.equal(v, before[k])}
-    expected = set(TRAINED[phase])
-    if phase == 2 and not run.config.loss.consistency:
+    expected = set(learning_rates(run.config, phase))
+    if phase == 2 and not run.config.loss.consistency and not run.config.loss.phase2_p2r:
         expected.discard("decoder")  # only the point-mask term reaches it, and weight decay
         changed.discard("decoder")
     assert changed == expected

@@ -65,6 +65,7 @@ class Loss:
     nnec: bool = True
     ignore_radius: float = 16.0  # px around a low-confidence pseudo point
     consistency: float = 1.0  # point-mask term
+    phase2_p2r: float = 0.0  # P2R on the labelled crops of phase 2 too (ours; the paper: none)
     background: float = 0.0  # mask constraint, three weights
     foreground: float = 0.0
     one_point: float = 0.0
@@ -108,6 +109,7 @@ class Optimisation:
     lr: float = 5e-5
     encoder_lr: float = 1e-5
     phase2_lr: float = 5e-6
+    phase2_encoder_lr: float = 0.0  # 0: frozen, as in the paper
     mask_head_lr: float = 5e-6  # in phase 2; the paper has one rate for all that learns there
     phase3_lr: float = 5e-6  # published range 5e-6 to 5e-5; the value per dataset is not known
     weight_decay: float = 1e-4  # published range 1e-6 to 5e-4
@@ -284,9 +286,12 @@ _CPU = {
     "optimisation.batch": 2,
     "optimisation.lr": 3e-3,
     "optimisation.encoder_lr": 3e-3,
-    "optimisation.phase2_lr": 1e-4,
+    # a random start has no ImageNet features to freeze: masks and points go on learning together
+    "optimisation.phase2_encoder_lr": 1e-3,
+    "loss.phase2_p2r": 10.0,
+    "optimisation.phase2_lr": 1e-3,
     "optimisation.mask_head_lr": 2e-3,
-    "optimisation.phase3_lr": 5e-4,
+    "optimisation.phase3_lr": 1e-4,
     "optimisation.cosine": True,
     "optimisation.ema": 0.98,
     # P2R weighs heads twice, so a head that is there with probability q is learnt as

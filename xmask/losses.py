@@ -329,8 +329,9 @@ def mask_constraint(
         instances that hold one of them count for foreground and one_point. None: all count.
     background, foreground, one_point: weights of the terms; a weight of 0 leaves a term out.
 
-    R is the relu of the logits upsampled bilinearly to the masks and rescaled to the total that
-    the relu has over the cells.
+    R is the relu of the logits, upsampled bilinearly to the masks and rescaled to the total that
+    it has over the cells (the relu comes first, our reading: after the upsampling, a head that
+    one cell alone marks would be drowned by its negative neighbours).
     - background: mean of R over the pixels outside all masks.
     - foreground: mean over instances of |sum of R over the instance - 1|.
     - one_point: mean over instances of |positive cells with their centre in the instance - 1|.
@@ -371,11 +372,11 @@ def mask_constraints(
         return value / instances.clamp(min=1)
 
     if background or foreground:
-        coarse = torch.relu(logits).sum((1, 2))
-        fine = torch.relu(upsample(logits[:, None], tuple(labels.shape[1:]))[:, 0])
+        coarse = torch.relu(logits)
+        fine = upsample(coarse[:, None], tuple(labels.shape[1:]))[:, 0]
         mass = fine.sum((1, 2))
         some = mass > 0
-        rescale = torch.where(some, coarse / torch.where(some, mass, 1), 1)
+        rescale = torch.where(some, coarse.sum((1, 2)) / torch.where(some, mass, 1), 1)
         fine = fine * rescale.view(-1, 1, 1)
         outside = labels == 0
         if background:

@@ -27,11 +27,19 @@ from xmask.data.sample import Sample
 from xmask.data.transforms import Batch, Crops, collate
 from xmask.provenance import digest
 
-TRAINED = {  # phase -> parts of the network that learn in it; the others stay as they are
-    1: ("encoder", "fusion", "decoder"),
-    2: ("mask_head", "fusion", "decoder"),
-    3: ("fusion", "decoder"),
-}
+
+def learning_rates(config: Config, phase: int) -> dict[str, float]:
+    """Parts of the network that learn in a phase, and how fast; the others stay as they are.
+
+    The encoder is frozen in phase 2, as in the paper, unless `phase2_encoder_lr` says otherwise.
+    """
+    o = config.optimisation
+    if phase == 1:
+        return {"encoder": o.encoder_lr, "fusion": o.lr, "decoder": o.lr}
+    if phase == 3:
+        return {"fusion": o.phase3_lr, "decoder": o.phase3_lr}
+    rates = {"mask_head": o.mask_head_lr, "fusion": o.phase2_lr, "decoder": o.phase2_lr}
+    return rates | ({"encoder": o.phase2_encoder_lr} if o.phase2_encoder_lr else {})
 
 
 def phase_of(schedule: Schedule, epoch: int) -> int:
@@ -92,6 +100,7 @@ class Trainer:
             torch.set_num_threads(config.machine.threads)
         if device.type == "cpu":
             torch.use_deterministic_algorithms(True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # 5% of a small step
         self.student, self.initialisation = model.build(config.network)
         self.student.to(device, memory_format=torch.channels_last)
         self.teacher = copy.deepcopy(self.student).eval().requires_grad_(False)
@@ -254,8 +263,8 @@ class Trainer:
         self.scaler.update()
         keep = self.config.optimisation.ema
         with torch.no_grad():
-            for mine, yours in zip(self.teacher.parameters(), self.student.parameters()):
-                mine.lerp_(yours, 1 - keep)
+            torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()),
+                                 1 - keep)
             # buffers too: with frozen BatchNorm statistics the teacher would stay untrained
             for mine, yours in zip(self.teacher.buffers(), self.student.buffers()):
                 if mine.is_floating_point():
@@ -271,7 +280,10 @@ class Trainer:
         instances = None if phase == 1 else torch.stack(batch.instances)
         if phase == 2:
             points, _ = self._points(logits, 0.5)
-            return self._mask_terms(embedding, logits, points, instances, None)
+            terms = self._mask_terms(embedding, logits, points, instances, None)
+            if weight := self.config.loss.phase2_p2r:
+                terms["p2r"] = weight * self._p2r(logits, batch.points)
+            return terms
         terms = {"p2r": self._p2r(logits, batch.points)}
         if phase == 3:
             terms["constraint"] = self._constraint(logits, instances, None)
@@ -352,17 +364,14 @@ class Trainer:
 
     def _enter(self, phase: int) -> None:
         """Free the parts that learn in this phase, freeze the others, start its optimiser."""
-        o = self.config.optimisation
-        rate = {1: o.lr, 2: o.phase2_lr, 3: o.phase3_lr}[phase]
-        groups = []
+        rates, groups = learning_rates(self.config, phase), []
         for name, part in self.student.named_children():
-            learns = name in TRAINED[phase]
-            part.requires_grad_(learns).train(learns)
-            if learns:
-                lr = {"encoder": o.encoder_lr, "mask_head": o.mask_head_lr}.get(name, rate)
+            part.requires_grad_(name in rates).train(name in rates)
+            if name in rates:
+                lr = rates[name]
                 groups.append({"params": list(part.parameters()), "lr": lr, "initial_lr": lr})
-        self.optimiser = torch.optim.Adam(groups, lr=rate, weight_decay=o.weight_decay,
-                                          fused=self.device.type == "cuda")
+        self.optimiser = torch.optim.Adam(
+            groups, weight_decay=self.config.optimisation.weight_decay, fused=True)
 
     def _set_rate(self, phase: int) -> None:
         """Constant rates (paper), or a half cosine to zero over each phase."""
@@ -447,7 +456,7 @@ def _phase1_part(config: Config) -> dict:
     values["loss"] = {k: values["loss"][k] for k in ("max_distance", "min_radius")}
     for name in ("phase2", "phase3", "ramp_start", "mask_warmup"):
         del values["schedule"][name]
-    for name in ("phase2_lr", "mask_head_lr", "phase3_lr", "confident"):
+    for name in ("phase2_lr", "phase2_encoder_lr", "mask_head_lr", "phase3_lr", "confident"):
         del values["optimisation"][name]
     del values["machine"]["checkpoint_every"], values["machine"]["cache_images"]
     del values["machine"]["workers"]

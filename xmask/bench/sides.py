@@ -356,11 +356,13 @@ def after_network(heads: int, shape: Shape, score: bool = False) -> Callable[[],
 def training_step(phase: int, batch: int, crop: int = 256) -> Callable[[], None]:
     """Network side of a step: student forward and backward on batch + batch crops, teacher
     forward on batch, and the optimiser."""
-    from xmask.trainer import TRAINED
+    from xmask.config import preset
+    from xmask.trainer import learning_rates
 
     student, teacher = _network(), _network().eval().requires_grad_(False)
+    rates = learning_rates(preset("paper", "sha", 40), phase)
     for name, part in student.named_children():
-        learns = name in TRAINED[phase]
+        learns = name in rates
         part.requires_grad_(learns).train(learns)
     optimiser = torch.optim.Adam([p for p in student.parameters() if p.requires_grad], lr=1e-6)
     images = torch.rand(2 * batch, 3, crop, crop).contiguous(memory_format=torch.channels_last)
