@@ -221,7 +221,7 @@ def test_bands_and_centres_are_upsampling_then_smoothing(stride, shape, sigma):
     cells = [-(-side // stride) for side in shape]
     embedding = torch.randn(2, 3, *cells, generator=torch.Generator().manual_seed(0)).double()
     whole = decode.smooth(decode.upsample(embedding, stride)[:, :, :shape[0], :shape[1]], sigma)
-    flat = embedding.permute(0, 2, 3, 1).contiguous()
+    flat = embedding.permute(0, 3, 2, 1).contiguous()
     wide = decode._stretch(flat, stride, shape[1], sigma)
     bands = torch.cat([band for *_, band in decode._bands(wide, stride, shape[0], sigma)])
     torch.testing.assert_close(bands, decode.flat_features(whole))
