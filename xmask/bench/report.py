@@ -45,6 +45,9 @@ def table(found: dict[str, Any]) -> str:
         "",
         *notes,
     ]
+    if found["missing"]:
+        lines += ["", "## Not measured", ""]
+        lines += [f"- {item['row']}: {item['why']}" for item in found["missing"]]
     if found["growth"]:
         lines += ["", "## Growth", "", "| operation | grows in | times | last ÷ first | target |",
                   "| --- | --- | --- | --- | --- |"]
