@@ -129,6 +129,69 @@ def test_a_run_writes_table_numbers_and_figure(tmp_path, monkeypatch):
     assert read_json(tmp_path / "bench.json")["rows"][0] == first
 
 
+def _canned(row, *, threads):
+    """What `bench.compare` gives, without measuring."""
+    side = {"median": 1.0, "low": 1.0, "high": 1.0, "runs": 5, "peak": 100}
+    return {"group": row.group, "operation": row.operation, "shape": list(row.shape),
+            "heads": row.heads, "against": row.against, "ours": side, "other": side,
+            "times_faster": 1.0, "times_leaner": 1.0, "agreement": None, "note": "",
+            "target": {"faster": 1.0, "leaner": None, "share": None}, "met": {"faster": True}}
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, MemoryError])
+def test_a_stopped_run_keeps_its_rows_and_says_what_is_missing(tmp_path, monkeypatch, stop):
+    monkeypatch.setattr(rows, "rows", _tiny_rows)
+    monkeypatch.setattr(measure, "bandwidth", lambda threads: 1e10)
+
+    def second_stops(row, *, threads):
+        if row.group == "network":
+            raise stop
+        return _canned(row, threads=threads)
+
+    monkeypatch.setattr(bench, "compare", second_stops)
+    with pytest.raises(stop):
+        bench.run(tmp_path, tmp_path, only=("decode", "network"), threads=1, progress=False)
+    found = read_json(tmp_path / "bench.json")
+    assert [row["group"] for row in found["rows"]] == ["decode"]
+    assert found["missing"] == [
+        {"group": "network", "row": "after, 96×64, 40 heads, against itself", "why": "not reached"}]
+    text = (tmp_path / "bench.md").read_text()
+    assert "## Not measured" in text and "after, 96×64, 40 heads, against itself" in text
+    # the missing group alone, later: the table is whole
+    monkeypatch.setattr(bench, "compare", _canned)
+    found = bench.run(tmp_path, tmp_path, only=("network",), threads=1, progress=False)
+    assert len(found["rows"]) == 2 and found["missing"] == []
+    assert "Not measured" not in (tmp_path / "bench.md").read_text()
+
+
+def test_a_row_that_fails_is_named_and_the_others_are_measured(tmp_path, monkeypatch):
+    def first_fails(row, *, threads):
+        if row.group == "decode":
+            raise RuntimeError("bench: a side failed:\nTraceback\nValueError: no such thing\n")
+        return _canned(row, threads=threads)
+
+    monkeypatch.setattr(rows, "rows", _tiny_rows)
+    monkeypatch.setattr(bench, "compare", first_fails)
+    monkeypatch.setattr(measure, "bandwidth", lambda threads: 1e10)
+    with pytest.raises(RuntimeError, match="1 rows could not be.*\n.*decoding.*no such thing"):
+        bench.run(tmp_path, tmp_path, only=("decode", "network"), threads=1, progress=False)
+    found = read_json(tmp_path / "bench.json")
+    assert [row["group"] for row in found["rows"]] == ["network"]
+    assert found["missing"][0]["why"] == "ValueError: no such thing"
+
+
+def test_growth_is_measured_along_heads_and_pixels(monkeypatch):
+    monkeypatch.setattr(rows, "CROWDS", (4, 8))
+    monkeypatch.setattr(rows, "IMAGE", SMALL)
+    monkeypatch.setattr(rows, "SHAPES", ((16, 16), SMALL))
+    for axis, number in (("heads", 2), ("pixels", 2)):
+        found = bench.grow("decoding", axis, threads=1)
+        assert len(found["points"]) == number and all(p["peak"] >= 0 for p in found["points"])
+        first, last = found["points"]
+        assert (first["heads"] < last["heads"]) == (axis == "heads")
+        assert found["last_over_first"] == last["median"] / first["median"]
+
+
 def test_an_unknown_group_is_named(tmp_path):
     with pytest.raises(ValueError, match="speed unknown; known: nnec"):
         bench.run(tmp_path, tmp_path, only=("speed",))
@@ -136,6 +199,8 @@ def test_an_unknown_group_is_named(tmp_path):
 
 def test_every_row_has_a_group_that_can_be_asked_for():
     every = list(rows.rows())
+    names = [name for _, name, _, _ in bench._jobs(bench.GROUPS, threads=1)]
+    assert len(set(names)) == len(names) == len(every) + 2 * len(rows.GROWTH)
     assert {row.group for row in every} | {"growth"} == set(bench.GROUPS)
     assert [row.heads for row in every if row.operation == "decoding, every head"] == [
         50, 541, 3000, 10000]
@@ -221,7 +286,7 @@ def test_bands_and_centres_are_upsampling_then_smoothing(stride, shape, sigma):
     cells = [-(-side // stride) for side in shape]
     embedding = torch.randn(2, 3, *cells, generator=torch.Generator().manual_seed(0)).double()
     whole = decode.smooth(decode.upsample(embedding, stride)[:, :, :shape[0], :shape[1]], sigma)
-    flat = embedding.permute(0, 2, 3, 1).contiguous()
+    flat = embedding.permute(0, 3, 2, 1).contiguous()
     wide = decode._stretch(flat, stride, shape[1], sigma)
     bands = torch.cat([band for *_, band in decode._bands(wide, stride, shape[0], sigma)])
     torch.testing.assert_close(bands, decode.flat_features(whole))

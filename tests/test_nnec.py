@@ -9,7 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xmask.nnec import exclusion_radii, incidence, lowest_wins, split_coincident
+from xmask.nnec import (
+    exclusion_radii, expand, incidence, incidence_spans, lowest_wins, split_coincident, split_spans,
+)
 
 SHAPES = st.tuples(st.integers(1, 40), st.integers(1, 40))
 
@@ -147,6 +149,22 @@ def test_shares_of_coincident_heads_are_angular_sectors_in_index_order():
     rows = [pixel[keep & (head == k)] // 31 for k in (0, 1)]
     assert (rows[0] > 15).mean() > 0.9
     assert not (rows[1] > 15).any()
+
+
+@pytest.mark.parametrize("doubled", [0, 4])
+def test_spans_of_rows_hold_the_pixels_of_the_list_and_coincident_heads_share_them(doubled):
+    rng = np.random.default_rng(doubled)
+    points, shape = torch.from_numpy(rng.uniform(-2, 42, (20, 2))), (30, 41)
+    points[10:10 + doubled] = points[2:2 + doubled]
+    radii = exclusion_radii(points, shape)
+    head, pixel = incidence(points, radii, shape)
+    keep = split_coincident(points, head, pixel, shape)
+    owner, row, first, last = split_spans(points, *incidence_spans(points, radii, shape), shape)
+    assert (first <= last).all() and (owner.diff() >= 0).all()
+    span, column = expand(first, last)
+    got = torch.stack([owner[span], row[span] * shape[1] + column], 1)
+    assert got.unique(dim=0).tolist() == torch.stack([head[keep], pixel[keep]], 1).tolist()
+    assert len(got) == int(keep.sum()) and (doubled > 0) == (not bool(keep.all()))
 
 
 def test_no_heads_give_no_incidences_and_an_empty_map():

@@ -332,7 +332,12 @@ def _bench(o: argparse.Namespace) -> int:
     from xmask import bench
 
     folders = Path("results/bench"), Path("figures/bench")
-    bench.run(*folders, only=o.only or bench.GROUPS, threads=o.threads)
+    try:
+        bench.run(*folders, only=o.only or bench.GROUPS, threads=o.threads)
+    except KeyboardInterrupt:
+        print(f"\nstopped; {folders[0] / 'bench.md'} holds what was measured and says what is "
+              "missing; --only GROUPS measures some groups only", file=sys.stderr)
+        return 130
     print((folders[0] / "bench.md").read_text(encoding="utf-8"))
     return 0
 

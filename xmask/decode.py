@@ -12,6 +12,7 @@ numbers. Every head is visited, on the sparse incidence list of `xmask.nnec`.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,17 +22,16 @@ import torch
 import torch.nn.functional as F
 
 from xmask.nnec import (
-    exclusion_radii, incidence_rows, lowest_wins, split_coincident, to_tensor,
+    exclusion_radii, incidence_spans, lowest_wins, split_spans, to_tensor,
 )
 
 # A lone head's radius in decoding, as a share of the shorter side (paper).
 LONE_RADIUS = 0.25
 # Density gate of pseudo-masks (paper): sigmoid(logit) in [0.1, 0.5] takes the whole circle.
 GATE = (0.1, 0.5)
-# Pairs whose features are gathered at once, and bytes of a band of features: both stay in cache
-# and below the size from which the C library asks the system for fresh pages (ours, measured).
-_PAIRS_AT_ONCE = 1 << 14
-_BAND = 1 << 22
+# Bytes of a band of features: what is made of it, too, stays in cache and below the size from
+# which the C library asks the system for fresh pages (ours, measured).
+_BAND = 1 << 21
 _KERNEL = 7  # px, width of the Gaussian (paper)
 
 
@@ -157,56 +157,76 @@ def instance_maps(
     height, width = shape or tuple(stride * side for side in embedding.shape[-2:])
     points, image, first = stack_points(points, embedding.device)
     radii = exclusion_radii(points, (height, width), lone=LONE_RADIUS, image=image)
-    head, row, column = incidence_rows(points, radii, (height, width), image=image)
-    row += (image * height).index_select(0, head)  # from here on the images are one tall one
-    pixel = row * width + column
-    kept = split_coincident(points, head, pixel, (height, width), image=image)
-    if not bool(kept.all()):
-        head, pixel, row, column = (part[kept] for part in (head, pixel, row, column))
-
-    cells = embedding.permute(0, 2, 3, 1).contiguous()
-    centres = _smooth_at(cells, points, image, stride, (height, width), sigma)
+    spans = split_spans(
+        points, *incidence_spans(points, radii, (height, width)), (height, width), image=image)
+    head, row, left, right = _by_row(spans, image * height)  # the images are one tall one
     x, y = points.unbind(1)
-    y = y + image * height
-    scale = geometry_weight / radii.square()
-    energy = torch.empty(len(head), dtype=embedding.dtype, device=embedding.device)
+    centre = x.index_select(0, head)
+    dy = row - (y + image * height).index_select(0, head)
+    dy2 = dy * dy
+    scale = (geometry_weight / radii.square()).index_select(0, head)
+    length = right - left + 1
+    start = torch.cumsum(length, 0) - length  # of each span in the list of its pixels
+    lines = torch.arange(count * height + 1, device=row.device)
+    spans_above = torch.searchsorted(row, lines)
+    pairs_above = F.pad(torch.cumsum(length, 0), (1, 0)).index_select(0, spans_above).tolist()
+    spans_above = spans_above.tolist()
+
+    cells = embedding.permute(0, 2, 3, 1).contiguous().transpose(1, 2).contiguous()
+    centres = _smooth_at(cells, points, image, stride, (height, width), sigma)
     wide = _stretch(cells, stride, width, sigma)
+    won = torch.empty((count * height, width), dtype=torch.int32, device=embedding.device)
     for images, top, bottom, flat in _bands(wide, stride, height, sigma):
         begin = images.start * height + top
         end = (images.stop - 1) * height + bottom
-        limits = torch.tensor([begin, end], device=row.device)
-        start, stop = torch.searchsorted(row, limits).tolist()
-        for at in range(start, stop, _PAIRS_AT_ONCE):
-            part = slice(at, min(at + _PAIRS_AT_ONCE, stop))
-            owner = head[part]
-            delta = flat.index_select(0, pixel[part] - begin * width)
-            delta -= centres.index_select(0, owner)
-            dx = column[part] - x.index_select(0, owner)
-            dy = row[part] - y.index_select(0, owner)
-            spread = (dx * dx + dy * dy) * scale.index_select(0, owner)
-            energy[part] = torch.linalg.vector_norm(delta, dim=1) + spread.to(energy.dtype)
-    canvas = (count * height, width)
-    if density is None:
-        labels = lowest_wins(energy, head, pixel, canvas, threshold)
-    else:
-        gate = density.reshape(-1).index_select(0, pixel)
-        claims = torch.where(gate > GATE[1], energy < threshold, gate >= GATE[0])
-        labels = lowest_wins(energy[claims], head[claims], pixel[claims], canvas)
-    labels = labels.view(count, height, width)
-    if count == 1:
-        return labels
-    return torch.where(labels > 0, labels - first.int().view(-1, 1, 1), 0)
+        part = slice(spans_above[begin], spans_above[end])
+        pairs = pairs_above[end] - pairs_above[begin]
+        span = torch.repeat_interleave(length[part], output_size=pairs)
+        # The column of pair k is column0[its span] + k.
+        column0 = left[part] - (start[part] - pairs_above[begin])
+        pixel0 = column0 + (row[part] - begin) * width
+        index = torch.arange(pairs, device=row.device)
+        pixel = pixel0.index_select(0, span).add_(index)
+        delta = flat.index_select(0, pixel)
+        delta -= centres.index_select(0, head[part]).index_select(0, span)
+        dx = (column0 - centre[part]).index_select(0, span).add_(index)
+        spread = dx.mul_(dx).add_(dy2[part].index_select(0, span))
+        spread *= scale[part].index_select(0, span)
+        energy = torch.linalg.vector_norm(delta, dim=1) + spread.to(delta.dtype)
+        span += part.start
+        below = threshold
+        if density is not None:
+            gate = density.reshape(-1)[begin * width:end * width].index_select(0, pixel)
+            claims = torch.where(gate > GATE[1], energy < threshold, gate >= GATE[0])
+            energy, span, pixel = energy[claims], span[claims], pixel[claims]
+            below = math.inf
+        # In one row the spans are in the order of their heads: of equal energies the lowest wins
+        won[begin:end] = lowest_wins(energy, span, pixel, (end - begin, width), below)
+    # the label of span k of an image's heads stands at k + 1, nobody's at 0
+    label = torch.cat([head.new_zeros(1), head - first.index_select(0, image[head]) + 1]).int()
+    return label.index_select(0, won.flatten()).view(count, height, width)
+
+
+def _by_row(spans: tuple[torch.Tensor, ...], above: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Spans (head, row, first, last) sorted by row, to which `above[head]` is added, then by head:
+    those of a band of rows are one stretch of the list."""
+    head, row, *ends = spans
+    row = row + above.index_select(0, head)
+    order = torch.argsort(row, stable=True)
+    return tuple(value.index_select(0, order) for value in (head, row, *ends))
 
 
 def _stretch(
     cells: torch.Tensor, stride: int, width: int, sigma: float | None
 ) -> torch.Tensor:
-    """(B, h, W, D) from (B, h, w, D): upsampled and smoothed along the rows only."""
-    out = cells.new_empty((*cells.shape[:2], width, cells.shape[3]))
+    """(B, h, W, D) from (B, w, h, D): upsampled and smoothed along the rows only."""
+    count, across, down, depth = cells.shape
+    out = cells.new_empty((count, down, width, depth))
     with _no_autocast(cells):
-        for start, stop, base, weight in _blocks(cells.shape[2], stride, width, sigma, 32):
-            part = cells[:, :, base:base + weight.shape[1]]
-            out[:, :, start:stop] = torch.matmul(weight.to(cells), part)
+        for start, stop, base, weight in _blocks(across, stride, width, sigma, 32):
+            part = cells[:, base:base + weight.shape[1]].flatten(2)
+            part = torch.matmul(weight.to(cells), part).view(count, -1, down, depth)
+            out[:, :, start:stop] = part.transpose(1, 2)
     return out
 
 
@@ -250,16 +270,14 @@ def _smooth_at(
     cells: torch.Tensor, points: torch.Tensor, image: torch.Tensor, stride: int,
     shape: tuple[int, int], sigma: float | None,
 ) -> torch.Tensor:
-    """(N, D): `sample_at` of `smooth` after `upsample`, from the few cells (of (B, h, w, D)) that
+    """(N, D): `sample_at` of `smooth` after `upsample`, from the few cells (of (B, w, h, D)) that
     have a say."""
-    columns, across = _taps(points[:, 0], cells.shape[2], stride, shape[1], sigma)
-    rows, down = _taps(points[:, 1], cells.shape[1], stride, shape[0], sigma)
-    at = (image[:, None] * cells.shape[1] + rows)[:, :, None] * cells.shape[2] + columns[:, None]
+    columns, across = _taps(points[:, 0], cells.shape[1], stride, shape[1], sigma)
+    rows, down = _taps(points[:, 1], cells.shape[2], stride, shape[0], sigma)
+    at = (image[:, None] * cells.shape[1] + columns)[:, None] * cells.shape[2] + rows[:, :, None]
     weight = (down[:, :, None] * across[:, None]).to(cells.dtype)
-    taken = cells.flatten(0, 2).index_select(0, at.flatten())
-    taken = taken.view(len(points), at.shape[1] * at.shape[2], cells.shape[3])
-    with _no_autocast(cells):
-        return torch.bmm(weight.flatten(1)[:, None], taken)[:, 0]
+    return F.embedding_bag(
+        at.flatten(1), cells.flatten(0, 2), mode="sum", per_sample_weights=weight.flatten(1))
 
 
 def _taps(

@@ -152,45 +152,45 @@ def _nearest_heads(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`p2r_assign` for the cells of a batch: owner and distance (images * h * w,).
 
-    Squares of cells are halved again and again, each with a list of the points that may be
-    nearest to one of its cells: those not farther from its nearest side than some point is from
-    its farthest corner. The lists of all squares stand in one, so that a step is a few gathers
-    and one scatter-min whatever the heads, on a CPU as on an accelerator, and exact.
+    Squares of cells are quartered along both sides again and again, each with a list of the
+    points that may be nearest to one of its cells: those not farther from its nearest side than
+    some point is from its farthest corner. The lists of all squares stand in one, so that a step
+    is a few gathers and one scatter-min whatever the heads, on a CPU as on an accelerator, and
+    exact.
     """
     rows, columns = cells_shape
-    levels = max(math.ceil(math.log2(max(rows, columns, 1))), 0)
+    levels = 1
+    while 4**levels < max(rows, columns):
+        levels += 1
     device = points.device
     x, y = points.unbind(1)
     point = torch.arange(len(points), device=device)
     where, top, left = image, torch.zeros_like(image), torch.zeros_like(image)  # of each pair
-    for level in range(levels, -1, -1):
-        side = 1 << level
-        if level < levels:
-            point, where = point.repeat(4), where.repeat(4)
-            top = torch.cat([top, top, top + side, top + side])
-            left = torch.cat([left, left + side, left, left + side])
-            kept = (top < rows) & (left < columns)
-            point, where, top, left = (v[kept] for v in (point, where, top, left))
+    step = torch.arange(16, device=device)[:, None]
+    for level in range(levels - 1, -1, -1):
+        side = 4**level
+        point, where = point.repeat(16), where.repeat(16)
+        top = (top + side * (step // 4)).flatten()
+        left = (left + side * (step % 4)).flatten()
+        kept = torch.nonzero((top < rows) & (left < columns)).squeeze(1)
+        point, where, top, left = (v.index_select(0, kept) for v in (point, where, top, left))
         px, py = x.index_select(0, point), y.index_select(0, point)
-        # centres of the outermost cells of the square
-        low_x, low_y = (v.double() * stride + (stride - 1) / 2 for v in (left, top))
-        reach_x = (columns - 1 - left).clamp(max=side - 1) * stride
-        reach_y = (rows - 1 - top).clamp(max=side - 1) * stride
-        to_left, to_top = px - low_x, py - low_y
-        near = ((-to_left).clamp(min=0) + (to_left - reach_x).clamp(min=0)).square() + (
-            (-to_top).clamp(min=0) + (to_top - reach_y).clamp(min=0)).square()
-        far = torch.maximum(to_left.abs(), (to_left - reach_x).abs()).square() + (
-            torch.maximum(to_top.abs(), (to_top - reach_y).abs()).square())
+        # middle of the square's cells, and half the way from its first to its last
+        half_x = (columns - 1 - left).clamp(max=side - 1).double() * (stride / 2)
+        half_y = (rows - 1 - top).clamp(max=side - 1).double() * (stride / 2)
+        away_x = (px - (left * stride + (stride - 1) / 2 + half_x)).abs()
+        away_y = (py - (top * stride + (stride - 1) / 2 + half_y)).abs()
+        near = (away_x - half_x).clamp(min=0).square() + (away_y - half_y).clamp(min=0).square()
+        far = (away_x + half_x).square() + (away_y + half_y).square()
         across = -(-columns // side)
         down = -(-rows // side)
-        square = (where * down + torch.div(top, side, rounding_mode="floor")) * across + (
-            torch.div(left, side, rounding_mode="floor"))
+        square = (where * down + (top >> 2 * level)) * across + (left >> 2 * level)
         best = torch.full((images * down * across,), math.inf, dtype=far.dtype, device=device)
         best.scatter_reduce_(0, square, far, "amin")
         # a hair's breadth more than exact: rounding must not lose the nearest point
         limit = best.index_select(0, square) * (1 + 1e-12) if level else best.index_select(0, square)
-        kept = (near <= limit) & (near < max_distance**2 * (1 + 1e-12))
-        point, where, top, left = (v[kept] for v in (point, where, top, left))
+        kept = torch.nonzero((near <= limit) & (near < max_distance**2 * (1 + 1e-12))).squeeze(1)
+        point, where, top, left = (v.index_select(0, kept) for v in (point, where, top, left))
     # Squares of one cell: near and far are one number, and only equal distances are left.
     distance = torch.sqrt(best)
     owner = torch.full((images * rows * columns,), len(points), dtype=torch.int64, device=device)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.sparse import csr_array
+from scipy.sparse import coo_array, csr_array
 from scipy.sparse.csgraph import maximum_bipartite_matching, min_weight_full_bipartite_matching
 from scipy.spatial import cKDTree
 
@@ -89,11 +89,12 @@ def segmentation(pred_map: Any, true_map: Any) -> dict[str, float]:
         raise ValueError(
             f"segmentation: label maps of shape {pred.shape} (predicted) and {true.shape} (true); "
             "bring them to the same size, nearest neighbour")
-    pred, pred_area = _compact(pred, "pred_map")
-    true, true_area = _compact(true, "true_map")
+    pred, true, length = _runs(pred.reshape(-1), true.reshape(-1))
+    pred, pred_area = _compact(pred, "pred_map", length)
+    true, true_area = _compact(true, "true_map", length)
     n_pred, n_true = len(pred_area), len(true_area)
 
-    i, j, overlap = _overlaps(pred, true, n_true)
+    i, j, overlap = _overlaps(pred, true, length, (n_pred, n_true))
     union = pred_area[i] + true_area[j] - overlap
     iou = overlap / union
 
@@ -173,28 +174,27 @@ def _segmentation_values(sums: dict[str, float]) -> dict[str, float]:
     }
 
 
+def _runs(pred: np.ndarray, true: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Runs of pixels that agree in both maps, far fewer than pixels: labels in either, length."""
+    if len(pred) == 0:
+        return pred, true, np.zeros(0, np.int64)
+    changes = (pred[1:] != pred[:-1]) | (true[1:] != true[:-1])
+    start = np.concatenate([[0], np.flatnonzero(changes) + 1])
+    return pred[start], true[start], np.diff(start, append=len(pred))
+
+
 def _overlaps(
-    pred: np.ndarray, true: np.ndarray, n_true: int
+    pred: np.ndarray, true: np.ndarray, length: np.ndarray, shape: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Pairs of instances that overlap, (i, j) sorted, and their common pixels.
 
-    pred, true: (pixels,) instance of each pixel, -1 for none. Counted in runs of pixels that
-    agree in both, of which a label map has far fewer than pixels.
+    pred, true: instance of each run of pixels, -1 for none. shape: numbers of instances.
     """
-    key = np.where((pred >= 0) & (true >= 0), pred * n_true + true, -1)
-    if len(key) == 0:
-        return key, key, key
-    start = np.flatnonzero(np.concatenate([[True], key[1:] != key[:-1]]))
-    length = np.diff(np.append(start, len(key)))
-    run = key[start]
-    length, run = length[run >= 0], run[run >= 0]
-    order = np.argsort(run, kind="stable")
-    run, length = run[order], length[order]
-    if len(run) == 0:
-        return run, run, run
-    first = np.flatnonzero(np.concatenate([[True], run[1:] != run[:-1]]))
-    i, j = np.divmod(run[first], n_true)
-    return i, j, np.add.reduceat(length, first)
+    both = (pred >= 0) & (true >= 0)
+    table = coo_array((length[both], (pred[both], true[both])), shape=shape).tocsr()
+    table.sum_duplicates()  # and sorts the columns of a row
+    i = np.repeat(np.arange(shape[0]), np.diff(table.indptr))
+    return i, table.indices.astype(np.int64), table.data
 
 
 def _best_pairs(
@@ -234,8 +234,11 @@ def _matching_size(i: np.ndarray, j: np.ndarray, shape: tuple[int, int]) -> int:
     return int((maximum_bipartite_matching(graph, perm_type="column") >= 0).sum())
 
 
-def _compact(label_map: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """(pixels,) index of each pixel's instance, -1 for background; and the instances' areas."""
+def _compact(
+    label_map: np.ndarray, name: str, length: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Index of each pixel's instance, -1 for background; and the instances' areas. With `length`
+    the labels are those of runs of so many pixels."""
     flat = np.ascontiguousarray(label_map).reshape(-1)
     if len(flat) == 0:
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
@@ -243,10 +246,11 @@ def _compact(label_map: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
     if lowest < 0:
         raise ValueError(
             f"{name}: found label {lowest}; 0 is background, instances are 1 and up")
-    if highest > 4 * len(flat):  # labels too far apart to count by index
+    pixels = len(flat) if length is None else int(length.sum())
+    if highest > 4 * pixels:  # labels too far apart to count by index
         labels, flat = np.unique(flat, return_inverse=True)
         flat = flat + (labels[0] > 0)
-    count = np.bincount(flat)
+    count = np.bincount(flat, length).astype(np.int64)
     area = count[1:]
     index = np.cumsum(count > 0) - 1 - (count[0] > 0)
     index[0] = -1

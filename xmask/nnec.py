@@ -80,14 +80,20 @@ def incidence(points: Array, radii: Array, shape: tuple[int, int]) -> tuple[Arra
 
 
 def incidence_rows(
-    points: torch.Tensor, radii: Array, shape: tuple[int, int], *,
-    image: torch.Tensor | None = None,
+    points: torch.Tensor, radii: Array, shape: tuple[int, int]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`incidence` as (head, row, column), three (M,) int64 tensors on the points' device.
+    """`incidence` as (head, row, column), three (M,) int64 tensors on the points' device."""
+    head, row, first, last = incidence_spans(points, radii, shape)
+    span, column = expand(first, last)
+    return head.index_select(0, span), row.index_select(0, span), column
 
-    image: (N,) int64, the image of each head in a batch; then the list is sorted by image and
-    row, so that a band of rows is one stretch of it, and only then by head.
-    """
+
+def incidence_spans(
+    points: torch.Tensor, radii: Array, shape: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`incidence` row by row: (head, row, first, last), four (S,) int64 tensors on the points'
+    device, sorted by head, then by row. In that row the circle holds columns first..last; rows of
+    which it holds none are left out. `expand` gives the columns one by one."""
     points, _ = _points(points)
     radii = to_tensor(radii)[0].to(points.device, torch.float64).reshape(-1)
     if len(radii) != len(points):
@@ -98,10 +104,7 @@ def incidence_rows(
     # Rows first, one wider on each side than the circle: the test below is the exact one.
     top = (torch.ceil(y - radii) - 1).clamp(0, height).long()
     bottom = (torch.floor(y + radii) + 1).clamp(-1, height - 1).long()
-    head, row = _expand(top, bottom)
-    if image is not None:
-        order = torch.argsort(image.index_select(0, head) * height + row, stable=True)
-        head, row = head.index_select(0, order), row.index_select(0, order)
+    head, row = expand(top, bottom)
     centre, limit = x.index_select(0, head), squared.index_select(0, head)
     dy = row.double() - y.index_select(0, head)
     dy2 = dy * dy
@@ -121,8 +124,19 @@ def incidence_rows(
     left = torch.where(inside(left), left, right + 1)  # an empty row of the widened box
     first = left.clamp(0, width).long()
     last = right.clamp(-1, width - 1).long()
-    span, column = _expand(first, last)
-    return head.index_select(0, span), row.index_select(0, span), column
+    held = torch.nonzero(first <= last).squeeze(1)
+    return tuple(value.index_select(0, held) for value in (head, row, first, last))
+
+
+def expand(first: torch.Tensor, last: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """All integers of the ranges first[k]..last[k]: (range index, integer), in order."""
+    length = (last - first + 1).clamp(min=0)
+    end = torch.cumsum(length, 0)
+    total = int(end[-1]) if len(end) else 0
+    index = torch.repeat_interleave(length, output_size=total)
+    value = torch.arange(total, device=first.device)
+    value += (first - end + length).index_select(0, index)
+    return index, value
 
 
 def split_coincident(
@@ -146,20 +160,12 @@ def split_coincident(
     head = to_tensor(head)[0].to(points.device)
     pixel = to_tensor(pixel)[0].to(points.device)
     keep = torch.ones(len(head), dtype=torch.bool, device=points.device)
-    if len(points) < 2:
-        return _give(keep, numpy_out)
-    # Heads at one place agree in any function of it; mostly no two agree, and a sort of one number
-    # a head has said so.
-    key = points[:, 0] + 0.7548776662466927 * points[:, 1]
-    key = (key if image is None else key + image * 1e6).sort().values
-    if not bool((key[1:] == key[:-1]).any()):
-        return _give(keep, numpy_out)
-    places = points if image is None else torch.cat([points, image[:, None].double()], dim=1)
-    _, place, sharers = torch.unique(places, dim=0, return_inverse=True, return_counts=True)
-    if int(sharers.max()) == 1:
+    shared_places = _shared_places(points, image)
+    if shared_places is None:
         return _give(keep, numpy_out)
 
     # A head's turn is its rank, by index, among the heads at its place.
+    place, sharers = shared_places
     by_place = torch.argsort(place, stable=True)
     first_of_place = torch.cumsum(sharers, 0) - sharers
     turn = torch.empty_like(place)
@@ -185,6 +191,47 @@ def split_coincident(
     sector = torch.div(rank * share[owner], size[owner], rounding_mode="floor")
     keep[shared[order]] = sector == turn[owner]
     return _give(keep, numpy_out)
+
+
+def split_spans(
+    points: torch.Tensor, head: torch.Tensor, row: torch.Tensor, first: torch.Tensor,
+    last: torch.Tensor, shape: tuple[int, int], *, image: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`split_coincident` of `incidence_spans`: the spans (head, row, first, last) that are kept.
+
+    What heads keep of a circle that they share comes as spans of one pixel. Sorted by head.
+    image: (N,) int64, for a batch; rows count within their image.
+    """
+    places = _shared_places(points, image)
+    if places is None:
+        return head, row, first, last
+    place, sharers = places
+    shared = (sharers[place] > 1)[head]
+    span, column = expand(first[shared], last[shared])
+    owner, y = head[shared][span], row[shared][span]
+    keep = split_coincident(points, owner, y * shape[1] + column, shape, image=image)
+    owner, y, column = owner[keep], y[keep], column[keep]
+    order = torch.argsort(torch.cat([head[~shared], owner]), stable=True)
+    return tuple(torch.cat([own[~shared], part])[order] for own, part in (
+        (head, owner), (row, y), (first, column), (last, column)))
+
+
+def _shared_places(
+    points: torch.Tensor, image: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """(place (N,) int64 of each head, number of heads at each place), or None if no two heads
+    (of one image) are at the same place."""
+    if len(points) < 2:
+        return None
+    # Heads at one place agree in any function of it; mostly no two agree, and a sort of one number
+    # a head has said so.
+    key = points[:, 0] + 0.7548776662466927 * points[:, 1]
+    key = (key if image is None else key + image * 1e6).sort().values
+    if not bool((key[1:] == key[:-1]).any()):
+        return None
+    places = points if image is None else torch.cat([points, image[:, None].double()], dim=1)
+    _, place, sharers = torch.unique(places, dim=0, return_inverse=True, return_counts=True)
+    return None if int(sharers.max()) == 1 else (place, sharers)
 
 
 def lowest_wins(
@@ -225,21 +272,21 @@ def _lowest_packed(
     Energy and head are packed into one int64, whose order is that of (energy, head): the bits of
     a float, read as an integer, are in order once those of negative floats are turned over.
     """
-    bits = (energy + 0.0).view(torch.int32)  # + 0.0: -0 becomes 0, they are equal energies
-    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    # NaN claims nothing; it may come out below everything
-    bits = bits.masked_fill(torch.isnan(energy), torch.iinfo(torch.int32).max)
-    limit = torch.tensor([threshold], dtype=torch.float64)
-    limit32 = limit.float()
-    if float(limit32) < threshold:  # the smallest float32 that is not below the threshold
-        limit32 = torch.nextafter(limit32, torch.tensor([math.inf]))
-    limit_bits = (limit32 + 0.0).view(torch.int32)
-    limit_bits = int(limit_bits ^ ((limit_bits >> 31) & 0x7FFFFFFF))
-    lowest = torch.full((pixels,), torch.iinfo(torch.int64).max, device=energy.device)
-    lowest.scatter_reduce_(0, pixel, (bits.long() << 32) | head, "amin")
-    claimed = (lowest >> 32) < limit_bits
-    winner = (lowest & 0xFFFFFFFF).to(torch.int32) + 1
-    return torch.where(claimed, winner, torch.zeros_like(winner))
+    limit = np.float32(threshold)
+    if float(limit) < threshold:  # the smallest float32 that is not below the threshold
+        limit = np.nextafter(limit, np.float32(math.inf))
+    limit = int((limit + np.float32(0)).view(np.int32))
+    limit ^= 0x7FFFFFFF if limit < 0 else 0
+    # NaN claims nothing, as infinity; and -0 becomes 0, they are equal energies.
+    bits = torch.nan_to_num(energy, nan=math.inf, posinf=math.inf, neginf=-math.inf)
+    bits = bits.add_(0.0).view(torch.int32)
+    if len(bits) and int(bits.amin()) < 0:
+        bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    key = bits.long().bitwise_left_shift_(32).bitwise_or_(head)
+    # To start with, just below the threshold with any head, and with -1 for a head.
+    lowest = torch.full((pixels,), (limit << 32) - 1, device=energy.device)
+    lowest.scatter_reduce_(0, pixel, key, "amin")
+    return lowest.to(torch.int32).add_(1)  # of 64 bits the lower half stays, the head
 
 
 def _nearest_distance(points: torch.Tensor) -> torch.Tensor:
@@ -263,17 +310,6 @@ def _nearest_by_slabs(points: torch.Tensor) -> torch.Tensor:
         distance[rows, rows + start] = math.inf
         nearest.append(distance.amin(dim=1))
     return torch.cat(nearest)
-
-
-def _expand(first: torch.Tensor, last: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """All integers of the ranges first[k]..last[k]: (range index, integer), in order."""
-    length = (last - first + 1).clamp(min=0)
-    end = torch.cumsum(length, 0)
-    total = int(end[-1]) if len(end) else 0
-    index = torch.repeat_interleave(length, output_size=total)
-    value = torch.arange(total, device=first.device)
-    value += (first - end + length).index_select(0, index)
-    return index, value
 
 
 def _points(points: Array) -> tuple[torch.Tensor, bool]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,30 +31,59 @@ def run(
     """Measure the rows of the groups in `only`; write bench.json, bench.md and bench.png.
 
     Groups that are left out keep the numbers of an earlier bench.json of the same machine.
-    Raises ValueError for a group that does not exist.
+    bench.json is written after every row, and table and figure also if the run is stopped, so
+    that nothing measured is lost; rows that are not there yet stand in it under "missing".
+    Raises ValueError for a group that does not exist, RuntimeError in the end if sides of rows
+    failed (out of memory, say); the other rows are measured nevertheless.
     """
     unknown = [name for name in only if name not in GROUPS]
     if unknown:
         raise ValueError(f"--only: {', '.join(unknown)} unknown; known: {', '.join(GROUPS)}")
-    found = {
-        "machine": _machine(threads),
-        "load_average_before": _load(),
-        "bandwidth": measure.bandwidth(threads),
-        "rows": [],
-        "growth": [],
-    }
-    wanted = [row for row in rows.rows() if row.group in only]
-    for row in tqdm(wanted, desc="bench", unit="row", disable=not progress):
-        found["rows"].append(compare(row, threads=threads))
-    if "growth" in only:
-        found["growth"] = grow(threads=threads, progress=progress)
-    found["load_average_after"] = _load()
-    _keep_earlier(found, results / "bench.json", only)
-    found["floor"] = floors(found)
-    files.write_json(results / "bench.json", found)
-    files.write_text(results / "bench.md", report.table(found))
-    report.figure(found, figures / "bench.png")
+    path = results / "bench.json"
+    found = {"machine": _machine(threads), "load_average_before": _load(),
+             "bandwidth": measure.bandwidth(threads)}
+    found |= _earlier(path, found["machine"], only)
+    jobs = _jobs(only, threads)
+    found["missing"] += [{"group": group, "row": name, "why": "not reached"}
+                         for group, name, _, _ in jobs]
+    failed = []
+    try:
+        for group, name, kind, work in tqdm(jobs, desc="bench", unit="row", disable=not progress):
+            this = next(m for m in found["missing"] if (m["group"], m["row"]) == (group, name))
+            try:
+                found[kind].append(work())
+                found["missing"].remove(this)
+            except RuntimeError as error:
+                this["why"] = str(error).strip().splitlines()[-1]
+                failed.append(f"{name}: {this['why']}")
+            found["rows"].sort(key=lambda row: GROUPS.index(row["group"]))
+            found |= {"load_average_after": _load(), "floor": floors(found)}
+            files.write_json(path, found)
+    finally:
+        if "floor" in found:  # at least one row was tried
+            files.write_text(results / "bench.md", report.table(found))
+            report.figure(found, figures / "bench.png")
+    if failed:
+        raise RuntimeError(
+            f"bench: {len(failed)} rows could not be measured, the others are in {path}; "
+            "measure their groups again with --only\n" + "\n".join(failed))
     return found
+
+
+def _jobs(only: Sequence[str], threads: int) -> list[tuple[str, str, str, Callable[[], dict]]]:
+    """What there is to measure: (group, name, list of bench.json that it goes to, the work)."""
+    jobs = []
+    for row in rows.rows():
+        if row.group in only:
+            heads = "" if row.heads is None else f", {row.heads:,} heads"
+            name = f"{row.operation}, {row.shape[1]}×{row.shape[0]}{heads}, against {row.against}"
+            jobs.append((row.group, name, "rows", partial(compare, row, threads=threads)))
+    if "growth" in only:
+        for operation in rows.GROWTH:
+            for axis in ("heads", "pixels"):
+                jobs.append(("growth", f"growth of {operation} with {axis}", "growth",
+                             partial(grow, operation, axis, threads=threads)))
+    return jobs
 
 
 def compare(row: rows.Row, *, threads: int) -> dict[str, Any]:
@@ -98,23 +128,20 @@ def compare(row: rows.Row, *, threads: int) -> dict[str, Any]:
     }
 
 
-def grow(*, threads: int, progress: bool = True) -> list[dict[str, Any]]:
-    """What ours costs as heads grow at one size, and as pixels grow at one number of heads."""
-    found = []
-    for name, (maker, limit) in tqdm(rows.GROWTH.items(), desc="growth", disable=not progress):
-        heads = [(n, rows.IMAGE) for n in rows.CROWDS]
-        shapes = [(rows.SHAPE_HEADS, shape) for shape in rows.SHAPES]
-        for axis, sizes in (("heads", heads), ("pixels", shapes)):
-            sides = measure.alternate(
-                [(maker, {"heads": n, "shape": shape}) for n, shape in sizes], threads=threads)
-            points = [{"heads": n, "shape": list(shape)} | _side(side)
-                      for (n, shape), side in zip(sizes, sides)]
-            ratio = points[-1]["median"] / points[0]["median"]
-            bound = limit if axis == "heads" else None
-            found.append({"operation": name, "axis": axis, "points": points,
-                          "last_over_first": ratio, "at_most": bound,
-                          "met": None if bound is None else ratio <= bound})
-    return found
+def grow(operation: str, axis: str, *, threads: int) -> dict[str, Any]:
+    """What ours costs as heads grow at one size, or as pixels grow at one number of heads."""
+    maker, limit = rows.GROWTH[operation]
+    if axis == "heads":
+        sizes = [(n, rows.IMAGE) for n in rows.CROWDS]
+    else:
+        sizes, limit = [(rows.SHAPE_HEADS, shape) for shape in rows.SHAPES], None
+    sides = measure.alternate(
+        [(maker, {"heads": n, "shape": shape}) for n, shape in sizes], threads=threads)
+    points = [{"heads": n, "shape": list(shape)} | _side(side)
+              for (n, shape), side in zip(sizes, sides)]
+    ratio = points[-1]["median"] / points[0]["median"]
+    return {"operation": operation, "axis": axis, "points": points, "last_over_first": ratio,
+            "at_most": limit, "met": None if limit is None else ratio <= limit}
 
 
 def floors(found: dict[str, Any]) -> list[dict[str, Any]]:
@@ -146,15 +173,19 @@ def _side(side: measure.Measured) -> dict[str, Any]:
             "peak": side.peak}
 
 
-def _keep_earlier(found: dict[str, Any], path: Path, only: Sequence[str]) -> None:
-    if not path.is_file() or set(only) == set(GROUPS):
-        return
+def _earlier(path: Path, machine: dict[str, Any], only: Sequence[str]) -> dict[str, list]:
+    """What bench.json holds of the groups that are left out, if it is of the same machine."""
+    kept: dict[str, list] = {"rows": [], "growth": [], "missing": []}
+    if set(only) == set(GROUPS) or not path.is_file():
+        return kept
     earlier = files.read_json(path)
-    if earlier["machine"] != found["machine"]:
-        return
-    found["rows"] += [row for row in earlier["rows"] if row["group"] not in only]
-    found["rows"].sort(key=lambda row: GROUPS.index(row["group"]))
-    found["growth"] = found["growth"] or earlier["growth"]
+    if earlier["machine"] != machine:
+        return kept
+    for name in ("rows", "missing"):
+        kept[name] = [row for row in earlier.get(name, []) if row["group"] not in only]
+    if "growth" not in only:
+        kept["growth"] = earlier["growth"]
+    return kept
 
 
 def _machine(threads: int) -> dict[str, Any]:

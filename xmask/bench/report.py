@@ -45,15 +45,20 @@ def table(found: dict[str, Any]) -> str:
         "",
         *notes,
     ]
+    if found["missing"]:
+        lines += ["", "## Not measured", ""]
+        lines += [f"- {item['row']}: {item['why']}" for item in found["missing"]]
     if found["growth"]:
-        lines += ["", "## Growth", "", "| operation | grows in | times | last ÷ first | target |",
+        lines += ["", "## Growth", "",
+                  "| operation | grows in | median time, peak memory | last ÷ first | target |",
                   "| --- | --- | --- | --- | --- |"]
         for item in found["growth"]:
             lines.append("| " + " | ".join([
                 item["operation"],
                 "heads, 1024×768" if item["axis"] == "heads" else
                 f"pixels, {item['points'][0]['heads']:,} heads",
-                ", ".join(f"{_where(item, p)}: {_seconds(p['median'])}" for p in item["points"]),
+                "; ".join(f"{_where(item, p)}: {_seconds(p['median'])}, {_memory(p['peak'])}"
+                          for p in item["points"]),
                 f"{item['last_over_first']:.2f}",
                 "" if item["at_most"] is None else
                 f"≤ {item['at_most']:g} {_mark(item['met'])}",

@@ -88,7 +88,7 @@ def _losses() -> Iterator[Row]:
             "losses", "exclusivity loss with gradient",
             **_both(sides.exclusivity_ours, sides.exclusivity_dense, heads, IMAGE),
             against="dense N×D×H×W", fewer=(4, 12))
-    for heads, shape in ((200, CROP), (3000, IMAGE)):
+    for heads, shape in ((200, CROP), *((heads, IMAGE) for heads in CROWDS)):
         yield Row(
             "losses", "P2R: cells to points",
             **_both(sides.p2r_ours, sides.p2r_dense, heads, shape),
@@ -102,7 +102,7 @@ def _metrics() -> Iterator[Row]:
             **_both(sides.segmentation_ours, sides.segmentation_dense, heads, IMAGE),
             against="dense IoU + Hungarian", faster=3 if heads == 3000 else None,
             agree=same_metrics)
-    for heads in (500, 3000):
+    for heads in CROWDS:
         yield Row(
             "metrics", "localisation metric",
             **_both(sides.localization_ours, sides.localization_dense, heads, IMAGE),
@@ -115,7 +115,7 @@ def _masks() -> Iterator[Row]:
         **_both(sides.sam_ours, sides.sam_stock, 256, IMAGE),
         against="SamPredictor.predict_torch, batches of 64", faster=3, agree=same_sam_map,
         note="vit_b with random weights, the same on both sides; one point a head, three candidates")
-    for heads in (500, 3000):
+    for heads in (50, 500, 3000):
         yield Row(
             "masks", "EDP-SAM without SAM (classical segmenter), masks from points",
             **_both(sides.masks_ours, sides.watershed, heads, IMAGE),
@@ -151,11 +151,14 @@ def _network() -> Iterator[Row]:
         note="phase 3, the cheapest for the network; the loader works while the network does")
 
 
-# What ours costs alone, as heads and pixels grow: (name, maker, [(heads, shape)])
+# What ours costs alone, as heads and pixels grow: name: (maker, the most that 10,000 heads may
+# take over 50, None for no target).
 GROWTH = {
     "decoding": (sides.decode_ours, 2.0),
     "exclusivity loss with gradient": (sides.exclusivity_ours, None),
     "circles": (sides.circles_ours, None),
+    "P2R: cells to points": (sides.p2r_ours, None),
+    "segmentation metrics": (sides.segmentation_ours, None),
 }
 SHAPES = ((384, 512), (768, 1024), (1536, 2048))
 SHAPE_HEADS = 1000
