@@ -23,7 +23,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 from skimage.color import rgb2lab
 
-from xmask import files, sam
+from xmask import checkpoints, sam
 from xmask.crops import View, plan_crops
 from xmask.sam_decoder import HeadDecoder
 
@@ -88,7 +88,8 @@ class Segmenter(Protocol):
 
 
 def open_segmenter(spec: str, device: str = "cpu") -> Segmenter:
-    """A segmenter from the command line's words: "bundled", "classical", or a checkpoint's path.
+    """A segmenter from the command line's words: "bundled", "classical", the name of a published
+    SAM ("vit_b", "vit_l", "vit_h"; `xmask.checkpoints`), or a checkpoint's path.
 
     Raises FileNotFoundError if there is no such file and ValueError if it is not a SAM.
     """
@@ -127,8 +128,10 @@ class SamSegmenter:
     model's masks (`xmask.crops`); a crop is encoded when first needed, and kept until the next
     image. `max_zoom` limits how small crops get; 1 keeps to the whole image.
 
-    checkpoint: a state dict of the original release. model_type: "vit_b", "vit_l" or "vit_h";
-    inferred from the weights if None. device: where the model runs.
+    checkpoint: a state dict of the original release: its path, or the name of a published one
+        ("vit_b", "vit_l", "vit_h"), as `xmask.checkpoints` finds it.
+    model_type: "vit_b", "vit_l" or "vit_h"; inferred from the weights if None.
+    device: where the model runs.
     Raises FileNotFoundError, or ValueError that says what the file is instead.
 
     `seconds` holds the time spent since `set_image`, in "encoder" and "prompts"; `encoded` the
@@ -145,14 +148,14 @@ class SamSegmenter:
         *,
         max_zoom: float = 4,  # at most 36 crops: the original encoder takes seconds on a CPU
     ) -> None:
-        path = Path(checkpoint)
+        path, checksum = checkpoints.locate(checkpoint)
         model, model_type = sam.load_original(path, model_type)
         self._attach(model, device, max_zoom)
         self._description = {
             "kind": "sam",
             "model_type": model_type,
             "checkpoint": path.name,
-            "sha256": files.sha256(path),
+            "sha256": checksum,
             "max_zoom": max_zoom,
         }
 
