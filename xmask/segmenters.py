@@ -186,7 +186,7 @@ class SamSegmenter:
         if max_zoom < 1:
             raise ValueError(f"max_zoom: expected 1 or more, found {max_zoom}")
         self.device = torch.device(device)
-        self._model = model.to(self.device).eval()
+        self.model = model.to(self.device).eval()
         self._input_side = model.image_encoder.img_size
         self._cells = 4 * model.prompt_encoder.image_embedding_size[0]
         self._resize = ResizeLongestSide(self._input_side)
@@ -277,19 +277,19 @@ class SamSegmenter:
             for view in part:
                 crop = self._image[view.top:view.top + view.height,
                                    view.left:view.left + view.width]
-                if self._model.image_format != "RGB":
+                if self.model.image_format != "RGB":
                     crop = crop[..., ::-1]
                 resized = torch.as_tensor(self._resize.apply_image(crop), device=self.device)
-                pixels.append(self._model.preprocess(resized.permute(2, 0, 1)))
-            for view, features in zip(part, self._model.image_encoder(torch.stack(pixels))):
+                pixels.append(self.model.preprocess(resized.permute(2, 0, 1)))
+            for view, features in zip(part, self.model.image_encoder(torch.stack(pixels))):
                 self._features[view] = features
         self.seconds["encoder"] += time.perf_counter() - began
 
     @torch.no_grad()
     def _decoder(self, view: View) -> HeadDecoder:
-        prompt_encoder = self._model.prompt_encoder
+        prompt_encoder = self.model.prompt_encoder
         return HeadDecoder(
-            self._model.mask_decoder, self._features[view][None], prompt_encoder.get_dense_pe(),
+            self.model.mask_decoder, self._features[view][None], prompt_encoder.get_dense_pe(),
             prompt_encoder.no_mask_embed.weight[0])
 
     @torch.no_grad()
@@ -314,9 +314,9 @@ class SamSegmenter:
             corners = (prompts.boxes[rows].reshape(-1, 2, 2) - offset).clip(
                 0, (view.width - 1, view.height - 1))
             boxes = self._to_device(self._resize.apply_coords(corners, size)).reshape(-1, 4)
-        sparse, _ = self._model.prompt_encoder(
+        sparse, _ = self.model.prompt_encoder(
             points=(points, labels), boxes=boxes, masks=None)
-        cells = self._model.prompt_encoder.image_embedding_size
+        cells = self.model.prompt_encoder.image_embedding_size
         side = self._resize.get_preprocess_shape(view.height, view.width, self._input_side)
         taken = []
         for axis, place in enumerate((y, x)):
