@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests import reference
 from xmask import bench, decode, losses, model
-from xmask.bench import dense, measure, report, rows, sides
+from xmask.bench import dense, measure, report, rows, sam_image, sides
 from xmask.files import read_json
 
 SMALL = (64, 96)
@@ -127,6 +127,30 @@ def test_a_run_writes_table_numbers_and_figure(tmp_path, monkeypatch):
     # another run of one group keeps the other's numbers
     bench.run(tmp_path, tmp_path, only=("network",), threads=1, progress=False)
     assert read_json(tmp_path / "bench.json")["rows"][0] == first
+
+
+def test_time_of_an_image_with_sam_splits_into_encoder_and_prompts(tmp_path, monkeypatch):
+    import segment_anything
+
+    from tests.test_segmenters import tiny_sam
+
+    monkeypatch.setitem(segment_anything.sam_model_registry, "vit_b", tiny_sam)
+    found = sam_image.edp_sam(12, SMALL)
+    first, second = found(), found()
+    for one in (first, second):  # the second call encodes anew
+        assert one["crops"] >= 1 and one["with_mask"] == 12
+        assert 0 < one["encoder"] and 0 < one["prompts"]
+        assert one["encoder"] + one["prompts"] < one["seconds"]
+    measured = {"model": "vit_b", "shape": [64, 96], "heads": 12, "threads": 1, **first,
+                "peak": 5 * 10**8}
+    monkeypatch.setattr(rows, "rows", lambda: iter(()))
+    monkeypatch.setattr(measure, "bandwidth", lambda threads: 1e10)
+    monkeypatch.setattr(sam_image, "run", lambda threads: measured)
+    bench.run(tmp_path, tmp_path, only=("sam",), threads=1, progress=False)
+    bench.run(tmp_path, tmp_path, only=("network",), threads=1, progress=False)  # keeps it
+    assert read_json(tmp_path / "bench.json")["sam_image"] == measured
+    text = (tmp_path / "bench.md").read_text()
+    assert "## One image with SAM ViT-B" in text and "random weights" in text and "0.50 GB" in text
 
 
 def test_an_unknown_group_is_named(tmp_path):

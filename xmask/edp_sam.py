@@ -15,7 +15,8 @@ and the nearest-neighbour exclusion circle cuts leakage between persons. The res
 3. A candidate's score is the segmenter's predicted IoU, times agreement with the other prompt,
    times plausibility of its size against s_i, times whether it holds the head.
 4. Two prompts that agree are merged (mean logits, and the superpixels vote); else the better one
-   stands; if no candidate is good enough the head gets a disc inside C_i, and the table says so.
+   stands. The doubtful pixels at the rim are taken, too: they raise the expected IoU. If no
+   candidate is good enough the head gets a disc inside C_i, and the table says so.
 5. Contested pixels go to the lowest energy softplus(-logit) + d^2 / r^2, so the map is
    exclusive by construction; each head then keeps the one component connected to it.
 
@@ -82,6 +83,10 @@ _VOTE_PRIOR = 0.6  # of log radius: how far the head radius from geometry is tru
 _SPREAD = 0.4  # of log radius: how sharply a candidate's size is judged
 _AGREE = 0.4  # IoU of two prompts' masks from which they are merged
 _VOTE = 0.7  # logit that the superpixels themselves add to a merged mask, or take away outside
+# Logit added to every mask. A pixel raises the expected IoU of a mask if it is more likely on the
+# object than J / (1 + J), J the IoU reached: at 0.76 that is 0.43, not one half. Tried 0 to 1.5 on
+# drawn scenes (seeds 5000000 to 5000008), for both segmenters; at 0.5 nearly all is gained.
+_DOUBT = 0.5
 _FLOOR = 0.02  # a lower score is a failure: disc
 _CORE = 0.35  # of the local head radius: never given to another head unless that one is nearer
 
@@ -406,7 +411,7 @@ def choose(
         mean = mean + np.where(region, _VOTE, -_VOTE)
         logit = np.where(merge[head], mean, logit)
         source = np.where(merge, "merged", source)
-    return logit, chosen.clip(0, 1), source
+    return logit + _DOUBT, chosen.clip(0, 1), source
 
 
 def _mask_radius(mask: np.ndarray, head: np.ndarray, count: int) -> np.ndarray:

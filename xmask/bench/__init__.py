@@ -17,7 +17,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from xmask import files, provenance
-from xmask.bench import measure, report, rows
+from xmask.bench import measure, report, rows, sam_image
 
 GROUPS = ("nnec", "decode", "losses", "metrics", "sam", "masks", "network", "growth")
 _BYTES = 4
@@ -47,6 +47,8 @@ def run(
         found["rows"].append(compare(row, threads=threads))
     if "growth" in only:
         found["growth"] = grow(threads=threads, progress=progress)
+    if "sam" in only:
+        found["sam_image"] = sam_image.run(threads=threads)
     found["load_average_after"] = _load()
     _keep_earlier(found, results / "bench.json", only)
     found["floor"] = floors(found)
@@ -155,6 +157,8 @@ def _keep_earlier(found: dict[str, Any], path: Path, only: Sequence[str]) -> Non
     found["rows"] += [row for row in earlier["rows"] if row["group"] not in only]
     found["rows"].sort(key=lambda row: GROUPS.index(row["group"]))
     found["growth"] = found["growth"] or earlier["growth"]
+    if "sam_image" in earlier:
+        found.setdefault("sam_image", earlier["sam_image"])
 
 
 def _machine(threads: int) -> dict[str, Any]:
