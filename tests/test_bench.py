@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests import reference
 from xmask import bench, decode, losses, model
-from xmask.bench import dense, measure, report, rows, sides
+from xmask.bench import dense, measure, report, rows, sam_image, sides
 from xmask.files import read_json
 
 SMALL = (64, 96)
@@ -192,6 +192,30 @@ def test_growth_is_measured_along_heads_and_pixels(monkeypatch):
         assert found["last_over_first"] == last["median"] / first["median"]
 
 
+def test_time_of_an_image_with_sam_splits_into_encoder_and_prompts(tmp_path, monkeypatch):
+    import segment_anything
+
+    from tests.test_segmenters import tiny_sam
+
+    monkeypatch.setitem(segment_anything.sam_model_registry, "vit_b", tiny_sam)
+    found = sam_image.edp_sam(12, SMALL)
+    first, second = found(), found()
+    for one in (first, second):  # the second call encodes anew
+        assert one["crops"] >= 1 and one["with_mask"] == 12
+        assert 0 < one["encoder"] and 0 < one["prompts"]
+        assert one["encoder"] + one["prompts"] < one["seconds"]
+    measured = {"model": "vit_b", "shape": [64, 96], "heads": 12, "threads": 1, **first,
+                "peak": 5 * 10**8}
+    monkeypatch.setattr(rows, "rows", lambda: iter(()))
+    monkeypatch.setattr(measure, "bandwidth", lambda threads: 1e10)
+    monkeypatch.setattr(sam_image, "run", lambda threads: measured)
+    bench.run(tmp_path, tmp_path, only=("sam",), threads=1, progress=False)
+    bench.run(tmp_path, tmp_path, only=("network",), threads=1, progress=False)  # keeps it
+    assert read_json(tmp_path / "bench.json")["sam_images"] == [measured]
+    text = (tmp_path / "bench.md").read_text()
+    assert "## One image with SAM ViT-B" in text and "random weights" in text and "0.50 GB" in text
+
+
 def test_an_unknown_group_is_named(tmp_path):
     with pytest.raises(ValueError, match="speed unknown; known: nnec"):
         bench.run(tmp_path, tmp_path, only=("speed",))
@@ -200,7 +224,7 @@ def test_an_unknown_group_is_named(tmp_path):
 def test_every_row_has_a_group_that_can_be_asked_for():
     every = list(rows.rows())
     names = [name for _, name, _, _ in bench._jobs(bench.GROUPS, threads=1)]
-    assert len(set(names)) == len(names) == len(every) + 2 * len(rows.GROWTH)
+    assert len(set(names)) == len(names) == len(every) + 2 * len(rows.GROWTH) + 1  # one with SAM ViT-B
     assert {row.group for row in every} | {"growth"} == set(bench.GROUPS)
     assert [row.heads for row in every if row.operation == "decoding, every head"] == [
         50, 541, 3000, 10000]

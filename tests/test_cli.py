@@ -5,7 +5,8 @@ import pytest
 from xmask.cli import main
 
 COMMANDS = ["reproduce", "masks", "train", "evaluate", "tables", "figures", "data check",
-            "data draw", "data coverage", "predict", "export", "learn", "report", "docs"]
+            "data draw", "data coverage", "predict", "export", "learn", "report", "docs",
+            "sam-weights"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

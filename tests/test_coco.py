@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pandas as pd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -13,7 +14,7 @@ from pycocotools.coco import COCO
 
 from tests.test_edp_sam import masks
 from xmask import coco
-from xmask.edp_sam import read_masks
+from xmask.edp_sam import read_masks, source_names
 from xmask.segmenters import ClassicalSegmenter
 
 
@@ -36,6 +37,7 @@ def test_a_folder_of_masks_is_read_back_by_pycocotools_identically(tmp_path, cap
     assert [image["file_name"] for image in read.dataset["images"]] == list(names.values())[:5]
     assert len({one["id"] for one in read.dataset["annotations"]}) == len(read.anns) == 20
     for image in read.dataset["images"]:
+        table = pd.read_csv(tmp_path / f"{image['file_name'][:-4]}.csv").set_index("head")
         rebuilt = np.zeros((image["height"], image["width"]), np.int32)
         for one in read.imgToAnns[image["id"]]:
             mask = read.annToMask(one)
@@ -43,5 +45,8 @@ def test_a_folder_of_masks_is_read_back_by_pycocotools_identically(tmp_path, cap
             y, x = np.nonzero(mask)
             assert one["bbox"] == [x.min(), y.min(), np.ptp(x) + 1, np.ptp(y) + 1]
             rebuilt[mask > 0] = one["head"]
+            row = table.loc[one["head"]]
+            assert one["source"] == row["source"] in source_names(ClassicalSegmenter())
+            assert one["score"] == row["score"] and one["point"] == [row["x"], row["y"]]
         assert (rebuilt == read_masks(tmp_path, image["file_name"][:-4])).all()
     assert json.loads((tmp_path / "coco.json").read_text())["categories"][0]["name"] == "head"

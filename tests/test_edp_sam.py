@@ -14,8 +14,9 @@ from skimage.measure import label as connected_components
 from xmask import edp_sam, files, nnec
 from xmask.data.sample import Sample
 from xmask.edp_sam import (
-    COLUMNS, SOURCES, check_label_map, generate_masks, local_head_radius, mask_dataset, read_masks)
-from xmask.segmenters import ClassicalSegmenter
+    COLUMNS, check_label_map, generate_masks, local_head_radius, mask_dataset, read_masks,
+    source_names)
+from xmask.segmenters import ClassicalSegmenter, SamSegmenter
 
 
 def picture(shape, seed=0):
@@ -53,7 +54,7 @@ def check_invariants(labels, table, points, shape, radii):
     assert list(table.columns) == COLUMNS and len(table) == len(points)
     assert table["area"].tolist() == np.bincount(
         labels.ravel(), minlength=len(points) + 1)[1:].tolist()
-    assert table["source"].isin(SOURCES).all()
+    assert table["source"].isin(source_names(ClassicalSegmenter())).all()
     assert table["score"].between(0, 1).all()
     assert (table["source"].eq("disc") == table["flags"].str.contains("failed")).all()
 
@@ -188,6 +189,20 @@ def test_a_segmenter_that_takes_everything_is_cut_at_the_circles():
     assert table["flags"].str.contains("clipped").any()
 
 
+@pytest.mark.parametrize("segmenter,name", [
+    (SamSegmenter.bundled(), "sam"), (ClassicalSegmenter(), "classical")])
+def test_the_record_says_which_prompt_of_which_segmenter_made_a_mask(segmenter, name):
+    image, points, _ = crowd_with_truth()
+    assert source_names(segmenter) == (f"{name}-point", f"{name}-superpixel", "merged", "disc")
+    for prompt, options in (("point", {"superpixel_prompt": False}),
+                            ("superpixel", {"point_prompt": False})):
+        _, table = generate_masks(image, points, segmenter, **options)
+        assert set(table["source"]) <= {f"{name}-{prompt}", "disc"}
+        assert (table["source"] == f"{name}-{prompt}").any()
+    _, table = generate_masks(image, points, segmenter)
+    assert "merged" in set(table["source"]) <= set(source_names(segmenter))
+
+
 def test_an_isolated_head_is_judged_by_its_row_not_by_its_circle():
     grid = np.stack(np.meshgrid(np.arange(10, 100, 10.0), np.arange(60, 100, 10.0)), -1)
     points = np.concatenate([grid.reshape(-1, 2), [[300.0, 80.0]]])
@@ -273,6 +288,14 @@ def test_masks_of_a_data_set_can_be_read_back(tmp_path):
     assert list(manifest["images"]) == [f"IMG_{k}" for k in range(5)]
     found = manifest["images"]["IMG_4"]
     assert found["heads"] == 8 and sum(found["sources"].values()) == 8
+    assert list(found["sources"]) == [
+        "classical-point", "classical-superpixel", "merged", "disc"]
+    assert found["sources"] == {
+        name: (table["source"] == name).sum() for name in found["sources"]}
+    lines = edp_sam.summary(out, Dataset().ids).splitlines()
+    assert lines[0] == "5 of 5 images have masks, 0 failed"
+    assert lines[1].startswith("20 heads: ") and " classical-point, " in lines[1]
+    assert lines[-1] == "repairs: 10 clipped"
     assert found["score"] == pytest.approx(table["score"].mean(), abs=1e-4)
     assert found["repairs"] == {"clipped": 4}
     assert manifest["images"]["IMG_0"]["heads"] == 0

@@ -12,6 +12,7 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 from scipy.io import savemat
 
@@ -124,6 +125,9 @@ def test_bad_input_gets_a_repair_or_an_error_and_the_rest_goes_on(tmp_path, caps
     assert found["IMG_3"]["repairs"] == {"clipped": 2}
     assert found["IMG_4"]["repairs"] == {"duplicates": 1}
     assert found["IMG_4"]["flags"]["coincident"] == 2
+    assert [found[f"IMG_{k}"]["repairs"] for k in (5, 6, 7)] == [
+        {"grey": 1}, {"16_bit_grey": 1}, {"palette": 1}]
+    assert "repairs: 2 clipped, 1 duplicates, 1 grey, 1 16_bit_grey, 1 palette" in captured.out
     for k in range(2, 8):
         table = pd.read_csv(out / f"IMG_{k}.csv")
         assert (table["area"] > 0).all() and len(np.unique(edp_sam.read_masks(
@@ -136,6 +140,29 @@ def test_five_thousand_heads_each_get_a_mask():
         np.random.default_rng(0).integers(0, 256, (600, 800, 3), dtype=np.uint8), points,
         ClassicalSegmenter())
     assert (table["area"] > 0).all() and len(np.unique(labels)) == 5001
+
+
+@pytest.mark.parametrize("segmenter", ["bundled", "classical"])
+def test_a_panorama_of_8000_px_gets_a_mask_for_every_head(segmenter, tmp_path):
+    # A row of dark heads of 12 px along all of it, so that crops are needed far from both ends.
+    points = np.stack([np.arange(60, 8000, 264), 60 + 20 * np.sin(np.arange(31))], axis=1)
+    image = np.full((120, 8000, 3), 190, np.uint8)
+    y, x = np.indices(image.shape[:2])
+    for at in points:
+        part = np.s_[:, int(at[0]) - 9:int(at[0]) + 10]
+        image[part][np.hypot(x[part] - at[0], y[part] - at[1]) <= 6] = 40
+    Image.fromarray(image).save(tmp_path / "wide.png")
+    pd.DataFrame(points, columns=["x", "y"]).to_csv(tmp_path / "dots.csv", index=False)
+    assert main(["masks", "--image", str(tmp_path / "wide.png"), "--points",
+                 str(tmp_path / "dots.csv"), "--out", str(tmp_path / "out"),
+                 "--segmenter", segmenter]) == 0
+    table = pd.read_csv(tmp_path / "out" / "wide.csv")
+    assert len(table) == 31 and (table["area"] > 0).all() and (table["source"] != "disc").any()
+    labels = edp_sam.read_masks(tmp_path / "out", "wide")
+    assert labels.shape == (120, 8000)
+    # Most are about as large as what was drawn (113 px), from the first to the last.
+    right = table["area"].between(60, 230)
+    assert right.mean() > 0.8 and right.iloc[[0, -1]].any()
 
 
 def test_one_image_and_a_table_of_points(tmp_path, capsys):
@@ -159,11 +186,16 @@ def test_one_image_and_a_table_of_points(tmp_path, capsys):
     (["--dataset", "sha"], "--root: give the folder of sha"),
     (["--image", "x.png"], "--points: give a CSV"),
     (["--dataset", "sha", "--root", "DRAWN", "--checkpoint", "none.pth"], "none.pth: no such SAM"),
+    (["--dataset", "sha", "--root", "DRAWN", "--checkpoint", "CUT"], "not a readable checkpoint"),
+    (["--dataset", "sha", "--root", "DRAWN", "--checkpoint", "VGG"], "not a SAM state dict"),
     (["--dataset", "sha", "--root", "DRAWN", *CLASSICAL, "--boxes"], "has no head sizes"),
     (["--dataset", "sha", "--root", "DRAWN", "--workers", "0"], "each has to be 1 or more"),
 ])
 def test_command_lines_that_cannot_be_are_explained(arguments, found, drawn, tmp_path, capsys):
-    arguments = [str(drawn) if one == "DRAWN" else one for one in arguments]
-    assert main(["masks", *arguments, "--out", str(tmp_path)]) == 1
+    torch.save({"features.0.weight": torch.zeros(64, 3, 3, 3)}, tmp_path / "vgg.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "vgg.pth").read_bytes()[:300])
+    places = {"DRAWN": drawn, "CUT": tmp_path / "cut.pth", "VGG": tmp_path / "vgg.pth"}
+    arguments = [str(places.get(one, one)) for one in arguments]
+    assert main(["masks", *arguments, "--out", str(tmp_path / "out")]) == 1
     shown = capsys.readouterr().err
     assert found in shown and "Traceback" not in shown

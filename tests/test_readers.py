@@ -628,11 +628,12 @@ def test_the_real_data_open_from_every_level(below):
 
 
 @needs_real_data
-@pytest.mark.parametrize("split, size, heads, duplicates, clipped", [
-    ("train", 300, 162413, 63, 46), ("test", 182, 78862, 61, 25)])
-def test_the_real_heads_and_duplicates_are_all_there(split, size, heads, duplicates, clipped):
+@pytest.mark.parametrize("split, size, heads, duplicates, clipped, grey", [
+    ("train", 300, 162413, 63, 46, 11), ("test", 182, 78862, 61, 25, 9)])
+def test_the_real_heads_and_duplicates_are_all_there(
+        split, size, heads, duplicates, clipped, grey):
     dataset = open_dataset("sha", REAL, split)
-    total = {"heads": 0, "duplicates": 0, "clipped": 0}
+    total = {"heads": 0, "duplicates": 0, "clipped": 0, "grey": 0}
     for sample, count in zip(dataset, dataset.counts(), strict=True):
         height, width = sample.shape
         assert len(sample.points) == count and sample.instances is None
@@ -641,4 +642,5 @@ def test_the_real_heads_and_duplicates_are_all_there(split, size, heads, duplica
         for name, repaired in sample.repairs.items():
             total[name] += repaired
     assert len(dataset) == size
-    assert total == {"heads": heads, "duplicates": duplicates, "clipped": clipped}
+    assert total == {
+        "heads": heads, "duplicates": duplicates, "clipped": clipped, "grey": grey}

@@ -88,6 +88,24 @@ def test_a_segmenter_is_sent_to_a_worker_without_its_image():
     assert segmenter.describe()["sha256"] == files.sha256(sam.BUNDLED)
 
 
+def test_the_same_image_shown_again_is_not_encoded_again():
+    segmenter = SamSegmenter.bundled()
+    image = picture((60, 80))
+    _, coordinates, labels, head, pixel = crowd((60, 80), count=6)
+    segmenter.set_image(image)
+    before = segmenter.predict(Prompts(coordinates, labels), head, pixel)[0]
+    encoded = dict(segmenter._features)
+    segmenter.set_image(image.copy())
+    assert segmenter.seconds == {"encoder": 0.0, "prompts": 0.0}
+    again = segmenter.predict(Prompts(coordinates, labels), head, pixel)[0]
+    assert encoded and all(segmenter._features[view] is one for view, one in encoded.items())
+    np.testing.assert_array_equal(again, before)
+    image[:] = 0  # the caller's array is not the segmenter's
+    segmenter.set_image(image)
+    assert segmenter.encoded == 0
+    assert not np.allclose(segmenter.predict(Prompts(coordinates, labels), head, pixel)[0], before)
+
+
 def test_weights_that_are_not_those_on_record_are_refused(tmp_path):
     copy = tmp_path / sam.BUNDLED.name
     with pytest.raises(FileNotFoundError, match="the bundled SAM is not there"):

@@ -38,7 +38,8 @@ def _parser() -> argparse.ArgumentParser:
     made = command("reproduce", _reproduce, "run the study: what is missing or stale, then compare")
     made.add_argument("--profile", choices=PROFILES, default="demo")
     made.add_argument("--data", default="", help="folder of the real datasets")
-    made.add_argument("--sam", default="", help="SAM checkpoint (.pth); default: classical")
+    made.add_argument("--sam", default="", help="SAM checkpoint (.pth) or vit_b, vit_l, vit_h; "
+                      "default: classical")
     made.add_argument("--datasets", type=_names, default=DATASETS, help="e.g. sha,qnrf")
     made.add_argument("--percents", type=_numbers, default=PERCENTS, help="e.g. 5,40")
     made.add_argument("--seeds", type=_numbers, default=(1,), help="e.g. 1,2,3")
@@ -56,13 +57,18 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--points", type=Path, help="its heads: a CSV with columns x and y")
     made.add_argument("--out", required=True, type=Path)
     made.add_argument("--segmenter", choices=("bundled", "classical"), default="bundled")
-    made.add_argument("--checkpoint", type=Path, help="SAM (.pth) to use instead")
+    made.add_argument("--checkpoint", metavar="PATH_OR_NAME", help="SAM to use instead: a .pth, or "
+                      "vit_b, vit_l, vit_h as `xmask sam-weights` stores them")
     made.add_argument("--workers", type=int, default=1, help="processes; masks do not depend "
                       "on how many")
     made.add_argument("--threads", type=int, default=1, help="of each process")
     made.add_argument("--boxes", action="store_true",
                       help="use the head sizes that the dataset has (JHU-CROWD++) as well")
     made.add_argument("--limit", type=int, help="only the first images")
+
+    made = command("sam-weights", _sam_weights, "download a checkpoint of the original SAM, its "
+                   "checksum verified, and say where it lies")
+    made.add_argument("name", help="vit_b (375 MB), vit_l (1.2 GB) or vit_h (2.6 GB)")
 
     made = command("predict", _predict, "count and masks of your own images, resumable")
     made.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders or globs")
@@ -81,7 +87,8 @@ def _parser() -> argparse.ArgumentParser:
                    "beside them, and those without; resumable")
     made.add_argument("folder", type=Path, metavar="FOLDER")
     made.add_argument("--out", required=True, type=Path, help="a run folder, for predict --weights")
-    made.add_argument("--segmenter", default="classical", help="or a SAM checkpoint (.pth)")
+    made.add_argument("--segmenter", default="classical", help="bundled, or a SAM checkpoint "
+                      "(.pth) or vit_b, vit_l, vit_h")
     made.add_argument("--seed", type=int, default=1)
     made.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE",
                       help="change a field, e.g. --set schedule.phase1=60")
@@ -204,6 +211,13 @@ def _masks(o: argparse.Namespace) -> int:
     print("\n".join(str(path) for path in (o.out / "manifest.json", *written) if path))
     if failure:
         raise failure
+    return 0
+
+
+def _sam_weights(o: argparse.Namespace) -> int:
+    from xmask import checkpoints
+
+    print(checkpoints.download(o.name))
     return 0
 
 

@@ -49,7 +49,8 @@ def annotations(labels: np.ndarray, table: pd.DataFrame, image_id: int,
                 first_id: int) -> Iterator[dict[str, Any]]:
     """One COCO annotation per head that has pixels; ids count from `first_id`.
 
-    Besides COCO's own fields: head (k), point (x, y), score, source, as in the table.
+    Besides COCO's own fields: head (k), point (x, y), score (the confidence) and source
+    ("sam-point", "sam-superpixel", "merged", "disc"), as in the table.
     """
     runs = encode(labels)
     for row in table.itertuples():

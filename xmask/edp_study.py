@@ -3,15 +3,38 @@
 Synthetic crowds with seeds that neither training nor tuning has seen. Masks are compared with
 the truth person by person, because every method knows the heads: mean IoU over heads, per
 density third (images sorted by their median r_i), and the share of mask pixels that lie on
-somebody else. The simple methods:
+somebody else. No method gives a pixel to two persons.
+
+Simple methods, without a segmenter:
 
 - fixed discs: one radius for everybody, the best one on these very scenes (an advantage);
 - exclusion discs: radius r_i / 2, so that no two overlap;
 - Voronoi-limited discs: the local head radius s_i of EDP-SAM, and the nearest head wins;
-- watershed: of the colour gradient, from the heads and from everything outside the circles;
-- plain point: the segmenter as anybody would use it on a dot: no neighbours, no circles, no
-  agreement on sizes, the mask it trusts most, contested pixels to the higher logit. "Point
-  prompt only" is EDP-SAM without its superpixels, with all of these.
+- watershed: of the colour gradient, from the heads and from everything outside the circles.
+
+Building up: the prompts without NNEC, that is, nothing is derived from distances between heads.
+There are no circles, no neighbours as negative points, and no head radius from the crowd's
+geometry or by vote. But a crop has to show heads at some size, SLIC needs a scale and a mask has
+to end somewhere: one head radius for everybody serves all three, the best one of HEAD_RADII on
+these very scenes (an advantage, as for fixed discs). Masks are looked for within 4 of these
+radii, as EDP-SAM does; a contested pixel goes to the higher logit, and of every mask only the
+piece at the head stays.
+
+- point prompt only: the head as the one positive point, three candidates; the one that the
+  segmenter trusts most, among those that hold the head;
+- superpixel prompt only: the box around the superpixels at the head, and the head as a positive
+  point in it; one candidate;
+- both, without NNEC: scored and merged by EDP-SAM's rule, without its judgement of sizes;
+- EDP-SAM: with NNEC and all that follows from it.
+
+Taking away: EDP-SAM with one part switched off (`generate_masks`).
+
+- without the superpixel prompt; without the point prompt (nor the vote on sizes that rests on
+  its candidates): still with circles, negatives and sizes, so not the prompts of above;
+- without the clip: masks may reach twice as far as the circle; all else still knows it;
+- without negatives: a head's neighbours are no longer negative points of its prompts;
+- without size agreement: no vote on sizes, and candidates are not judged by theirs;
+- without enlarged crops: the whole image at the model's input size (SAM only).
 """
 
 from __future__ import annotations
@@ -32,21 +55,31 @@ from skimage.color import rgb2lab
 from skimage.segmentation import watershed
 from tqdm.auto import tqdm
 
-from xmask import files, nnec, provenance
+from xmask import edp_sam, files, nnec, provenance
 from xmask.data.sample import Sample
 from xmask.data.synthetic import draw_scene
 from xmask.edp_sam import generate_masks, local_head_radius
-from xmask.segmenters import Prompts, Segmenter, open_segmenter
+from xmask.segmenters import POSITIVE, Prompts, SamSegmenter, Segmenter, open_segmenter
 
 SEED = 3_700_000  # of the first scene; nothing else uses seeds from here to 3.8 million
 RADII = (3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20)  # px, tried for fixed discs
+HEAD_RADII = (7, 10, 14)  # px, tried for the prompts without NNEC
+FIXED, FULL = "fixed discs", "EDP-SAM"
+# Blocks of the table, in its order. Building up: which prompts; taking away: options that go.
+SIMPLE, BUILD, TAKE = "simple", "building up", "taking away"
 PROMPTS = {
-    "point prompt only": {"superpixel_prompt": False},
-    "superpixel prompt only": {"point_prompt": False},
-    "both, without NNEC": {"nnec": False},
-    "EDP-SAM": {},
+    "point prompt only": ("point",),
+    "superpixel prompt only": ("superpixel",),
+    "both, without NNEC": ("point", "superpixel"),
 }
-PLAIN = "plain point"
+PARTS = {
+    "without the superpixel prompt": {"superpixel_prompt": False},
+    "without the point prompt": {"point_prompt": False},
+    "without the clip": {"nnec": False},
+    "without negatives": {"negatives": False},
+    "without size agreement": {"size_agreement": False},
+}
+WHOLE = "without enlarged crops"
 THIRDS = ("densest", "middle", "sparsest")
 
 
@@ -82,29 +115,66 @@ def watershed_masks(image: np.ndarray, points: np.ndarray) -> np.ndarray:
     return np.where(labels == background, 0, labels).astype(np.int32)
 
 
-def plain_point_masks(image: np.ndarray, points: np.ndarray, segmenter: Segmenter) -> np.ndarray:
-    """One positive point per head and nothing else: label map (H, W) int32."""
-    shape = image.shape[:2]
-    reach = np.minimum(2 * nnec.exclusion_radii(points, shape), max(0.5 * min(shape), 3.0))
-    head, pixel = nnec.incidence(points, reach, shape)
+def prompted_masks(
+    image: np.ndarray, points: np.ndarray, segmenter: Segmenter, prompts: tuple[str, ...],
+    radius: float,
+) -> np.ndarray:
+    """The prompts without NNEC, as "building up" says: label map (H, W) int32.
+
+    points: (N, 2) px. prompts: "point", "superpixel" or both. radius: px, of every head.
+    """
+    shape, scale = image.shape[:2], np.full(len(points), float(radius))
+    head, pixel = nnec.incidence(points, edp_sam.REACH * scale, shape)
+    y, x = np.divmod(pixel, shape[1])
+    squared = (x - points[head, 0]) ** 2 + (y - points[head, 1]) ** 2
+    dots = Prompts(points[:, None], np.full((len(points), 1), POSITIVE), sizes=scale)
     segmenter.set_image(image)
-    prompts = Prompts(points[:, None], np.ones((len(points), 1), int))
-    logits, trust = segmenter.predict(prompts, head, pixel)
-    logit = logits[trust.argmax(axis=1)[head], np.arange(len(head))]
-    return nnec.lowest_wins(-logit, head, pixel, shape, threshold=0.0)
+    candidates, region = [], None
+    if "point" in prompts:
+        logits, trust = segmenter.predict(dots, head, pixel)
+        candidates += [("point", *one) for one in zip(logits, trust.T)]
+    if "superpixel" in prompts:
+        region = edp_sam.superpixel_regions(image, points, scale, head, pixel)
+        boxed = edp_sam.superpixel_prompts(dots, head[region], pixel[region], shape)
+        logits, trust = segmenter.predict(boxed, head, pixel)
+        candidates += [("superpixel", *one) for one in zip(logits, trust.T)]
+    logit, _, _ = edp_sam.choose(candidates, region, None, head, squared)
+    labels = nnec.lowest_wins(-logit, head, pixel, shape, threshold=0.0)
+    return edp_sam.keep_connected(labels, points)
 
 
-def simple_methods() -> dict[str, Callable[[Sample], np.ndarray]]:
-    """Name -> label map of a scene; fixed discs once per radius."""
-    methods: dict[str, Callable[[Sample], np.ndarray]] = {
-        f"fixed discs, {radius} px": lambda s, r=radius: discs(
-            s.points, np.full(len(s.points), float(r)), s.shape) for radius in RADII}
-    methods["exclusion discs"] = lambda s: discs(
+def simple_methods() -> Iterator[tuple[dict[str, Any], Callable[[Sample], np.ndarray]]]:
+    """What a row says of a method, and its label map of a scene; fixed discs once per radius."""
+    for radius in RADII:
+        yield {"method": FIXED, "head_radius": radius}, lambda s, r=radius: discs(
+            s.points, np.full(len(s.points), float(r)), s.shape)
+    yield {"method": "exclusion discs"}, lambda s: discs(
         s.points, nnec.exclusion_radii(s.points, s.shape) / 2, s.shape)
-    methods["Voronoi-limited discs"] = lambda s: discs(s.points, local_head_radius(
+    yield {"method": "Voronoi-limited discs"}, lambda s: discs(s.points, local_head_radius(
         s.points.astype(float), nnec.exclusion_radii(s.points, s.shape), s.shape), s.shape)
-    methods["watershed"] = lambda s: watershed_masks(s.image, s.points.astype(float))
-    return methods
+    yield {"method": "watershed"}, lambda s: watershed_masks(s.image, s.points.astype(float))
+
+
+def segmenter_methods(
+    spec: str
+) -> Iterator[tuple[dict[str, Any], Callable[[Sample], np.ndarray]]]:
+    """The same for a segmenter's methods, of both blocks; EDP-SAM itself once."""
+    segmenter = open_segmenter(spec)
+
+    def full(sample: Sample, by: Segmenter = segmenter, **options: bool) -> np.ndarray:
+        return generate_masks(sample.image, sample.points, by, **options)[0]
+
+    for name, prompts in PROMPTS.items():
+        for radius in HEAD_RADII:
+            yield {"block": BUILD, "method": name, "head_radius": radius}, (
+                lambda s, p=prompts, r=radius: prompted_masks(
+                    s.image, s.points.astype(float), segmenter, p, r))
+    yield {"block": BUILD, "method": FULL}, full
+    for name, options in PARTS.items():
+        yield {"block": TAKE, "method": name}, lambda s, o=options: full(s, **o)
+    if isinstance(segmenter, SamSegmenter):
+        whole = SamSegmenter.from_model(segmenter.model, max_zoom=1)
+        yield {"block": TAKE, "method": WHOLE}, lambda s: full(s, whole)
 
 
 def compare(labels: np.ndarray, truth: np.ndarray, heads: int) -> dict[str, float]:
@@ -124,19 +194,13 @@ def one_scene(number: int, seed: int, segmenters: tuple[str, ...]) -> list[dict[
     sample = draw_evaluation_scene(number, seed)
     heads = len(sample.points)
     radius = float(np.median(nnec.exclusion_radii(sample.points, sample.shape)))
-    scene = {"scene": number, "median_radius": radius}
-    rows = [{**scene, "segmenter": "none", "method": name,
-             **compare(method(sample), sample.instances, heads)}
-            for name, method in simple_methods().items()]
+    methods = [({"segmenter": "none", "block": SIMPLE, **row}, method)
+               for row, method in simple_methods()]
     for spec in segmenters:
-        segmenter = open_segmenter(spec)
-        plain = plain_point_masks(sample.image, sample.points.astype(float), segmenter)
-        rows.append({**scene, "segmenter": spec, "method": PLAIN,
-                     **compare(plain, sample.instances, heads)})
-        rows += [{**scene, "segmenter": spec, "method": name, **compare(
-            generate_masks(sample.image, sample.points, segmenter, **options)[0],
-            sample.instances, heads)} for name, options in PROMPTS.items()]
-    return rows
+        methods += [({"segmenter": spec, **row}, method)
+                    for row, method in segmenter_methods(spec)]
+    return [{"scene": number, "median_radius": radius, "head_radius": None, **row,
+             **compare(method(sample), sample.instances, heads)} for row, method in methods]
 
 
 def run(out: str | os.PathLike, *, scenes: int = 18, seed: int = SEED,
@@ -217,47 +281,71 @@ def run_boxes(out: str | os.PathLike, *, scenes: int = 12, seed: int = SEED + 50
 def thirds(rows: pd.DataFrame) -> pd.DataFrame:
     """Rows of scenes -> a row per segmenter and method, for each density third and for all.
 
-    Columns: segmenter, method, then per third "<third> IoU" (mean over heads) and "on others"
-    (share of mask pixels on another person, all scenes), "without mask" (heads). Of the fixed
-    discs only the best radius stays.
+    Columns: segmenter, block, method, then per third "<third> IoU" (mean over heads), "all IoU",
+    "on others" (share of mask pixels on another person, all scenes), "without mask" (heads). Of a
+    method that was tried with several head radii the best one stays, and is named.
     """
     order = rows.drop_duplicates("scene").sort_values("median_radius")["scene"].to_list()
     third = {scene: THIRDS[min(3 * k // len(order), 2)] for k, scene in enumerate(order)}
     rows = rows.assign(third=rows["scene"].map(third))
-    result = []
-    for (segmenter, method), part in rows.groupby(["segmenter", "method"], sort=False):
-        row = {"segmenter": segmenter, "method": method}
-        for name in THIRDS:
-            chosen = part[part["third"] == name]
-            row[f"{name} IoU"] = chosen["iou_sum"].sum() / max(chosen["heads"].sum(), 1)
+    result: dict[tuple[str, str], dict[str, Any]] = {}
+    for (segmenter, block, method, radius), part in rows.groupby(
+            ["segmenter", "block", "method", "head_radius"], sort=False, dropna=False):
+        name = method if pd.isna(radius) else f"{method}, {radius:g} px"
+        row = {"segmenter": segmenter, "block": block, "method": name}
+        for one in THIRDS:
+            chosen = part[part["third"] == one]
+            row[f"{one} IoU"] = chosen["iou_sum"].sum() / max(chosen["heads"].sum(), 1)
         row["all IoU"] = part["iou_sum"].sum() / max(part["heads"].sum(), 1)
         row["on others"] = part["other_px"].sum() / max(part["mask_px"].sum(), 1)
         row["without mask"] = int(part["without_mask"].sum())
-        result.append(row)
-    table = pd.DataFrame(result)
-    fixed = table["method"].str.startswith("fixed discs")
-    best = table[fixed]["all IoU"].idxmax() if fixed.any() else None
-    return table[~fixed | (table.index == best)].reset_index(drop=True)
+        best = result.get((segmenter, method))
+        if best is None or row["all IoU"] > best["all IoU"]:
+            result[segmenter, method] = row
+    return pd.DataFrame(result.values())
 
 
 def markdown(table: pd.DataFrame, scenes: int, seed: int) -> str:
-    """The table as a page; the best of each segmenter's column is bold."""
+    """The tables as a page; in the first, the best of each segmenter's column is bold."""
+    columns = [f"{name} IoU" for name in (*THIRDS, "all")]
+    head = [f"| segmenter | method | {' | '.join((*THIRDS, 'all'))} | on others | without mask |",
+            "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
+
+    def line(row: dict[str, Any], cells: list[str]) -> str:
+        name = row["segmenter"] if row["segmenter"] != "none" else ""
+        return (f"| {name} | {row['method']} | {' | '.join(cells)} | "
+                f"{100 * row['on others']:.1f}% | {row['without mask']} |")
+
     lines = [
         "# Masks from dots, compared on synthetic crowds", "",
         f"{scenes} drawn scenes (not photographs), seeds {seed} to {seed + scenes - 1}, never used "
         "for training or tuning. Mean IoU over heads in per cent, by density third of the images "
         "(median distance to the nearest neighbour); then the share of mask pixels that lie on "
         "another person, and heads without any mask. No pixel has two owners in any of them.", "",
-        "| segmenter | method | densest | middle | sparsest | all | on others | without mask |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
-    columns = [f"{name} IoU" for name in (*THIRDS, "all")]
-    for row in table.to_dict("records"):
-        rivals = table[table["segmenter"].isin(["none", row["segmenter"]])]
-        cells = [f"**{100 * row[c]:.1f}**" if row["segmenter"] != "none"
-                 and row[c] == rivals[c].max() else f"{100 * row[c]:.1f}" for c in columns]
-        name = row["segmenter"] if row["segmenter"] != "none" else ""
-        lines.append(f"| {name} | {row['method']} | {' | '.join(cells)} | "
-                     f"{100 * row['on others']:.1f}% | {row['without mask']} |")
+        "## Building up: discs, single prompts, both prompts, EDP-SAM", "",
+        "The prompts come without NNEC: nothing is derived from distances between heads, neither "
+        "circles nor negative points nor sizes. Crops, SLIC and the reach of masks need some size "
+        "of a head: one radius for everybody, named in the row, the best of "
+        f"{', '.join(map(str, HEAD_RADII))} px on these very scenes (as for fixed discs: an "
+        "advantage). *Point prompt only*: the dot as positive point, the candidate that the "
+        "segmenter trusts most. *Superpixel prompt only*: the box around the superpixels at the "
+        "dot, and the dot. *Both, without NNEC*: scored and merged as EDP-SAM does.", "", *head]
+    built = table[table["block"] != TAKE]
+    for row in built.to_dict("records"):
+        rivals = built[built["segmenter"].isin(["none", row["segmenter"]])]
+        lines.append(line(row, [
+            f"**{100 * row[c]:.1f}**" if row["segmenter"] != "none"
+            and row[c] == rivals[c].max() else f"{100 * row[c]:.1f}" for c in columns]))
+    lines += [
+        "", "## Taking away: EDP-SAM with one part switched off", "",
+        "Points of mean IoU that are lost (-) or gained (+) without the part. *Without the point "
+        "prompt* the vote on sizes, which rests on its candidates, is missing, too. *Without the "
+        "clip* masks may reach twice as far as the circle, while negative points, sizes and crops "
+        "still know the neighbours. *Without enlarged crops* the model sees the whole image at its "
+        "input size.", "", *head]
+    for row in table[table["block"] == TAKE].to_dict("records"):
+        full = table[(table["segmenter"] == row["segmenter"]) & (table["method"] == FULL)].iloc[0]
+        lines.append(line(row, [f"{100 * (row[c] - full[c]):+.2f}" for c in columns]))
     return "\n".join(lines) + "\n"
 
 

@@ -108,12 +108,10 @@ def load_original(path: Path, model_type: str | None = None) -> tuple[torch.nn.M
     """The model in a checkpoint of the original release, and its type ("vit_b", ...).
 
     model_type: what it has to be; None takes what the weights are.
-    Raises FileNotFoundError, or ValueError that says what the file is instead.
+    Raises ValueError that says what the file is instead.
     """
     from segment_anything import sam_model_registry
 
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such SAM checkpoint; {REMEDY}")
     state = _read_state(path)
     if not isinstance(state, dict) or WIDTH_KEY not in state:
         found = (f"a dictionary with {', '.join(map(repr, list(state)[:3])) or 'nothing'}"

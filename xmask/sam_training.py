@@ -79,7 +79,8 @@ def draw_training_scene(seed: int) -> Scene:
     radius = mean * np.exp(rng.normal(0, 0.2, people))
     head, pixel = nnec.incidence(points, np.minimum(radii, 4 * radius), shape)
     region = edp_sam.superpixel_regions(drawn.image, points, radius, head, pixel)
-    box = edp_sam.superpixel_prompts(points, radii, radius, head[region], pixel[region], shape)
+    dots = edp_sam.point_prompts(points, radii, radius)
+    box = edp_sam.superpixel_prompts(dots, head[region], pixel[region], shape)
     half = drawn.boxes / 2
     return Scene(drawn.image, drawn.instances.astype(np.uint16), points, box.labels, box.points,
                  box.boxes, np.concatenate([points - half, points + half], axis=1), radius, area)

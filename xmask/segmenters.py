@@ -23,7 +23,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 from skimage.color import rgb2lab
 
-from xmask import files, sam
+from xmask import checkpoints, sam
 from xmask.crops import View, plan_crops
 from xmask.sam_decoder import HeadDecoder
 
@@ -88,7 +88,8 @@ class Segmenter(Protocol):
 
 
 def open_segmenter(spec: str, device: str = "cpu") -> Segmenter:
-    """A segmenter from the command line's words: "bundled", "classical", or a checkpoint's path.
+    """A segmenter from the command line's words: "bundled", "classical", the name of a published
+    SAM ("vit_b", "vit_l", "vit_h"; `xmask.checkpoints`), or a checkpoint's path.
 
     Raises FileNotFoundError if there is no such file and ValueError if it is not a SAM.
     """
@@ -127,8 +128,10 @@ class SamSegmenter:
     model's masks (`xmask.crops`); a crop is encoded when first needed, and kept until the next
     image. `max_zoom` limits how small crops get; 1 keeps to the whole image.
 
-    checkpoint: a state dict of the original release. model_type: "vit_b", "vit_l" or "vit_h";
-    inferred from the weights if None. device: where the model runs.
+    checkpoint: a state dict of the original release: its path, or the name of a published one
+        ("vit_b", "vit_l", "vit_h"), as `xmask.checkpoints` finds it.
+    model_type: "vit_b", "vit_l" or "vit_h"; inferred from the weights if None.
+    device: where the model runs.
     Raises FileNotFoundError, or ValueError that says what the file is instead.
 
     `seconds` holds the time spent since `set_image`, in "encoder" and "prompts"; `encoded` the
@@ -145,14 +148,14 @@ class SamSegmenter:
         *,
         max_zoom: float = 4,  # at most 36 crops: the original encoder takes seconds on a CPU
     ) -> None:
-        path = Path(checkpoint)
+        path, checksum = checkpoints.locate(checkpoint)
         model, model_type = sam.load_original(path, model_type)
         self._attach(model, device, max_zoom)
         self._description = {
             "kind": "sam",
             "model_type": model_type,
             "checkpoint": path.name,
-            "sha256": files.sha256(path),
+            "sha256": checksum,
             "max_zoom": max_zoom,
         }
 
@@ -183,7 +186,7 @@ class SamSegmenter:
         if max_zoom < 1:
             raise ValueError(f"max_zoom: expected 1 or more, found {max_zoom}")
         self.device = torch.device(device)
-        self._model = model.to(self.device).eval()
+        self.model = model.to(self.device).eval()
         self._input_side = model.image_encoder.img_size
         self._cells = 4 * model.prompt_encoder.image_embedding_size[0]
         self._resize = ResizeLongestSide(self._input_side)
@@ -208,8 +211,11 @@ class SamSegmenter:
 
     def set_image(self, image: np.ndarray) -> None:
         check_image(image)
+        if self._image is not None and np.array_equal(image, self._image):
+            self.seconds = {"encoder": 0.0, "prompts": 0.0}  # its crops are encoded already
+            return
         self._forget()
-        self._image = np.ascontiguousarray(image)
+        self._image = np.array(image)
 
     def predict(
         self, prompts: Prompts, head: np.ndarray, pixel: np.ndarray
@@ -274,19 +280,19 @@ class SamSegmenter:
             for view in part:
                 crop = self._image[view.top:view.top + view.height,
                                    view.left:view.left + view.width]
-                if self._model.image_format != "RGB":
+                if self.model.image_format != "RGB":
                     crop = crop[..., ::-1]
                 resized = torch.as_tensor(self._resize.apply_image(crop), device=self.device)
-                pixels.append(self._model.preprocess(resized.permute(2, 0, 1)))
-            for view, features in zip(part, self._model.image_encoder(torch.stack(pixels))):
+                pixels.append(self.model.preprocess(resized.permute(2, 0, 1)))
+            for view, features in zip(part, self.model.image_encoder(torch.stack(pixels))):
                 self._features[view] = features
         self.seconds["encoder"] += time.perf_counter() - began
 
     @torch.no_grad()
     def _decoder(self, view: View) -> HeadDecoder:
-        prompt_encoder = self._model.prompt_encoder
+        prompt_encoder = self.model.prompt_encoder
         return HeadDecoder(
-            self._model.mask_decoder, self._features[view][None], prompt_encoder.get_dense_pe(),
+            self.model.mask_decoder, self._features[view][None], prompt_encoder.get_dense_pe(),
             prompt_encoder.no_mask_embed.weight[0])
 
     @torch.no_grad()
@@ -311,9 +317,9 @@ class SamSegmenter:
             corners = (prompts.boxes[rows].reshape(-1, 2, 2) - offset).clip(
                 0, (view.width - 1, view.height - 1))
             boxes = self._to_device(self._resize.apply_coords(corners, size)).reshape(-1, 4)
-        sparse, _ = self._model.prompt_encoder(
+        sparse, _ = self.model.prompt_encoder(
             points=(points, labels), boxes=boxes, masks=None)
-        cells = self._model.prompt_encoder.image_embedding_size
+        cells = self.model.prompt_encoder.image_embedding_size
         side = self._resize.get_preprocess_shape(view.height, view.width, self._input_side)
         taken = []
         for axis, place in enumerate((y, x)):

@@ -233,7 +233,8 @@ def mask_summary(config: Config, indices: list[int], data: str = "") -> pd.DataF
         name = dataset.ids[index]
         heads = pd.read_csv(folder / f"{name}.csv")
         sample = dataset[index]
-        shares = heads["source"].value_counts(normalize=True)
+        # "sam-point" and "classical-point" share a column
+        shares = heads["source"].str.split("-").str[-1].value_counts(normalize=True)
         row = {"image": name, "heads": len(heads), "median_radius": heads["radius"].median(),
                "score": heads["score"].mean()}
         row |= {source: shares.get(source, 0.0) for source in edp_sam.SOURCES}

@@ -18,7 +18,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from xmask import files, provenance
-from xmask.bench import measure, report, rows
+from xmask.bench import measure, report, rows, sam_image
 
 GROUPS = ("nnec", "decode", "losses", "metrics", "sam", "masks", "network", "growth")
 _BYTES = 4
@@ -83,6 +83,9 @@ def _jobs(only: Sequence[str], threads: int) -> list[tuple[str, str, str, Callab
             for axis in ("heads", "pixels"):
                 jobs.append(("growth", f"growth of {operation} with {axis}", "growth",
                              partial(grow, operation, axis, threads=threads)))
+    if "sam" in only:
+        jobs.append(("sam", "one image with SAM ViT-B", "sam_images",
+                     partial(sam_image.run, threads=threads)))
     return jobs
 
 
@@ -175,7 +178,7 @@ def _side(side: measure.Measured) -> dict[str, Any]:
 
 def _earlier(path: Path, machine: dict[str, Any], only: Sequence[str]) -> dict[str, list]:
     """What bench.json holds of the groups that are left out, if it is of the same machine."""
-    kept: dict[str, list] = {"rows": [], "growth": [], "missing": []}
+    kept: dict[str, list] = {"rows": [], "growth": [], "sam_images": [], "missing": []}
     if set(only) == set(GROUPS) or not path.is_file():
         return kept
     earlier = files.read_json(path)
@@ -183,8 +186,9 @@ def _earlier(path: Path, machine: dict[str, Any], only: Sequence[str]) -> dict[s
         return kept
     for name in ("rows", "missing"):
         kept[name] = [row for row in earlier.get(name, []) if row["group"] not in only]
-    if "growth" not in only:
-        kept["growth"] = earlier["growth"]
+    for name, group in (("growth", "growth"), ("sam_images", "sam")):
+        if group not in only:
+            kept[name] = earlier.get(name, [])
     return kept
 
 

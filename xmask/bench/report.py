@@ -10,6 +10,7 @@ import matplotlib.style
 from matplotlib.axes import Axes
 
 from xmask import figures
+from xmask.bench import sam_image
 
 
 def table(found: dict[str, Any]) -> str:
@@ -76,6 +77,8 @@ def table(found: dict[str, Any]) -> str:
             item["operation"], _size(item["shape"]), _count(item["heads"]),
             _memory(item["least_bytes"]), _seconds(item["floor"]), f"{item['times_floor']:.1f}",
         ]) + " |" for item in found["floor"]]
+    for one in found["sam_images"]:
+        lines += sam_image.lines(one)
     return "\n".join(lines) + "\n"
 
 

@@ -69,6 +69,13 @@ def decode(path: str | os.PathLike) -> Decoded:
     return Decoded(rgb, orientation if orientation in range(1, 9) else 1, mode)
 
 
+def conversion(mode: str) -> str:
+    """What making RGB of an image in another of Pillow's colour modes is called in records."""
+    if mode.startswith("I"):
+        return "16_bit_grey"
+    return {"1": "grey", "L": "grey", "LA": "grey", "P": "palette"}.get(mode, mode.lower())
+
+
 def image_size(path: str | os.PathLike) -> tuple[int, int]:
     """(H, W) as stored, from the head of the file, without decoding it."""
     try:

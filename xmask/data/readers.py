@@ -196,6 +196,8 @@ def read_sample(
     points, repairs = clip_points(points, shape)
     if image.orientation != 1:
         repairs["exif_rotated" if turn else "exif_ignored"] = 1
+    if image.mode != "RGB":
+        repairs[images.conversion(image.mode)] = 1
     boxes = None if boxes is None else boxes.astype(np.float32)
     labels = None if masks is None else read_true_masks(masks, shape, len(points))
     if max_side and max(shape) > max_side:

@@ -22,7 +22,8 @@ class Sample:
     repairs: how often each repair was needed, by name ("clipped": points moved to the border,
         "duplicates": points at exactly the place of an earlier one, which are kept,
         "exif_rotated": 1 if the image was turned upright, "exif_ignored": 1 if it was left as
-        stored, because only so do its points fit). A repair not needed is not listed.
+        stored, because only so do its points fit; "grey", "16_bit_grey", "palette", or another
+        colour mode such as "cmyk": 1 if RGB was made of it). A repair not needed is not listed.
     """
 
     image: np.ndarray
