@@ -190,6 +190,12 @@ def test_photographs_are_shown_only_when_asked_for(photographs, tmp_path):
     assert "Measured on real photographs" in " ".join("".join(page.text).split())
 
 
+def test_a_page_without_predictions_says_why_it_has_no_pictures(study, page, tmp_path):
+    without = Page(html.write_report(study, tmp_path / "r.html").read_text())
+    assert "no run has its predictions on disk" in "".join(without.text)
+    assert "no run has its predictions on disk" not in "".join(page.text)
+
+
 def test_pictures_that_cannot_be_had_are_said_to_be_missing(photographs, tmp_path):
     with pytest.warns(UserWarning, match="no run has both its predictions on disk and its data"):
         html.write_report(photographs, tmp_path / "r.html", pictures=True)

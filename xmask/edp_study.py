@@ -95,7 +95,7 @@ def plain_point_masks(image: np.ndarray, points: np.ndarray, segmenter: Segmente
 
 
 def simple_methods() -> dict[str, Callable[[Sample], np.ndarray]]:
-    """Name -> label map of a scene; fixed discs once per radius."""
+    """Name -> function from a scene to its label map (H, W) int32; fixed discs once per radius."""
     methods: dict[str, Callable[[Sample], np.ndarray]] = {
         f"fixed discs, {radius} px": lambda s, r=radius: discs(
             s.points, np.full(len(s.points), float(r)), s.shape) for radius in RADII}
@@ -108,7 +108,10 @@ def simple_methods() -> dict[str, Callable[[Sample], np.ndarray]]:
 
 
 def compare(labels: np.ndarray, truth: np.ndarray, heads: int) -> dict[str, float]:
-    """Person by person: sum of IoUs, mask pixels, and those of them on another person."""
+    """Person by person: sum of IoUs, mask pixels, and those of them on another person.
+
+    labels, truth: (H, W) int label maps of the same heads 1 to `heads`.
+    """
     mask = np.bincount(labels.ravel(), minlength=heads + 1)[1:]
     true = np.bincount(truth.ravel(), minlength=heads + 1)[1:]
     both = np.bincount(labels[labels == truth].ravel(), minlength=heads + 1)[1:]

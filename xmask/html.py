@@ -254,6 +254,9 @@ def _browser(runs: pd.DataFrame, shown: dict[str, object], pictures: bool) -> st
                       f'<p class="caption">Run {_run_links([name])}: {escape(label)}</p>\n'
                       + _images(label, run, shown.get(name)) + "</div>")
     note = "Sorted by error; click a heading to sort by it."
+    if runs["synthetic"].any() and not shown:
+        note += (" There are no pictures, as no run has its predictions on disk here (they are "
+                 "not committed); where the runs were made, the same command shows them.")
     if not runs["synthetic"].all() and not pictures:
         note += (" Of real photographs only numbers are shown, because this page is meant to be "
                  "shared.")
