@@ -190,6 +190,12 @@ def test_photographs_are_shown_only_when_asked_for(photographs, tmp_path):
     assert "Measured on real photographs" in " ".join("".join(page.text).split())
 
 
+def test_a_page_without_predictions_says_why_it_has_no_pictures(study, page, tmp_path):
+    without = Page(html.write_report(study, tmp_path / "r.html").read_text())
+    assert "no run has its predictions on disk" in "".join(without.text)
+    assert "no run has its predictions on disk" not in "".join(page.text)
+
+
 def test_pictures_that_cannot_be_had_are_said_to_be_missing(photographs, tmp_path):
     with pytest.warns(UserWarning, match="no run has both its predictions on disk and its data"):
         html.write_report(photographs, tmp_path / "r.html", pictures=True)
@@ -284,7 +290,7 @@ def test_sorting_works(opened):
 
 @needs_browser
 def test_unknown_values_sort_last_both_ways(opened):
-    heading = opened.run("""const t = document.querySelector('#table-counting ~ .scroll table');
+    heading = opened.run("""const t = document.querySelector('#table-counting table');
         window.t = t; return [...t.tHead.rows[0].cells].map(c => c.textContent)""")
     column = heading.index("MAE, real (published)")
     for _ in range(2):
@@ -314,6 +320,24 @@ def test_a_small_picture_opens_large_and_closes(opened):
     assert opened.run(state) == [True, "IMG_4: left 12 true heads, right 12 predicted"]
     opened.run("document.querySelector('#large button').click()")
     assert opened.run(state)[0] is False
+
+
+@needs_browser
+@pytest.mark.parametrize("width, phone", [(390, True), (1280, False)])
+def test_pictures_of_images_can_be_seen_without_scrolling_sideways(opened, width, phone):
+    opened.resize(width, phone=phone)
+    seen = opened.run("""return [...document.querySelectorAll('.pictured td img')]
+        .filter(i => i.offsetParent).map(i => i.getBoundingClientRect())
+        .map(r => [r.left, r.right])""")
+    assert len(seen) == 4
+    assert all(0 <= left and right <= width and right - left > 300 for left, right in seen)
+
+
+def test_only_the_summary_is_unfolded_and_our_rows_stand_out_from_published_ones(page):
+    folds = [a for a in page.all("details") if a.get("class") == "table"]
+    assert len(folds) > 3 and ["open" in a for a in folds] == [True] + [False] * (len(folds) - 1)
+    marked = sum(a.get("class") == "ours" for a in page.all("tr"))
+    assert 0 < marked < len(page.rows) / 2
 
 
 @needs_browser

@@ -175,6 +175,28 @@ def test_a_missing_file_fails_alone(folder, tmp_path, capsys):
     assert status == 0 and "1 of 1 images done" in capsys.readouterr().out
 
 
+def test_what_no_image_can_cure_is_said_at_once(folder, tmp_path, capsys):
+    """Wrong options stop the command before the first image, and name the option or the file."""
+    image, out = str(folder / "plain.png"), str(tmp_path / "out")
+    (tmp_path / "file").write_text("")
+    for words, said in ((["--out", str(tmp_path / "file")], "file: is a file; results need"),
+                        (["--out", out, "--max-side", "9"], "--max-side): 9 px; give at least 32"),
+                        (["--out", out, "--weights", image], "not a model of this version"),
+                        (["--out", out, "--weights", "gone.safetensors"], "no such model. Check"),
+                        (["--out", out, "--device", "tpu"], "'tpu' is unknown; give cpu or cuda")):
+        assert main(["predict", image, *words]) == 1
+        caught = capsys.readouterr()
+        assert said in caught.err and "heads" not in caught.out
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failure_names_its_file_once(folder, tmp_path, capsys):
+    gone = str(folder / "gone.png")
+    main(["predict", gone, "--out", str(tmp_path / "out")])
+    caught = capsys.readouterr()
+    assert f"{gone}: no such file\n" in caught.out and (caught.out + caught.err).count(gone) == 1
+
+
 def test_an_overlay_painted_in_strips_has_no_seam(model, monkeypatch, scene):
     from xmask.figures import overlay
 

@@ -107,7 +107,7 @@ def test_a_close_up_can_be_computed_smaller(bundled, scene):
     np.testing.assert_array_equal(found.instances[::2, ::2], small.instances)
     same = bundled.predict(scene.image, max_side=200)  # not larger: nothing happens
     np.testing.assert_array_equal(same.points, bundled.predict(scene.image).points)
-    with pytest.raises(ValueError, match="max_side: 9 px; give at least 32"):
+    with pytest.raises(ValueError, match="max-side.: 9 px; give at least 32"):
         bundled.predict(scene.image, max_side=9)
     with pytest.raises(ValueError, match="image, resized: 100 x 1 px"):
         bundled.predict(np.zeros((10, 1000, 3), np.uint8), max_side=100)

@@ -7,6 +7,8 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.test_trainer import tiny
 from xmask import decode, energy, evaluate, metrics, model, tiling
@@ -74,6 +76,36 @@ def test_decoding_in_windows_is_exact_on_equal_maps(shape, tile, monkeypatch):
     assert (found.instances != expected.instances).mean() < 1e-3
     # every head keeps its mask: nobody is lost on a seam, nobody is there twice
     assert metrics.segmentation(found.instances, expected.instances)["mean_iou"] > 0.999
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_a_head_on_a_seam_counts_once(data):
+    """Heads anywhere, and always some in the cells on both sides of every seam: each is one point
+    with one mask, as in one piece."""
+    height, width = (data.draw(st.integers(40, 140), label=side) for side in ("H", "W"))
+    cells = [-(-side // 32) * 8 for side in (height, width)]
+    seen = [-(-side // model.STRIDE) for side in (height, width)]
+    logits = torch.full(cells, -5.0)
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1), label="seed"))
+    for row in (7, 8, 15, 16, 23, 24):  # tiles of 32 px meet between cells 7 and 8, 15 and 16, ...
+        if row < seen[0]:
+            logits[row, rng.integers(seen[1])] = 3.0
+        if row < seen[1]:
+            logits[rng.integers(seen[0]), row] = 3.0
+    logits[rng.integers(seen[0]), rng.integers(seen[1])] = 3.0
+    embedding = torch.nn.functional.normalize(
+        torch.from_numpy(rng.normal(size=(4, *cells)).astype(np.float32)), dim=0)
+    decoding = dataclasses.replace(tiny().evaluation, theta=3.0)  # every head gets a mask
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiling, "MARGIN", 0)  # so that small images are cut too
+        cut = tiling.decode_maps(logits, embedding, (height, width), decoding, tile=32)
+    whole = tiling.decode_maps(logits, embedding, (height, width), decoding, tile=1024)
+    heads = int((logits > 0).sum())
+    assert cut.count == heads == len(np.unique(cut.points, axis=0))
+    np.testing.assert_array_equal(cut.points, whole.points)
+    assert set(np.unique(cut.instances)) - {0} == set(range(1, heads + 1))
+    assert (cut.instances != whole.instances).mean() < 1e-3  # ties of energies, to rounding
 
 
 def test_an_image_without_heads_stays_empty():

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -24,10 +25,19 @@ def nbval(*paths: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
 
 
+def processor_seconds():
+    """Of all child processes that have ended, and of theirs: a notebook's kernel among them."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 @pytest.mark.parametrize("path", WALKTHROUGHS, ids=lambda p: p.name)
-def test_a_walkthrough_prints_what_it_has_stored(path):
+def test_a_walkthrough_prints_what_it_has_stored_within_a_minute_of_two_cores(path):
+    before = processor_seconds()
     done = nbval(path)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    took = processor_seconds() - before  # unlike the clock, the same on a busy machine
+    assert 1 < took < 2 * 60, f"{took:.0f} s of processor time"
 
 
 def test_a_stale_output_fails(tmp_path):

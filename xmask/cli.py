@@ -254,8 +254,8 @@ def _predict(o: argparse.Namespace) -> int:
     print(f"{model!r}")
     rows = photos.run(found, model, o.out, max_side=o.max_side)
     for row in rows:
-        print(f"{row.image}: {row.error or f'{row.count} heads'}"
-              + (f" ({row.repairs})" if row.repairs else ""))
+        said = row.error.removeprefix(f"{row.image}: ") or f"{row.count} heads"
+        print(f"{row.image}: {said}" + (f" ({row.repairs})" if row.repairs else ""))
     failed = [row for row in rows if row.error]
     print(f"{len(rows) - len(failed)} of {len(rows)} images done, in {o.out}"
           + (f"; {len(failed)} failed, see above and counts.csv" if failed else ""))

@@ -49,6 +49,7 @@ def annotations(labels: np.ndarray, table: pd.DataFrame, image_id: int,
                 first_id: int) -> Iterator[dict[str, Any]]:
     """One COCO annotation per head that has pixels; ids count from `first_id`.
 
+    labels: (H, W) int, 0 background, k head k. table: a row a head, as EDP-SAM's.
     Besides COCO's own fields: head (k), point (x, y), score (the confidence) and source
     ("sam-point", "sam-superpixel", "merged", "disc"), as in the table.
     """

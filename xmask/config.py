@@ -182,6 +182,7 @@ class Config:
         return f"{self.dataset}-{self.percent}-s{self.seed}{suffix}"
 
     def to_dict(self) -> dict:
+        """All fields, nested by section, JSON-ready; `from_dict` reads it back."""
         return dataclasses.asdict(self)
 
 

@@ -92,7 +92,10 @@ def _check(edit: dict[str, Any], heads: int) -> None:
 
 def save(folder: str | os.PathLike, name: str, labels: np.ndarray,
          edits: list[dict[str, Any]], segmenter: Segmenter | None = None) -> Path:
-    """Write corrected/<name>.png and .json (the edits) beside the automatic masks of `folder`."""
+    """Write corrected/<name>.png and .json (the edits) beside the automatic masks of `folder`.
+
+    labels: (H, W) int label map. Returns the path of the .png.
+    """
     place = Path(folder) / "corrected"
     files.write_json(place / f"{name}.json", {
         "image": name, "automatic": files.sha256(Path(folder) / f"{name}.png"), "edits": edits,

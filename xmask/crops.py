@@ -60,7 +60,10 @@ def plan_crops(
 
 
 def crop_starts(centre: np.ndarray, length: int, side: int) -> tuple[np.ndarray, int]:
-    """Along one axis: where the crop whose middle is nearest to each centre starts; its length."""
+    """Along one axis: where the crop whose middle is nearest to each centre starts; its length.
+
+    centre: (N,) px. length, side: px, of the image and of a crop. Returns ((N,) int px, px).
+    """
     side = min(side, length)
     steps = math.ceil((length - side) / (STRIDE * side))
     spacing = (length - side) / max(steps, 1)

@@ -447,7 +447,7 @@ def upsample(maps: torch.Tensor, factor: int | tuple[int, int]) -> torch.Tensor:
 
 
 def full_precision(value: torch.Tensor) -> torch.Tensor:
-    """float32 of what autocast left in half precision; float64 stays."""
+    """float32 of a tensor of any shape that autocast left in half precision; float64 stays."""
     return value if value.dtype == torch.float64 else value.float()
 
 

@@ -144,7 +144,8 @@ def prompted_masks(
 
 
 def simple_methods() -> Iterator[tuple[dict[str, Any], Callable[[Sample], np.ndarray]]]:
-    """What a row says of a method, and its label map of a scene; fixed discs once per radius."""
+    """What a row says of a method, and its label map (H, W) int32 of a scene; fixed discs once
+    per radius."""
     for radius in RADII:
         yield {"method": FIXED, "head_radius": radius}, lambda s, r=radius: discs(
             s.points, np.full(len(s.points), float(r)), s.shape)
@@ -178,7 +179,10 @@ def segmenter_methods(
 
 
 def compare(labels: np.ndarray, truth: np.ndarray, heads: int) -> dict[str, float]:
-    """Person by person: sum of IoUs, mask pixels, and those of them on another person."""
+    """Person by person: sum of IoUs, mask pixels, and those of them on another person.
+
+    labels, truth: (H, W) int label maps of the same heads 1 to `heads`.
+    """
     mask = np.bincount(labels.ravel(), minlength=heads + 1)[1:]
     true = np.bincount(truth.ravel(), minlength=heads + 1)[1:]
     both = np.bincount(labels[labels == truth].ravel(), minlength=heads + 1)[1:]

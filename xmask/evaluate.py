@@ -34,7 +34,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Modul
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such model; train one first (`xmask train --help`)")
+        raise FileNotFoundError(f"{path}: no such model. Check the path; `xmask train` makes a "
+                                "run folder with a model, `xmask export` one file of it.")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -43,8 +44,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Modul
         network.load_state_dict(load_file(path))
     except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
         raise ValueError(
-            f"{path}: not a model of this version of xmask ({type(error).__name__}: {error}); "
-            "train it again"
+            f"{path}: not a model of this version of xmask ({type(error).__name__}: {error}). "
+            "Give a run folder or a file made by `xmask export`, or train it again."
         ) from error
     return network.to(device).eval(), config, metadata
 

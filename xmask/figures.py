@@ -529,8 +529,10 @@ def _shade_phases(axes: Sequence[Axes], history: pd.DataFrame) -> None:
     for index, (phase, start, end) in enumerate(zip(spans.index, spans["min"], ends)):
         for axis in axes:
             axis.axvspan(start, end, color=("#FFFFFF", "#F2F2F2")[index % 2], lw=0, zorder=0)
-        axes[0].text((start + end) / 2, 0.98, f"phase {phase}", fontsize=7, color="#555555",
-                     ha="center", va="top", transform=axes[0].get_xaxis_transform())
+        wide = end - start > 0.15 * (ends[-1] - spans["min"].iloc[0])  # room for the word
+        axes[0].text((start + end) / 2, 0.98, f"phase {phase}" if wide else f"{phase}",
+                     fontsize=7, color="#555555", ha="center", va="top",
+                     transform=axes[0].get_xaxis_transform())
 
 
 def _per_image(run: Path) -> pd.DataFrame:

@@ -29,6 +29,7 @@ from xmask.runs import DATASETS, UNKNOWN, VARIANTS
 #: Pictures of one run: those with the largest error.
 MOST_PICTURES = 48
 _WIDE = 440  # px of one picture in the browser of images; truth and prediction stand side by side
+_OURS = "(ours)"  # how a method of ours ends in the tables
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 #: What a figure shows, by the beginning of its file name: the text for those who do not see it.
 _SHOWS = {
@@ -126,25 +127,31 @@ def _warning(runs: pd.DataFrame) -> str:
 
 
 def _tables(runs: pd.DataFrame) -> str:
-    made = []  # the summary first: it is what most readers came for
+    """All tables, each folded under its name but the summary, which most readers came for."""
+    made = []
     for table in sorted(report.all_tables(runs), key=lambda t: not t.name.startswith("summary")):
         heading = table.name.replace("_", " ").capitalize()
         columns = [name for name in table.text.columns if name != "runs"]
         head = "".join(_heading(name, "ascending") for name in (*columns, "runs"))
-        rows = []
-        for text, names in zip(table.text[columns].itertuples(index=False), table.numbers["runs"]):
+        rows, texts = [], list(table.text[columns].itertuples(index=False))
+        ours = [any(value.endswith(_OURS) for value in text) for text in texts]
+        for text, names, mine in zip(texts, table.numbers["runs"], ours):
             cells = "".join(_cell(value) for value in text)
-            rows.append(f'<tr>{cells}<td class="runs">{_run_links(names.split())}</td></tr>')
-        made.append(f'<h3 id="table-{escape(table.name)}">{escape(heading)}</h3>\n'
+            mark = ' class="ours"' if mine and not all(ours) else ""  # stands out from others
+            rows.append(f'<tr{mark}>{cells}<td class="runs">{_run_links(names.split())}</td></tr>')
+        made.append(f'<details class="table" id="table-{escape(table.name)}"'
+                    f'{"" if made else " open"}><summary><h3>{escape(heading)}</h3> '
+                    f'<span class="caption">{len(rows)} rows</span></summary>\n'
                     f'<p class="caption">{escape(table.caption)}</p>\n'
-                    + _scrolling(heading, head, rows))
+                    + _scrolling(heading, head, rows) + "</details>")
     return "\n".join(made)
 
 
-def _scrolling(label: str, head: str, rows: list[str]) -> str:
-    """A wide table scrolls in its own box, also by keyboard; the page never does sideways."""
+def _scrolling(label: str, head: str, rows: list[str], kind: str = "") -> str:
+    """A wide table scrolls in its own box, also by keyboard; the page never does sideways.
+    kind: a second class of the table, for the style."""
     return (f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(label)}">'
-            f'<table class="sortable"><thead><tr>{head}</tr></thead>\n<tbody>\n'
+            f'<table class="{f"sortable {kind}".strip()}"><thead><tr>{head}</tr></thead>\n<tbody>\n'
             + "\n".join(rows) + "\n</tbody></table></div>")
 
 
@@ -155,7 +162,9 @@ def _heading(text: str, first: str, sorted_now: bool = False) -> str:
 
 
 def _cell(text: str) -> str:
-    """A cell whose number, if it is one, sorts as a number."""
+    """A cell whose number, if it is one, sorts as a number; an unknown one stands as they do."""
+    if text == UNKNOWN:
+        return f'<td class="number">{UNKNOWN}</td>'
     try:
         number = float(text.split(" ± ")[0])
     except ValueError:
@@ -245,6 +254,9 @@ def _browser(runs: pd.DataFrame, shown: dict[str, object], pictures: bool) -> st
                       f'<p class="caption">Run {_run_links([name])}: {escape(label)}</p>\n'
                       + _images(label, run, shown.get(name)) + "</div>")
     note = "Sorted by error; click a heading to sort by it."
+    if runs["synthetic"].any() and not shown:
+        note += (" There are no pictures, as no run has its predictions on disk here (they are "
+                 "not committed); where the runs were made, the same command shows them.")
     if not runs["synthetic"].all() and not pictures:
         note += (" Of real photographs only numbers are shown, because this page is meant to be "
                  "shared.")
@@ -275,7 +287,8 @@ def _images(label: str, run: pd.Series, split: object | None) -> str:
         rows.append(f"<tr>{''.join(cells)}</tr>")
     more = (f'<p class="caption">Pictures: the {MOST_PICTURES} images with the largest error.</p>'
             if split is not None and len(rows) > MOST_PICTURES else "")
-    return _scrolling(f"Images of {label}", head, rows) + more
+    kind = "pictured" if split is not None else ""
+    return _scrolling(f"Images of {label}", head, rows, kind) + more
 
 
 def _picture(split, run: pd.Series, name: str) -> str:

@@ -30,8 +30,8 @@ MOST_CIRCLES = 12  # coverage above this is counted as this; only heads closer t
 
 def axes(rows: int = 1, columns: int = 1, *, width: float = 4.0, height: float = 3.0
          ) -> tuple[Picture, np.ndarray]:
-    """A figure of rows x columns panels, each `width` x `height` inches: (figure, axes (rows *
-    columns,), row by row)."""
+    """A figure of rows x columns panels, each `width` x `height` inches: (figure, axes (N,) row
+    by row, N = rows * columns)."""
     with matplotlib.style.context("default"):
         figure = Picture(figsize=(width * columns, height * rows), dpi=DPI, layout="constrained",
                          facecolor="white")

@@ -58,8 +58,9 @@ class XMask(nn.Module):
         self.register_buffer("std", torch.tensor(_STD).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor, masks: bool = True, grid: Tensor | None = None) -> Output:
-        """grid: (2, H / 8, W / 8) coordinates, see `coordinates`, where the images are pieces of
-        a larger one; None: they are whole."""
+        """Logits (B, H/4, W/4) and embedding (B, D, H/4, W/4), or None without `masks`, of images
+        (B, 3, H, W) in 0..1. grid: (2, H / 8, W / 8) coordinates, see `coordinates`, where the
+        images are pieces of a larger one; None: they are whole."""
         fused = self.fusion(*self.encoder((images - self.mean) / self.std))
         density = self.decoder(fused)
         embedding = self.mask_head(fused, grid) if masks else None
@@ -92,6 +93,8 @@ class Encoder(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Fine (B, 512, H/8, W/8) and coarse (B, 512, H/16, W/16) maps of images (B, 3, H, W);
+        the slim encoder has fewer channels."""
         fine = self.to_fine(images)
         return fine, self.to_coarse(fine)
 
@@ -106,6 +109,7 @@ class Fusion(nn.Module):
         self.mix = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, fine: Tensor, coarse: Tensor) -> Tensor:
+        """(B, channels, H/8, W/8) of the encoder's two maps."""
         upsampled = F.interpolate(self.coarse(coarse), size=fine.shape[-2:], mode="bilinear")
         return self.mix(self.fine(fine) + upsampled)
 
@@ -133,6 +137,8 @@ class MaskHead(nn.Module):
         )
 
     def forward(self, features: Tensor, grid: Tensor | None = None) -> Tensor:
+        """Embedding (B, D, 2h, 2w) float32 of unit length, of fused features (B, channels, h, w);
+        grid: (2, h, w), see `coordinates`."""
         b, _, h, w = features.shape
         if grid is None:
             grid = coordinates(h, w, features.device)

@@ -327,7 +327,7 @@ def _points(points: Array) -> tuple[torch.Tensor, bool]:
 
 
 def to_tensor(value: Array) -> tuple[torch.Tensor, bool]:
-    """The value as a tensor, without a copy where NumPy memory can be shared."""
+    """(tensor, was it NumPy?) of an array of any shape: no copy where memory can be shared."""
     if isinstance(value, torch.Tensor):
         return value, False
     value = np.ascontiguousarray(value)

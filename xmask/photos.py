@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from xmask import coco, files, provenance
 from xmask.data.images import decode as decode_file
 from xmask.data.images import read_labels, upright
-from xmask.predict import Predictor
+from xmask.predict import Predictor, check_side
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm")
 MOST = 65535  # heads that a 16-bit label map can hold
@@ -71,7 +71,8 @@ def find(arguments: Sequence[str | os.PathLike]) -> list[Photo]:
             found = sorted(Path(p) for p in glob.glob(argument, recursive=True)
                            if _is_image(Path(p)))
             if not found:
-                raise ValueError(f"{argument}: no image matches this pattern")
+                raise ValueError(f"{argument}: no image matches this pattern. Check it against "
+                                 f"the folder; images are {', '.join(SUFFIXES)}.")
         else:
             found = [path]
         paths += found
@@ -111,8 +112,12 @@ def run(photos: Sequence[Photo], model: Predictor, out: str | os.PathLike, *,
     Written for a photo named N: `N.points.csv` (x, y, score, area in pixels), `N.masks.png`
     (16-bit label map, value k the head of line k), `N.overlay.png`; for the call: `counts.csv`,
     `coco.json` (all masks as RLE) and `model.json` (the record of the model and the thresholds).
+    Raises ValueError where `out` is a file, and for a max_side that no image can have.
     """
     out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: is a file; results need a folder, give the name of one (--out)")
+    check_side(max_side)
     rows = []
     bar = tqdm(photos, desc="predict", unit="image", disable=not progress)
     for photo in bar:
@@ -122,7 +127,6 @@ def run(photos: Sequence[Photo], model: Predictor, out: str | os.PathLike, *,
         except (OSError, ValueError, RuntimeError, MemoryError) as error:  # out of memory, too
             message = " ".join(str(error).split()) or type(error).__name__
             rows.append(Row(str(photo.path), photo.name, error=message))
-            bar.write(f"failed: {message}")
     files.write_json(out / "model.json",
                      model.record | {"decoding": dataclasses.asdict(model.decoding),
                                      "max_side": max_side})

@@ -64,9 +64,8 @@ class Predictor:
         if min(height, width) < MIN_SIDE:
             raise ValueError(f"{name}: {width} x {height} px; the smaller side must have at least "
                              f"{MIN_SIDE} px to hold a head")
+        check_side(max_side)
         if max_side is not None and max_side < max(height, width):
-            if max_side < model.MULTIPLE:
-                raise ValueError(f"max_side: {max_side} px; give at least {model.MULTIPLE}")
             scale = max_side / max(height, width)
             small = max(round(height * scale), 1), max(round(width * scale), 1)
             found = self.predict(resize_image(pixels, small), tile=tile, name=f"{name}, resized")
@@ -114,6 +113,13 @@ def load(weights: str | os.PathLike | None = None, device: str | torch.device | 
         record = json.loads(metadata["record"])
     record = {"file": path.name, "sha256": _weights_digest(network)} | record
     return Predictor(network.to(device).eval(), config, record)
+
+
+def check_side(max_side: int | None) -> None:
+    """Raises ValueError for a longer side, px, that is too short to hold a head; None is fine."""
+    if max_side is not None and max_side < model.MULTIPLE:
+        raise ValueError(f"max_side (--max-side): {max_side} px; give at least {model.MULTIPLE}, "
+                         "or leave it out for full size")
 
 
 def export(run: str | os.PathLike, out: str | os.PathLike) -> Path:

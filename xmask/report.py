@@ -73,9 +73,11 @@ class Table:
     runs: tuple[str, ...]
 
     def csv(self) -> str:
+        """The numbers at full precision."""
         return self.numbers.to_csv(index=False, lineterminator="\n")
 
     def markdown(self) -> str:
+        """Caption, text cells as a Markdown table, and the runs."""
         rows = [list(self.text.columns), ["---"] * self.text.shape[1], *self.text.values.tolist()]
         lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
         return "\n".join([self.caption, "", *lines, "", f"Runs: {', '.join(self.runs)}", ""])
@@ -86,6 +88,7 @@ class Table:
     _repr_markdown_ = markdown  # how a notebook shows a table
 
     def latex(self) -> str:
+        """Caption, label and text cells as a LaTeX table; comments name the runs."""
         rows = [" & ".join(_latex(cell) for cell in row) + r" \\"
                 for row in [list(self.text.columns), *self.text.values.tolist()]]
         return "\n".join([

@@ -180,7 +180,10 @@ def make_batch(scenes: list[Scene], rng: np.random.Generator, plan: Plan, side: 
 
 
 def share(mask: np.ndarray, inner: tuple[int, int], shape: tuple[int, int]) -> np.ndarray:
-    """The share of every mask cell that the mask covers: float32 of `shape`, 0 on padding."""
+    """The share of every mask cell that the mask covers: `shape` float32, 0 on padding.
+
+    mask: (H, W) bool. inner: (h, w), cells that hold the image; the rest of `shape` is padding.
+    """
     small = Image.fromarray(mask.astype(np.float32)).resize(inner[::-1], Image.Resampling.BOX)
     full = np.zeros(shape, np.float32)
     full[:inner[0], :inner[1]] = np.asarray(small)
@@ -228,7 +231,7 @@ def jitter(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 def losses(model: torch.nn.Module, spare: torch.nn.Module, batch: Batch
            ) -> dict[str, torch.Tensor]:
-    """The terms of the loss, and the IoU of the masks chosen by SAM's own estimate."""
+    """The terms of the loss, and the IoU of the masks chosen by SAM's own estimate: scalars."""
     pixels = (batch.pixels - model.pixel_mean) / model.pixel_std
     pixels = pixels * F.interpolate(batch.valid[:, None], batch.pixels.shape[-1])
     with torch.autocast(pixels.device.type, torch.bfloat16):  # a third faster on a recent CPU

@@ -372,7 +372,7 @@ def resize_taps(
     `Sam.postprocess_masks` resizes low -> side bilinearly, keeps the first `kept` values (the
     rest is padding), and resizes those -> size; align_corners is False in both steps. Both are
     separable, so each output pixel of an axis is a sum over at most four neighbouring cells.
-    Returns (first (size,) int64, weight (size, taps) float64): output u is the sum over t of
+    Returns (first (S,) int64, weight (S, taps) float64), S = size: output u is the sum over t of
     weight[u, t] * cell[first[u] + t].
     """
     def bilinear(inputs: int, outputs: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

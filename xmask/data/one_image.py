@@ -38,9 +38,11 @@ class OneImage(Sequence):
         return read_sample(self._image, self._heads, None, None, self.ids[0], None)
 
     def image_path(self, index: int) -> Path:
+        """The image file."""
         return self._image
 
     def checksum(self) -> str:
+        """SHA-256 over the image file and the table of points."""
         return hashlib.sha256(self._image.read_bytes() + self._points.read_bytes()).hexdigest()
 
     def _read_points(self) -> np.ndarray:

@@ -112,13 +112,15 @@ class CrowdDataset(Sequence):
                             generator=self.generator, max_side=self.max_side)
 
     def image_path(self, index: int) -> Path:
+        """The file of an image."""
         return self._listing.images[self.ids[index]]
 
     def annotation_path(self, index: int) -> Path:
+        """The file that holds the points of an image."""
         return self._listing.annotations[self.ids[index]]
 
     def counts(self) -> np.ndarray:
-        """(len,) int64: annotated heads of every image; reads annotations, no images."""
+        """(N,) int64, N images: annotated heads of every image; reads annotations, no images."""
         return self._counts.copy()
 
     @cached_property

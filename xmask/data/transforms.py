@@ -120,6 +120,7 @@ class Batch:
     visible: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
+        """The same batch on a device."""
         def move(value):
             return None if value is None else value.to(device, non_blocking=True)
 
@@ -132,6 +133,7 @@ class Batch:
         )
 
     def pin_memory(self) -> Batch:
+        """The same batch in pinned memory, from which copies to a GPU do not wait."""
         def pin(value):
             return None if value is None else value.pin_memory()
 

@@ -106,7 +106,10 @@ def _far_side(rng, scene: Scene, height: int) -> np.ndarray:
 
 
 def paint_ground_shadows(canvas: np.ndarray, scene: Scene, figures: list[Figure]) -> None:
-    """Where people stand loosely in the open, each throws a shadow on the ground at the feet."""
+    """Where people stand loosely in the open, each throws a shadow on the ground at the feet.
+
+    canvas: (3, H, W) float32, painted in place.
+    """
     if scene.load >= .5 or scene.weather:
         return
     for figure in figures:

@@ -80,7 +80,7 @@ class Scene:
     team: np.ndarray | None  # (2, 3) colours that most wear, or None
 
     def diameter(self, y: np.ndarray) -> np.ndarray:
-        """Head diameter in px at image row y: one perspective, linear in the row."""
+        """(N,) head diameters, px, at the image rows y (N,): one perspective, linear in the row."""
         share = np.clip((y - self.top) / (self.shape[0] - self.top), 0.0, 1.0)
         return self.far + (self.near - self.far) * share
 

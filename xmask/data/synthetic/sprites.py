@@ -147,13 +147,17 @@ class Batch:
         return tile[rows, columns]
 
     def sprites(self, solid: np.ndarray | None = None) -> list[Sprite]:
+        """One sprite a person. solid: (n, h, w) bool, what hides others; None: alpha above 0.5."""
         solid = self.alpha > 0.5 if solid is None else solid
         return [Sprite(int(y), int(x), self.rgb[:, i], self.alpha[i], solid[i])
                 for i, (y, x) in enumerate(zip(self.y0, self.x0))]
 
 
 def chunks(radius: np.ndarray, area: float) -> list[np.ndarray]:
-    """Indices in groups of similar size, small enough for the processor's cache."""
+    """Indices (n,) int in groups of similar size, small enough for the processor's cache.
+
+    radius: (N,) px, of the heads. area: of a sprite, in squared head radii.
+    """
     order = np.argsort(radius, kind="stable")
     groups, start = [], 0
     for i in range(1, len(order) + 1):
