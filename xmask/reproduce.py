@@ -63,7 +63,7 @@ def plan(
 ) -> list[Step]:
     """All steps of a study, inputs before what needs them.
 
-    extras: also supervised-only runs on the first dataset and, on its largest percentage, the
+    extras: also supervised-only runs on the first dataset and, on its middle percentage, the
     ablations. overrides: changes to every run's configuration, by dotted name.
     """
     def config(dataset: str, percent: int, seed: int, variant: str = "xmask") -> Config:
@@ -74,9 +74,9 @@ def plan(
     runs: list[Config] = [config(d, p, s) for d in datasets for p in percents for s in seeds]
     extra: list[Config] = []
     if extras:
-        first, most = datasets[0], max(percents)
+        first, middle = datasets[0], sorted(percents)[len(percents) // 2]
         extra = [config(first, p, s, "supervised-only") for p in percents for s in seeds]
-        extra += [config(first, most, s, v) for v in ABLATIONS for s in seeds]
+        extra += [config(first, middle, s, v) for v in ABLATIONS for s in seeds]
 
     # a run's configuration is named after its overrides too; notebooks want the plain variant
     named = {config(d, p, s, v).run: v for d in datasets for p in percents for s in seeds
@@ -100,8 +100,7 @@ def plan(
                 outputs=partial(_one, results / "masks" / folder.name / "masks.csv"),
             )
         )
-    # long chains first: the largest percentage carries the ablations
-    for run in sorted(runs, key=lambda r: -r.percent) + extra:
+    for run in sorted(runs + extra, key=lambda r: -r.percent):  # the longest first
         variant = named[run.run]
         shared = [f"train {config(run.dataset, run.percent, run.seed).run}"]
         folder = study.run_folder(run)
@@ -133,7 +132,7 @@ def plan(
         ("tables", "20_tables.ipynb", last, results / "tables"),
         ("figures", "21_figures.ipynb", last, Path("figures") / profile),
         ("ablations", "22_ablations.ipynb",
-         last | {"dataset": datasets[0], "percent": max(percents)}, None),
+         last | {"dataset": datasets[0], "percent": sorted(percents)[len(percents) // 2]}, None),
     ):
         if title == "ablations" and not extras:
             continue
