@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from skimage.color import rgb2lab
 
 import xmask
 from tests.test_report import write_run
@@ -265,3 +266,35 @@ def test_notebooks_are_json_with_stable_cells():
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         assert [cell["id"] for cell in cells] == [f"{path.name[:2]}-{i:02d}"
                                                   for i in range(len(cells))]
+
+
+# How colours look without one kind of cone (Machado, Oliveira and Fernandes 2009, severity 1),
+# on linear RGB
+WITHOUT_CONES = {
+    "red": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216],
+            [-0.003882, -0.048116, 1.051998]],
+    "green": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413],
+              [-0.011820, 0.042940, 0.968881]],
+    "blue": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602],
+             [0.004733, 0.691367, 0.303900]],
+}
+
+
+def closest(colours, matrix):
+    """The smallest difference (CIE76) between two of the colours (N, 3), 0..255, as seen."""
+    shown = np.asarray(colours, np.float64) / 255
+    linear = np.where(shown <= 0.04045, shown / 12.92, ((shown + 0.055) / 1.055) ** 2.4)
+    seen = (linear @ np.array(matrix).T).clip(0, 1)
+    seen = np.where(seen <= 0.0031308, 12.92 * seen, 1.055 * seen ** (1 / 2.4) - 0.055)
+    lab = rgb2lab(seen)
+    apart = np.linalg.norm(lab[:, None] - lab[None], axis=2)
+    return apart[~np.eye(len(apart), dtype=bool)].min()
+
+
+@pytest.mark.parametrize("missing", WITHOUT_CONES)
+def test_instance_colours_differ_for_colour_blind_eyes(missing):
+    assert closest(figures.INSTANCES, WITHOUT_CONES[missing]) > 12  # 2 is just noticeable
+
+
+def test_red_and_green_of_one_lightness_would_not_pass():
+    assert closest([[214, 39, 40], [44, 160, 44]], WITHOUT_CONES["green"]) < 12

@@ -1,6 +1,8 @@
 """Walkthroughs: every stored output is what the code prints today, and the files stay readable."""
 
+import base64
 import copy
+import io
 import re
 import resource
 import subprocess
@@ -8,8 +10,10 @@ import sys
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 from nbval.plugin import get_sanitize_patterns
+from PIL import Image
 
 from xmask.walkthroughs import METADATA, tidy, walkthroughs
 
@@ -111,6 +115,19 @@ def test_a_walkthrough_describes_its_pictures(path):
                 # `lessons.show` stores the words as text, too, so that nbval compares them
                 assert kind == "image/jpeg" or (
                     one.data["text/plain"] == f"Figure: {one.metadata[kind]['alt']}")
+
+
+@pytest.mark.parametrize("path", WALKTHROUGHS, ids=lambda p: p.name)
+def test_the_pictures_of_a_walkthrough_have_a_white_ground_in_dark_mode_too(path):
+    stored = [one.data["image/png"] for cell in nbformat.read(path, 4).cells
+              for one in cell.get("outputs", []) if "image/png" in one.get("data", {})]
+    assert stored
+    for data in stored:
+        with Image.open(io.BytesIO(base64.b64decode(data))) as image:
+            assert "transparency" not in image.info and image.mode in ("P", "RGB")
+            pixels = np.asarray(image.convert("RGB"))
+        rim = (pixels[:3], pixels[-3:], pixels[:, :3], pixels[:, -3:])
+        assert all((side == 255).all() for side in rim)
 
 
 @pytest.mark.parametrize("path", WALKTHROUGHS, ids=lambda p: p.name)
