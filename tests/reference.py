@@ -116,7 +116,8 @@ def exclusivity(embedding, points, label_map, tau=0.6, margin=0.1, sigma=1.5, ig
 
 
 def p2r(logits, points, stride, max_distance=96.0, min_radius=8.0):
-    """Loss for points of which each owns a cell; the gradient runs through the logits only."""
+    """The gradient runs through the logits only. A point that owns no cell (coincident ones) counts
+    in the region that owns the cell nearest to it."""
     rows, columns = logits.shape
     value = logits.detach().numpy()
     regions = {}
@@ -127,16 +128,70 @@ def p2r(logits, points, stride, max_distance=96.0, min_radius=8.0):
             if distance and min(distance) < max_distance:
                 owner = int(np.argmin(distance))
                 regions.setdefault(owner, []).append((row, column, distance[owner]))
+    owner_of = {(row, column): owner for owner, cells in regions.items()
+                for row, column, _ in cells}
+    heads = dict.fromkeys(regions, 1)
+    for i, (x, y) in enumerate(points):
+        if i not in regions:
+            column, row = (min(max(math.floor((c - (stride - 1) / 2) / stride + 0.5), 0), n - 1)
+                           for c, n in ((x, columns), (y, rows)))
+            heads[owner_of[row, column]] += 1
     target = torch.zeros_like(logits)
-    for cells in regions.values():
+    for owner, cells in regions.items():
         rho = min(max(max(d for _, _, d in cells), min_radius), max_distance)
         cost = [8 * d / rho - value[row, column] for row, column, d in cells]
-        row, column, _ = cells[int(np.argmin(cost))]
-        target[row, column] = 1
+        for cheapest in np.argsort(cost, kind="stable")[:heads[owner]]:
+            row, column, _ = cells[cheapest]
+            target[row, column] = 1
     weight = target + 1 if len(points) else torch.full_like(target, 0.5)
     loss = -(target * torch.nn.functional.logsigmoid(logits)
              + (1 - target) * torch.nn.functional.logsigmoid(-logits))
     return (weight * loss).mean(), target
+
+
+def _cells_of(labels, k, cells, stride):
+    """Cells (row, column) whose centre lies in a pixel with label k."""
+    def at(c):
+        return math.floor(stride * c + (stride - 1) / 2 + 0.5)
+
+    return [(row, column) for row in range(cells[0]) for column in range(cells[1])
+            if labels[at(row), at(column)] == k]
+
+
+def _instances(labels):
+    return [k for k in np.unique(labels) if k]
+
+
+def mask_constraint(logits, labels, confident, stride, background, foreground, one_point):
+    """The three terms, instance by instance; the count's gradient is that of the sigmoids."""
+    fine = upsample(torch.relu(logits)[None], stride)[0]
+    if fine.sum() > 0:
+        fine = fine * (torch.relu(logits).sum() / fine.sum())
+    hit = {labels[math.floor(y + 0.5), math.floor(x + 0.5)] for x, y in confident
+           if 0 <= x + 0.5 < labels.shape[1] and 0 <= y + 0.5 < labels.shape[0]}
+    counted = [k for k in _instances(labels) if k in hit]
+    total = logits.sum() * 0
+    if (labels == 0).any():
+        total = total + background * fine[torch.from_numpy(labels == 0)].mean()
+    for k in counted:
+        inside = fine[torch.from_numpy(labels == k)].sum()
+        total = total + foreground * (inside - 1).abs() / len(counted)
+        number = sum(float(logits[cell] > 0) for cell in _cells_of(labels, k, logits.shape, stride))
+        soft = sum(torch.sigmoid(logits[cell])
+                   for cell in _cells_of(labels, k, logits.shape, stride))
+        slope = float(np.sign(number - 1))
+        if isinstance(soft, torch.Tensor):
+            total = total + one_point * slope * (soft - soft.detach()) / len(counted)
+        total = total + one_point * abs(number - 1) / len(counted)
+    return total
+
+
+def consistency(logits, labels, stride):
+    stray = [torch.sigmoid(logits[cell]) for cell in _cells_of(labels, 0, logits.shape, stride)
+             if logits[cell] > 0]
+    lost = [1 - max(torch.sigmoid(logits[cell]) for cell in cells) for cells in (
+        _cells_of(labels, k, logits.shape, stride) for k in _instances(labels)) if cells]
+    return logits.sum() * 0 + sum(sum(part) / len(part) for part in (stray, lost) if part)
 
 
 def overlaps(pred_map, true_map):

@@ -252,6 +252,8 @@ def test_a_batch_gives_what_its_images_give(seed):
     points, labels, logits, embedding, ignore = _batch(seed)
     each = range(len(points))
     weights = {"background": 0.3, "foreground": 0.2, "one_point": 0.1}
+    logits.requires_grad_()
+    embedding.requires_grad_()
     pairs = [
         (losses.p2r_losses(logits, points, 4),
          [losses.p2r_loss(logits[i], points[i], 4) for i in each]),
@@ -264,7 +266,17 @@ def test_a_batch_gives_what_its_images_give(seed):
          [losses.point_mask_consistency(logits[i], labels[i], ignore=ignore[i]) for i in each]),
     ]
     for batch, single in pairs:
-        torch.testing.assert_close(batch, torch.stack(single))
+        single = torch.stack(single)
+        torch.testing.assert_close(batch, single)
+        for leaf in (logits, embedding):
+            gradients = [
+                torch.autograd.grad(value.sum(), leaf, retain_graph=True, allow_unused=True)[0]
+                for value in (batch, single)]
+            if gradients[1] is not None:
+                torch.testing.assert_close(*gradients)
+                assert gradients[0].any()
+            else:
+                assert gradients[0] is None
     shape = tuple(labels.shape[1:])
     maps = decode.instance_maps(embedding, points, stride=4, shape=shape)
     for i in each:

@@ -70,6 +70,23 @@ def test_coincident_heads_both_own_pixels(place):
     assert (owned[1:] > 0).all()
 
 
+@pytest.mark.parametrize("points", [
+    [(9.3, 8.1)] * 3 + [(20.0, 15.0)] * 2 + [(4.6, 19.7)],
+    [(0, 0), (27, 23), (-0.5, 11.2), (27.4, 6.0), (13.1, 23.4), (14, 12)],
+    [(13.3, 9.7)],
+])
+def test_coincident_border_and_lone_heads_own_what_the_dense_rule_gives_their_place(points):
+    points, shape = np.array(points), (24, 28)
+    embedding = unit(5, *shape)
+    labels = instance_map(embedding, points).numpy()
+    energy = reference.energies(embedding, points, 0.8, 3.0, shape)
+    wanted = np.where(energy.min(0) < 1.1, energy.argmin(0) + 1, 0)
+    # heads at one place have equal energies: the dense rule names the first of them
+    first = [0] + [1 + int((points == p).all(1).argmax()) for p in points]
+    np.testing.assert_array_equal(np.array(first)[labels], wanted)
+    assert wanted.any()
+
+
 def test_a_lone_head_has_a_quarter_of_the_shorter_side():
     labels = instance_map(torch.ones(2, 40, 60), [[30.0, 20.0]], threshold=9.0)
     rows, columns = torch.nonzero(labels, as_tuple=True)
@@ -87,6 +104,20 @@ def test_half_precision_under_autocast_is_decoded_in_single_precision(dtype):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         labels = instance_map(embedding, points)
     assert torch.equal(labels, instance_map(embedding.float(), points))
+
+
+@pytest.mark.parametrize("gate", [False, True])
+def test_a_prediction_under_autocast_is_that_of_single_precision(gate):
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(8, 8, generator=generator).bfloat16()
+    embedding = unit(6, 8, 8).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = predict(logits, embedding, (32, 32), density_gate=gate)
+    wanted = predict(logits.float(), embedding.float(), (32, 32), density_gate=gate)
+    np.testing.assert_array_equal(got.points, wanted.points)
+    np.testing.assert_array_equal(got.instances, wanted.instances)
+    np.testing.assert_allclose(got.scores, wanted.scores)
+    assert got.instances.any() and np.isfinite(got.scores).all()
 
 
 def test_a_batch_instead_of_one_image_is_refused():

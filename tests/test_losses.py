@@ -361,22 +361,114 @@ def test_consistency_has_a_gradient():
 
 # --- all of them -------------------------------------------------------------------------------
 
-def test_half_precision_inputs_under_autocast_give_single_precision_losses():
-    embedding, points, labels = scene(9, 6, (32, 32), depth=8)
-    coarse = embedding[:, ::4, ::4].bfloat16().requires_grad_()
-    logits = torch.randn(8, 8).bfloat16().requires_grad_()
+SHAPE, CELLS = (24, 28), (6, 7)
+CROWDS = {
+    "coincident heads": [(9.3, 8.1), (9.3, 8.1), (9.3, 8.1), (20.0, 15.0), (20.0, 15.0),
+                         (4.6, 19.7)],
+    "heads on the border": [(0, 0), (27, 23), (-0.5, 11.2), (27.4, 6.0), (13.1, 23.4), (14, 12)],
+    "one head": [(13.3, 9.7)],
+    "none": [],
+}
+
+
+def crowd(name):
+    """(points, label map of discs, embedding (5, H, W), logits (h, w)), float64."""
+    points = np.array(CROWDS[name], dtype=np.float64).reshape(-1, 2)
+    head, pixel = incidence(points, 0.6 * exclusion_radii(points, SHAPE), SHAPE)
+    labels = lowest_wins(head.astype(float), head, pixel, SHAPE)
+    rng = np.random.default_rng(len(points))
+    embedding = F.normalize(torch.from_numpy(rng.normal(size=(5, *SHAPE))), dim=0)
+    return points, labels, embedding, torch.from_numpy(rng.normal(size=CELLS))
+
+
+LOSSES = {
+    "exclusivity": (
+        lambda x, points, labels: exclusivity_loss(x, points, labels),
+        lambda x, points, labels: reference.exclusivity(x, points, labels)),
+    "p2r": (
+        lambda x, points, labels: p2r_loss(x, points, 4),
+        lambda x, points, labels: reference.p2r(x, points, 4)[0]),
+    "constraint": (
+        lambda x, points, labels: mask_constraint(
+            x, labels, points[::2], background=0.7, foreground=0.5, one_point=0.3),
+        lambda x, points, labels: reference.mask_constraint(
+            x, labels, points[::2], 4, background=0.7, foreground=0.5, one_point=0.3)),
+    "consistency": (
+        lambda x, points, labels: point_mask_consistency(x, labels),
+        lambda x, points, labels: reference.consistency(x, labels, 4)),
+}
+
+
+@pytest.mark.parametrize("name", CROWDS)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_value_and_gradient_are_those_of_the_slow_reference(loss, name):
+    points, labels, embedding, logits = crowd(name)
+    ours, slow = LOSSES[loss]
+    x = embedding if loss == "exclusivity" else logits
+    same_value_and_gradient(lambda v: ours(v, points, labels),
+                            lambda v: slow(v, points, labels), x)
+    single, double = x.float().requires_grad_(), x.clone().requires_grad_()
+    value, wanted = ours(single, points, labels), slow(double, points, labels)
+    value.backward()
+    wanted.backward()
+    assert value.item() == pytest.approx(wanted.item(), abs=1e-5)
+    torch.testing.assert_close(single.grad.double(), double.grad, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CROWDS)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradient_is_that_of_finite_differences(loss, name):
+    points, labels, _, logits = crowd(name)
+    if loss == "exclusivity":  # of a coarse embedding: upsampling, smoothing and centres included
+        x = torch.from_numpy(np.random.default_rng(1).normal(size=(2, *CELLS)))
+        function = lambda v: exclusivity_loss(v, points, labels)  # noqa: E731
+    elif loss == "constraint":  # the count moves in steps; its gradient is checked above
+        x = logits
+        function = lambda v: mask_constraint(  # noqa: E731
+            v, labels, points, background=1.0, foreground=0.5)
+    else:
+        x = logits
+        function = lambda v: LOSSES[loss][0](v, points, labels)  # noqa: E731
+    assert torch.autograd.gradcheck(function, x.clone().requires_grad_())
+
+
+def test_the_cost_that_picks_the_positive_cell_has_no_gradient():
+    points, _, _, logits = crowd("heads on the border")
+    x = logits.clone().requires_grad_()
+    p2r_loss(x, points, 4).backward()
+    target = p2r_target(logits, points, 4)
+    wanted = (target + 1) * (torch.sigmoid(logits) - target) / logits.numel()
+    torch.testing.assert_close(x.grad, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_instance_with_exactly_one_positive_cell_is_left_alone(dtype):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):  # 1 + s - s is not always 1 in floating point
+        logits = torch.full((4, 4), -2.0, dtype=dtype)
+        logits[0, 1], logits[3, 2] = torch.rand(2, generator=generator).to(dtype) + 0.1
+        logits.requires_grad_()
+        value = mask_constraint(logits, two_squares(), one_point=1.0)
+        value.backward()
+        assert value.item() == 0 and not logits.grad.any()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_autocast_leaves_losses_finite_and_close_to_single_precision(loss):
+    points, labels, embedding, logits = crowd("heads on the border")
+    ours = LOSSES[loss][0]
+    start = (embedding[:, ::4, ::4] if loss == "exclusivity" else logits).bfloat16()
+    half, single = start.clone().requires_grad_(), start.float().requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        losses = [
-            exclusivity_loss(coarse, points, labels),
-            p2r_loss(logits, points, 4),
-            mask_constraint(logits, labels, background=1.0, foreground=1.0, one_point=1.0),
-            point_mask_consistency(logits, labels),
-        ]
-    assert all(loss.dtype == torch.float32 and torch.isfinite(loss) for loss in losses)
-    sum(losses).backward()
-    assert torch.isfinite(coarse.grad).all() and torch.isfinite(logits.grad).all()
-    torch.testing.assert_close(
-        losses[0], exclusivity_loss(coarse.float(), points, labels), rtol=1e-5, atol=1e-6)
+        value, same = ours(half, points, labels), ours(single, points, labels)
+    plain = start.float().requires_grad_()
+    wanted = ours(plain, points, labels)
+    for v in (value, same, wanted):
+        assert v.dtype == torch.float32 and torch.isfinite(v)
+        v.backward()
+        torch.testing.assert_close(v, wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(single.grad, plain.grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(half.grad.float(), plain.grad, rtol=1e-2, atol=1e-3)
 
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(

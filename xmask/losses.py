@@ -388,9 +388,10 @@ def mask_constraints(
     if one_point:
         soft = torch.sigmoid(logits).reshape(-1)
         hard = (logits.reshape(-1) > 0).to(soft.dtype)
+        through = soft - soft.detach()  # exactly 0: a count of 1 stays 1, and its gradient 0
         of_cell = _cell_labels(labels, cells, stride)
         of_cell = of_cell + most * _image_of_cells(count, cells, labels.device)
-        number = _sum_per_label(hard + soft - soft.detach(), of_cell, len(counted))
+        number = _sum_per_label(hard + through, of_cell, len(counted))
         total = total + one_point * over_instances((number - 1).abs())
     return total
 

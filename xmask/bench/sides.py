@@ -304,11 +304,11 @@ def true_map(heads: int, shape: Shape) -> np.ndarray:
 # -- the network's own cost ---------------------------------------------------------------------
 
 
-def _network() -> nn.Module:
+def _network(memory_format: torch.memory_format = torch.channels_last) -> nn.Module:
     from xmask.config import Network
 
     torch.manual_seed(0)
-    return model.XMask(Network(weights="random")).to(memory_format=torch.channels_last)
+    return model.XMask(Network(weights="random")).to(memory_format=memory_format)
 
 
 def forward(shape: Shape) -> Callable[[], None]:
@@ -353,24 +353,30 @@ def after_network(heads: int, shape: Shape, score: bool = False) -> Callable[[],
     return call
 
 
-def training_step(phase: int, batch: int, crop: int = 256) -> Callable[[], None]:
+def training_step(
+    phase: int, batch: int, crop: int = 256, *, channels_last: bool = True, fused: bool = True,
+    compiled: bool = False,
+) -> Callable[[], None]:
     """Network side of a step: student forward and backward on batch + batch crops, teacher
-    forward on batch, and the optimiser."""
+    forward on batch, and the optimiser; by default as the trainer does it."""
     from xmask.config import preset
     from xmask.trainer import learning_rates
 
-    student, teacher = _network(), _network().eval().requires_grad_(False)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    student, teacher = _network(layout), _network(layout).eval().requires_grad_(False)
     rates = learning_rates(preset("paper", "sha", 40), phase)
     for name, part in student.named_children():
         learns = name in rates
         part.requires_grad_(learns).train(learns)
-    optimiser = torch.optim.Adam([p for p in student.parameters() if p.requires_grad], lr=1e-6)
-    images = torch.rand(2 * batch, 3, crop, crop).contiguous(memory_format=torch.channels_last)
+    optimiser = torch.optim.Adam(
+        [p for p in student.parameters() if p.requires_grad], lr=1e-6, fused=fused)
+    images = torch.rand(2 * batch, 3, crop, crop).contiguous(memory_format=layout)
+    run, teach = (torch.compile(n) if compiled else n for n in (student, teacher))
 
     def call() -> None:
         with torch.no_grad():
-            teacher(images[:batch], masks=phase > 1)
-        output = student(images, masks=phase == 2)
+            teach(images[:batch], masks=phase > 1)
+        output = run(images, masks=phase == 2)
         loss = output.logits.mean()
         if output.embedding is not None:
             loss = loss + output.embedding.mean()
@@ -378,6 +384,8 @@ def training_step(phase: int, batch: int, crop: int = 256) -> Callable[[], None]
         loss.backward()
         optimiser.step()
 
+    if compiled:
+        call()  # compiles, which is not to be timed
     return call
 
 
