@@ -355,7 +355,6 @@ def after_network(heads: int, shape: Shape, score: bool = False) -> Callable[[],
 
 def training_step(
     phase: int, batch: int, crop: int = 256, *, channels_last: bool = True, fused: bool = True,
-    compiled: bool = False,
 ) -> Callable[[], None]:
     """Network side of a step: student forward and backward on batch + batch crops, teacher
     forward on batch, and the optimiser; by default as the trainer does it."""
@@ -371,12 +370,11 @@ def training_step(
     optimiser = torch.optim.Adam(
         [p for p in student.parameters() if p.requires_grad], lr=1e-6, fused=fused)
     images = torch.rand(2 * batch, 3, crop, crop).contiguous(memory_format=layout)
-    run, teach = (torch.compile(n) if compiled else n for n in (student, teacher))
 
     def call() -> None:
         with torch.no_grad():
-            teach(images[:batch], masks=phase > 1)
-        output = run(images, masks=phase == 2)
+            teacher(images[:batch], masks=phase > 1)
+        output = student(images, masks=phase == 2)
         loss = output.logits.mean()
         if output.embedding is not None:
             loss = loss + output.embedding.mean()
@@ -384,8 +382,6 @@ def training_step(
         loss.backward()
         optimiser.step()
 
-    if compiled:
-        call()  # compiles, which is not to be timed
     return call
 
 
