@@ -254,6 +254,35 @@ class Dataset:
         return "0" * 64
 
 
+@pytest.mark.parametrize("by_size, distance, asked", [
+    (False, 60, 1),  # sees no more of a head whose size is known better
+    (True, 60, 2),  # heads far apart: their distance says too large a size
+    (True, 15, 1),  # a crowd: their distance says it well
+])
+def test_a_segmenter_of_enlarged_crops_is_asked_again_when_sizes_change(by_size, distance, asked):
+    class Listening(ClassicalSegmenter):
+        crops_by_size, sizes = by_size, []
+
+        def predict(self, prompts, head, pixel):
+            if prompts.boxes is None:
+                self.sizes.append(prompts.sizes)
+            radius = 6.0  # every head is a disc of 6 px, whatever it looks like
+            y, x = np.divmod(pixel, 200)
+            away = np.hypot(x - points[head, 0], y - points[head, 1])
+            found = np.clip(radius - away, -5, 5).astype(np.float32)
+            count = 3 if prompts.multimask else 1
+            return np.stack([found] * count), np.full((len(prompts), count), 0.9, np.float32)
+
+    grid = np.arange(distance / 2, 200, distance)
+    points = np.stack(np.meshgrid(grid, grid), axis=-1).reshape(-1, 2)
+    listening = Listening()
+    generate_masks(picture((200, 200), 0), points, listening)
+    assert len(listening.sizes) == asked
+    if asked == 2:
+        before, after = (np.abs(np.log(np.median(one) / 6)) for one in listening.sizes)
+        assert after < before
+
+
 class Counting(ClassicalSegmenter):
     """Counts the images it is shown, and can be stopped like a killed process."""
 

@@ -65,9 +65,14 @@ class Prompts:
 
 
 class Segmenter(Protocol):
-    """What EDP-SAM asks of a segmenter."""
+    """What EDP-SAM asks of a segmenter.
+
+    crops_by_size: whether what it sees of a head depends on `Prompts.sizes`, so that a better
+    size is worth a second look.
+    """
 
     name: str
+    crops_by_size: bool
 
     def describe(self) -> dict[str, Any]:
         """What is needed to know which segmenter made a mask: kind, weights' sha256, settings."""
@@ -138,7 +143,7 @@ class SamSegmenter:
     number of crops.
     """
 
-    name = "sam"
+    name, crops_by_size = "sam", True
 
     def __init__(
         self,
@@ -430,7 +435,7 @@ class ClassicalSegmenter:
     hand. The score is the mean edge strength along the contour times how smoothly it closes.
     """
 
-    name = "classical"
+    name, crops_by_size = "classical", False
 
     def __init__(self) -> None:
         self._levels: np.ndarray | None = None
