@@ -515,30 +515,33 @@ def _assign(
     core = np.maximum(_CORE * np.minimum(scale, limit), 1.0)
     in_core = squared <= core[head] ** 2
     owner = circles.lowest_wins(squared[in_core], head[in_core], pixel[in_core], shape).ravel()
-    _give_pixels(owner, points, head, pixel, squared)
+    column, row = _home(points, shape)
+    _give_pixels(owner, row * shape[1] + column, head, pixel, squared)
     energy[owner[pixel] == head + 1] = -1.0
     energy[(owner[pixel] != head + 1) & (owner[pixel] > 0)] = np.inf
     return keep_connected(circles.lowest_wins(energy, head, pixel, shape), points)
 
 
 def _give_pixels(
-    owner: np.ndarray, points: np.ndarray, head: np.ndarray, pixel: np.ndarray,
+    owner: np.ndarray, home: np.ndarray, head: np.ndarray, pixel: np.ndarray,
     squared: np.ndarray,
 ) -> None:
-    """Give each head without a core pixel the nearest one that costs nobody the last; in place.
+    """Give each head without a core pixel the nearest one that costs nobody the last, and rather
+    not the pixel `home` (N,) on which its owner stands; in place.
 
     Only heads crowded into one pixel come here, so this is the one loop over heads.
     """
-    count = len(points)
-    size = np.bincount(owner, minlength=count + 1)
+    size = np.bincount(owner, minlength=len(home) + 1)
     for k in np.flatnonzero(size[1:] == 0):
         mine = slice(*np.searchsorted(head, [k, k + 1]))
-        for at in pixel[mine][np.argsort(squared[mine], kind="stable")]:
-            if owner[at] == 0 or size[owner[at]] > 1:
-                size[owner[at]] -= 1
-                size[k + 1] += 1
-                owner[at] = k + 1
-                break
+        near = pixel[mine][np.argsort(squared[mine], kind="stable")]
+        now = owner[near]
+        spare = (now == 0) | (size[now] > 1)
+        best = spare & ((now == 0) | (home[now - 1] != near))
+        for at in near[best if best.any() else spare][:1]:
+            size[owner[at]] -= 1
+            size[k + 1] += 1
+            owner[at] = k + 1
 
 
 def keep_connected(labels: np.ndarray, points: np.ndarray) -> np.ndarray:
