@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torchvision.transforms.v2.functional as TF
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -84,6 +83,8 @@ def strong_view(image: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor
 
     Returns the view and the pixels that stay visible, (H, W) bool.
     """
+    import torchvision.transforms.v2.functional as TF  # takes seconds, and only training needs it
+
     if rng.random() < 0.8:
         for change, amount in zip(rng.permutation(4), rng.uniform(-1, 1, 4)):
             if change == 0:
