@@ -13,7 +13,7 @@ import numpy as np
 
 from xmask.bench import measure
 
-SHAPE, HEADS = (384, 512), 100
+SHAPE, HEADS = (256, 384), 30
 
 
 def edp_sam(heads: int, shape: tuple[int, int], model: str = "vit_b"
