@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+_PAUSE = 0.1  # seconds before a call: threads of the other side may still spin on a core
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -54,8 +55,6 @@ def alternate(
     """
     for name in _THREAD_VARIABLES:
         os.environ[name] = str(threads)
-    # a side that waits for its turn must not spin on a core
-    os.environ["OMP_WAIT_POLICY"] = "passive"
     context = multiprocessing.get_context("spawn")
     children = []
     try:
@@ -117,6 +116,7 @@ def _serve(pipe, make: Callable, arguments: dict[str, Any], threads: int) -> Non
             except EOFError:
                 return
             before = _reset_peak() if order == "measure" else 0
+            time.sleep(_PAUSE)
             start = time.perf_counter()
             result = call()
             answer: dict[str, Any] = {"seconds": time.perf_counter() - start}
