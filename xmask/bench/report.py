@@ -125,7 +125,7 @@ def _draw_growth(axes: Axes, rows: list[dict[str, Any]]) -> None:
         return
     axes.set(xscale="log", yscale="log", xlabel="heads in one 1024×768 image",
              ylabel="seconds (hollow: extrapolated)")
-    axes.legend(fontsize=6.5, frameon=False)
+    axes.legend(fontsize=6.5, frameon=False, loc="lower right", bbox_to_anchor=(1, 0.29))
 
 
 def _draw_targets(axes: Axes, rows: list[dict[str, Any]]) -> None:
