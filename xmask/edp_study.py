@@ -159,7 +159,8 @@ def simple_methods() -> Iterator[tuple[dict[str, Any], Callable[[Sample], np.nda
 def segmenter_methods(
     spec: str
 ) -> Iterator[tuple[dict[str, Any], Callable[[Sample], np.ndarray]]]:
-    """The same for a segmenter's methods, of both blocks; EDP-SAM itself once."""
+    """What a row says of a segmenter's methods, and their label maps (H, W) int32 of a scene, for
+    both blocks; EDP-SAM itself once."""
     segmenter = open_segmenter(spec)
 
     def full(sample: Sample, by: Segmenter = segmenter, **options: bool) -> np.ndarray:

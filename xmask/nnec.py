@@ -129,7 +129,8 @@ def incidence_spans(
 
 
 def expand(first: torch.Tensor, last: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """All integers of the ranges first[k]..last[k]: (range index, integer), in order."""
+    """All integers of the ranges first[k]..last[k] (both (S,) int64): (range index, integer), two
+    (M,) int64 tensors, in order."""
     length = (last - first + 1).clamp(min=0)
     end = torch.cumsum(length, 0)
     total = int(end[-1]) if len(end) else 0
