@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xmask.decode import instance_map, points_from_logits, predict, sample_at, smooth, upsample
+from xmask.decode import (
+    instance_map, points_from_logits, predict, sample_at, smooth, upsample, upsample_smooth,
+)
 from xmask.nnec import exclusion_radii, incidence
 
 
@@ -147,6 +149,20 @@ def test_smoothing_and_sampling_have_true_gradients():
     points = np.array([[0.3, 1.7], [4.9, 3.1], [-2.0, 9.0], [5.0, 4.0]])
     assert torch.autograd.gradcheck(lambda e: smooth(e, 1.5), x)
     assert torch.autograd.gradcheck(lambda e: sample_at(e, points), x)
+
+
+@pytest.mark.parametrize("sigma", [None, 1.5, 3.0])
+@pytest.mark.parametrize("cells, shape", [((8, 10), (32, 40)), ((5, 40), (7, 160)), ((1, 2), (4, 8)),
+                                          ((150, 9), (150, 9)), ((33, 20), (130, 81))])
+def test_upsample_smooth_is_upsampling_and_then_smoothing(cells, shape, sigma):
+    x = torch.randn(2, 3, *cells, dtype=torch.float64, generator=torch.Generator().manual_seed(4),
+                    requires_grad=True)
+    expected, found = smooth(upsample(x, shape), sigma), upsample_smooth(x, shape, sigma)
+    tolerance = {"rtol": 0, "atol": 1e-4}  # the library's weights are those of float32
+    torch.testing.assert_close(found, expected, **tolerance)
+    slope = torch.randn(found.shape, dtype=found.dtype)
+    torch.testing.assert_close(torch.autograd.grad(found, x, slope),
+                               torch.autograd.grad(expected, x, slope), **tolerance)
 
 
 @pytest.mark.parametrize("shape", [(7, 9), (1, 5), (6, 1), (1, 1)])

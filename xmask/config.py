@@ -299,10 +299,10 @@ _CPU = {
     # 2q / (1 + q): 2/3 is where a pseudo point is more likely right than wrong, if the network
     # is well calibrated; one that still underfits misses heads at 2/3
     "optimisation.pseudo_threshold": 0.6,
-    # a short training tells people less well apart than the published 1.1 and 0.8 assume: the
-    # distance to the head counts for more
-    "evaluation.theta": 1.3,
-    "evaluation.geometry_weight": 2.0,
+    # between the distances that training pulls below (0.5) and pushes beyond (1.0); on drawn
+    # scenes of another seed 3% more mean IoU (40% labelled) than the published 1.1 and 0.8
+    "evaluation.theta": 0.9,
+    "evaluation.geometry_weight": 0.6,
     "schedule.phase1": 140,
     "schedule.warmup": 120,
     "schedule.phase2": 300,
@@ -326,8 +326,8 @@ _PROFILE: dict[str, dict[str, object]] = {
 
 def _per_split(profile: str, dataset: str, percent: int) -> dict[str, object]:
     """What a profile sets per dataset and percentage."""
-    if profile == "demo":  # 1.4 passes over the labelled ones of 100 images, at least 6 steps
-        return {"schedule.steps_per_epoch": max(6, percent * 7 // 10)}
+    if profile == "demo":  # 1.6 passes over the labelled ones of 100 images, at least 6 steps
+        return {"schedule.steps_per_epoch": max(6, percent * 8 // 10)}
     if profile == "reduced":  # 40% of ShanghaiTech A: half a pass
         return {"schedule.steps_per_epoch": max(12, percent * 3 // 4)}
     return _published(dataset, percent)

@@ -27,6 +27,10 @@ from xmask import files, provenance, study
 from xmask.config import ABLATIONS, DATASETS, PERCENTS, VARIANTS, Config, preset
 
 NOTEBOOKS = Path("notebooks")
+# bytes: the C library (glibc; others ignore it) keeps freed memory for the next step instead of
+# giving it back, which saves about 6% of a training step on a CPU
+_KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 29), "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+                "MALLOC_TOP_PAD_": str(1 << 26)}
 
 
 @dataclass
@@ -213,6 +217,8 @@ class Runner:
         if threads:
             self.environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         self.environment |= {"PYDEVD_DISABLE_FILE_VALIDATION": "1", "MPLBACKEND": "agg"}
+        for name, value in _KEEP_MEMORY.items():
+            self.environment.setdefault(name, value)
         self.processes: set[subprocess.Popen] = set()
         self.lock, self.stopping = threading.Lock(), False
 
