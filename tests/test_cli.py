@@ -1,5 +1,8 @@
 """The command line: every command explains itself, errors are one line, exit codes hold."""
 
+import os
+import signal
+
 import pytest
 
 from xmask.cli import main
@@ -14,6 +17,17 @@ def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as ended:
         main([*command.split(), "--help"])
     assert ended.value.code == 0 and "usage: xmask" in capsys.readouterr().out
+
+
+def test_a_terminated_study_stops_as_ctrl_c_stops_it(monkeypatch, capsys):
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    monkeypatch.setattr("xmask.reproduce.run", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        assert main(["reproduce"]) == 130
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert "the same command goes on" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

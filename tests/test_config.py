@@ -17,6 +17,11 @@ def test_the_paper_preset_holds_the_published_constants():
     c = preset("paper", "sha", 10)
     assert (c.network.backbone, c.network.channels, c.network.embedding) == ("vgg16_bn", 256, 16)
     assert (c.loss.max_distance, c.loss.min_radius) == (96, 8)
+    assert (c.loss.distance_cost, c.loss.empty_weight, c.loss.push_margins) == (8, 0.5, 4)
+    a = c.augmentation
+    assert (a.flip, a.jitter, a.grey, a.blur) == (0.5, 0.8, 0.25, 0.8)
+    assert (a.brightness, a.contrast, a.saturation, a.hue) == (0.4, 0.4, 0.4, 0.1)
+    assert (a.blur_min, a.blur_max, a.cutout_min, a.cutout_max) == (0.1, 2, 1 / 8, 1 / 4)
     assert (c.loss.tau, c.loss.margin, c.loss.sigma, c.loss.ignore_radius) == (0.6, 0.1, 1.5, 16)
     assert (c.pseudo.theta, c.pseudo.geometry_weight, c.pseudo.sigma) == (0.8, 0.6, 1.5)
     assert (c.evaluation.theta, c.evaluation.geometry_weight, c.evaluation.sigma) == (1.1, 0.8, 3)
@@ -52,6 +57,12 @@ def test_the_paper_preset_varies_by_dataset_and_percentage(dataset, percent, val
     for name, value in values.items():
         section, field = name.split(".")
         assert config[section][field] == value, name
+
+
+@pytest.mark.parametrize("field, value", [("percent", "ten"), ("percent", 2.5), ("seed", "abc")])
+def test_a_split_is_named_by_whole_numbers(field, value):
+    with pytest.raises(ValueError, match=f"{field}: {value!r} is not a whole number"):
+        preset("demo", "sha", **{"percent": 10, "seed": 1} | {field: value})
 
 
 def test_a_configuration_survives_json():

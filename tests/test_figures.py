@@ -240,7 +240,7 @@ def test_the_notebooks_run_on_run_folders(study, tmp_path, monkeypatch, name):
     steps = []
     fake = SimpleNamespace(check_parameters=lambda inputs: steps.append("checked"),
                            enter_root=lambda: steps.append("root"),
-                           open_test=lambda profile, dataset, data: DrawnSplit())
+                           test_images_of=lambda run, data: DrawnSplit())
     monkeypatch.setitem(sys.modules, "xmask.study", fake)
     monkeypatch.setattr(xmask, "study", fake, raising=False)
     shown = []

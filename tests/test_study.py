@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
@@ -13,7 +14,7 @@ import pytest
 
 from tests.test_trainer import TINY
 from xmask import edp_sam, files, provenance, reproduce, study
-from xmask.config import ABLATIONS
+from xmask.config import ABLATIONS, from_dict
 from xmask.data.synthetic import write_dataset
 
 ROOT = Path(__file__).parents[1]
@@ -190,6 +191,51 @@ def test_the_plan_covers_the_study():
                               extras=False)
     assert [s.name for s in narrowed if s.name.startswith("train")] == [
         "train jhu-5-s1", "train jhu-5-s2"]
+
+
+def test_a_study_of_changed_fields_has_no_ablation_table_to_make():
+    changed = [step.name for step in reproduce.plan("demo", overrides={"loss.tau": 0.5})]
+    assert "tables" in changed and "ablations" not in changed
+
+
+def test_runs_see_test_images_and_masks_of_their_own_size(inside):
+    folder = the_run(inside)
+    assert study.test_images_of(folder) is None  # photographs that are not at hand
+    saved = (folder / "config.json").read_text()
+    record = json.loads(saved)
+    record["config"]["max_side"] = 64
+    try:
+        (folder / "config.json").write_text(json.dumps(record))
+        assert max(study.test_images_of(folder, "data")[0].image.shape) == 64
+    finally:
+        (folder / "config.json").write_text(saved)
+    config = from_dict(record["config"])
+    assert study.mask_folder(config).name == "sha-max-64"
+    small, large = study.open_train(config, "data"), study.open_train(
+        replace(config, max_side=None), "data")
+    chosen = study.labelled(config, "data")
+    masks = study.mask_folder(replace(config, max_side=None))
+    assert study.MaskedImages(large, chosen, masks, keep=False)[0].instances.any()
+    with pytest.raises(ValueError, match="delete .* and run the masks step again"):
+        study.MaskedImages(small, chosen, masks, keep=False)[0]
+
+
+def test_code_that_reads_images_and_weights_on_disk_are_part_of_a_training(
+        inside, monkeypatch, tmp_path):
+    config = from_dict(files.read_json(the_run(inside) / "config.json")["config"])
+    before = study.train_fingerprint(config, "data")
+    code = provenance.code
+    monkeypatch.setattr(provenance, "code", lambda *names: code(*names) + str(
+        "xmask.data.readers" in names))
+    assert study.train_fingerprint(config, "data") != before
+    monkeypatch.undo()
+    weights, prints = tmp_path / "vgg.pth", []
+    config = replace(config, network=replace(config.network, weights=str(weights)))
+    monkeypatch.chdir(inside)
+    for content in (b"one", b"two"):
+        weights.write_bytes(content)
+        prints.append(study.train_fingerprint(config, "data"))
+    assert prints[0] != prints[1]
 
 
 @pytest.mark.parametrize(

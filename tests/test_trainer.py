@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.test_transforms import scene
-from xmask import evaluate
+from xmask import evaluate, model
 from xmask.config import Schedule, override, preset
 from xmask.data.sample import Sample
 from xmask.trainer import Trainer, learning_rates, phase_of, unlabelled_weight
@@ -108,6 +108,16 @@ def test_supervised_only_shares_the_warmup_and_ends_as_if_it_had_trained_it(tmp_
     alone = trainer(tmp_path / "c", config)
     alone.fit()
     assert same(shared.teacher, alone.teacher) and same(shared.student, alone.student)
+
+
+def test_a_network_that_started_otherwise_is_not_taken_up(tmp_path, monkeypatch):
+    cache = (tmp_path / "cache", "data")
+    trainer(tmp_path / "a", cache=cache).fit()
+    build = model.build
+    monkeypatch.setattr(model, "build", lambda network: (build(network)[0], "ImageNet"))
+    other = trainer(tmp_path / "b", cache=cache)
+    other._resume()
+    assert other.epoch == 0 and other.initialisation == "ImageNet"
 
 
 def test_a_checkpoint_of_other_code_or_data_is_not_resumed(tmp_path):

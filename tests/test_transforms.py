@@ -1,5 +1,7 @@
 """Crops keep points on their masks, and are a function of their index alone."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xmask.data.sample import Sample
+from xmask.config import Augmentation
 from xmask.data.transforms import Crops, collate, random_crop, strong_view, to_tensor
 
 
@@ -83,6 +86,18 @@ def test_the_strong_view_keeps_geometry_and_hides_one_rectangle(seed):
     rows, columns = hidden.any(1).sum().item(), hidden.any(0).sum().item()
     assert hidden.sum() == rows * columns and 64 / 8 <= rows <= 64 / 4
     assert view[:, hidden].abs().sum() == 0
+
+
+def test_every_augmentation_can_be_switched_off():
+    off = Augmentation(flip=0, jitter=0, grey=0, blur=0, cutout_min=0.5, cutout_max=0.5)
+    crops = Crops([scene(0)], 64, (1, 1), 3, strong=True, augmentation=off)
+    for index in range(6):
+        crop, view, visible = crops[index]
+        assert torch.equal(view, to_tensor(crop.image) * visible)
+        assert (~visible).sum() == 32 * 32
+    flipped = Crops([scene(0)], 64, (1, 1), 3, strong=True,
+                    augmentation=dataclasses.replace(off, flip=1))
+    assert np.array_equal(flipped[2][0].image, crops[2][0].image[:, ::-1])
 
 
 def test_a_batch_collects_what_the_losses_need():

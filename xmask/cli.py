@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -173,6 +174,10 @@ def _parser() -> argparse.ArgumentParser:
 def _reproduce(o: argparse.Namespace) -> int:
     from xmask import reproduce
 
+    for name in ("SIGTERM", "SIGHUP"):  # stops the notebooks too, as Ctrl-C does
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores it
+            signal.signal(number, signal.default_int_handler)
     unknown = [name for name in o.datasets if name not in DATASETS]
     if unknown:
         raise ValueError(f"--datasets: {', '.join(unknown)} unknown; known: {', '.join(DATASETS)}")
@@ -334,8 +339,7 @@ def _figures(o: argparse.Namespace) -> int:
 
     paths = figures.write_figures(
         study.results_folder(o.profile), Path("figures") / o.profile,
-        lambda dataset: (study.open_test(o.profile, dataset, o.data)
-                         if o.data or o.profile == "demo" else None),
+        lambda run: study.test_images_of(run, o.data),
     )
     for path in paths:
         print(path)
@@ -375,8 +379,7 @@ def _report(o: argparse.Namespace) -> int:
     results = study.results_folder(o.profile)
     print(html.write_report(
         results, o.out or results / "report.html", figures_folder=Path("figures") / o.profile,
-        datasets=lambda dataset: (study.open_test(o.profile, dataset, o.data)
-                                  if o.data or o.profile == "demo" else None),
+        datasets=lambda run: study.test_images_of(run, o.data),
         pictures=o.pictures))
     return 0
 

@@ -58,8 +58,11 @@ class Loss:
 
     max_distance: float = 96.0  # P2R: px, a cell farther from every point belongs to none
     min_radius: float = 8.0  # P2R: px, lower bound of a region's radius
+    distance_cost: float = 8.0  # P2R: of a cell at its region's rim, in logits
+    empty_weight: float = 0.5  # P2R: weight of a crop without points
     tau: float = 0.6  # exclusivity: boundary in embedding space
     margin: float = 0.1
+    push_margins: float = 4.0  # exclusivity: others are pushed beyond tau + 4 margins
     sigma: float = 1.5  # Gaussian smoothing of the embedding, px; 0 = none
     differentiable_centers: bool = True
     nnec: bool = True
@@ -96,6 +99,24 @@ class Schedule:
     ramp_start: float = 0.1  # its first value in phase 3
     ramp_end: float = 2.0
     unlabelled: bool = True  # False: supervised only, same number of steps
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How crops vary: a flip of every view, the rest of the student's view of unlabelled crops."""
+
+    flip: float = 0.5  # probability
+    jitter: float = 0.8  # probability of a change of all four:
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.4
+    hue: float = 0.1
+    grey: float = 0.25  # probability
+    blur: float = 0.8  # probability
+    blur_min: float = 0.1  # sigma, px
+    blur_max: float = 2.0
+    cutout_min: float = 1 / 8  # of each side of the crop
+    cutout_max: float = 1 / 4
 
 
 @dataclass(frozen=True)
@@ -149,6 +170,7 @@ class Config:
         default_factory=lambda: Decoding(0.5, theta=1.1, geometry_weight=0.8, sigma=3.0)
     )
     schedule: Schedule = field(default_factory=Schedule)
+    augmentation: Augmentation = field(default_factory=Augmentation)
     optimisation: Optimisation = field(default_factory=Optimisation)
     machine: Machine = field(default_factory=Machine)
 
@@ -157,6 +179,11 @@ class Config:
         _one_of("dataset", self.dataset, (*DATASETS, "shb", "synthetic"))
         _one_of("selection", self.selection, ("last", "best-on-test"))
         _one_of("network.backbone", self.network.backbone, ("vgg16_bn", "slim"))
+        for name in ("percent", "seed"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"{name}: {value!r} is not a whole number; give e.g. "
+                                 f"{'10' if name == 'percent' else '1'}")
         if not 0 < self.percent <= 100:
             raise ValueError(f"percent: {self.percent} is not in 1..100")
         s = self.schedule
@@ -211,6 +238,7 @@ _SECTIONS = {
     "pseudo": Decoding,
     "evaluation": Decoding,
     "schedule": Schedule,
+    "augmentation": Augmentation,
     "optimisation": Optimisation,
     "machine": Machine,
 }

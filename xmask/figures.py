@@ -364,8 +364,8 @@ def write_figures(results: str | Path, out: str | Path,
                   only: Sequence[str] = ()) -> list[Path]:
     """Write every figure of `results/<profile>` as PNG into `out`; list the files.
 
-    datasets: gives the test split of a dataset name, or None where it is not at hand; without it
-    no predictions are drawn. only: names of the runs to read; empty for all. Runs of selection
+    datasets: gives the test split of a run by its folder, or None where it is not at hand; without
+    it no predictions are drawn. only: names of the runs to read; empty for all. Runs of selection
     `best-on-test` get figures of their own, and so do real runs beside synthetic ones: neither
     shares a figure with the others.
 
@@ -419,7 +419,7 @@ def _write_predictions(runs: pd.DataFrame, out: Path, ending: str,
         ["percent", "seed"], ascending=[False, True], kind="stable")
     for dataset in report.ordered(main["dataset"], report.DATASETS):
         run = main[main["dataset"] == dataset].iloc[0]
-        split = datasets(dataset)
+        split = datasets(run["path"])
         if split is None:
             continue
         if not (Path(run["path"]) / "predictions").is_dir():

@@ -52,7 +52,7 @@ def write_report(results: str | Path, out: str | Path, *,
     """Write the page of `results/<profile>` to the file `out` and return its path.
 
     figures_folder: where `xmask figures` has put pictures of drawn crowds (`predictions_*.png`).
-    datasets: gives the test split of a dataset name, or None; asked only for runs whose
+    datasets: gives the test split of a run by its folder, or None; asked only for runs whose
     predictions are on disk. pictures: also pictures of real photographs.
     Raises what `report.load_runs` raises.
     """
@@ -228,7 +228,7 @@ def _runs_with_pictures(runs: pd.DataFrame, datasets: Callable[[str], object] | 
         run = group.iloc[0]
         wanted = datasets is not None and (synthetic or pictures)
         if wanted and (Path(run["path"]) / "predictions").is_dir():
-            split = datasets(dataset)
+            split = datasets(run["path"])
             if split is not None and bool(split.synthetic) == bool(synthetic):
                 found[run["run"]] = split
     real = set(runs.loc[~runs["synthetic"], "run"])

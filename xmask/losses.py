@@ -38,6 +38,8 @@ def p2r_loss(
     *,
     max_distance: float = 96.0,
     min_radius: float = 8.0,
+    distance_cost: float = DISTANCE_COST,
+    empty_weight: float = EMPTY_WEIGHT,
     weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Point-to-region loss of one image, a scalar.
@@ -47,9 +49,10 @@ def p2r_loss(
         pixels; the region's radius, the largest such distance, is clipped to
         [min_radius, max_distance] (paper: 96 and 8).
     weight: (h, w) factor per cell, 0 under a cut-out; None for 1 everywhere.
-    The target is 1 in the cheapest cell of each region, at cost 8 * distance / radius - logit,
-    and 0 elsewhere; the loss is binary cross-entropy with weight target + 1, averaged over all
-    cells. An image without points has an all-zero target and weight 0.5.
+    The target is 1 in the cheapest cell of each region, at cost distance_cost * distance / radius
+    - logit (paper: 8), and 0 elsewhere; the loss is binary cross-entropy with weight target + 1,
+    averaged over all cells. An image without points has an all-zero target and weight
+    empty_weight (paper: 0.5).
 
     A point that owns no cell, because another one is nearer to all of them or at the same place,
     joins the region that owns its nearest cell; a region of k points has its k cheapest cells as
@@ -57,6 +60,7 @@ def p2r_loss(
     """
     return p2r_losses(
         logits[None], [points], stride, max_distance=max_distance, min_radius=min_radius,
+        distance_cost=distance_cost, empty_weight=empty_weight,
         weight=None if weight is None else weight[None])[0]
 
 
@@ -67,13 +71,16 @@ def p2r_losses(
     *,
     max_distance: float = 96.0,
     min_radius: float = 8.0,
+    distance_cost: float = DISTANCE_COST,
+    empty_weight: float = EMPTY_WEIGHT,
     weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`p2r_loss` of a batch: logits (B, h, w), B sets of points, weight (B, h, w) -> (B,)."""
     logits = full_precision(logits)
-    target = p2r_targets(logits, points, stride, max_distance=max_distance, min_radius=min_radius)
+    target = p2r_targets(logits, points, stride, max_distance=max_distance, min_radius=min_radius,
+                         distance_cost=distance_cost)
     empty = torch.tensor([len(p) == 0 for p in points]).to(logits.device).view(-1, 1, 1)
-    cell_weight = torch.where(empty, EMPTY_WEIGHT, target + 1)
+    cell_weight = torch.where(empty, empty_weight, target + 1)
     if weight is not None:
         cell_weight = cell_weight * weight.to(cell_weight)
     cost = F.binary_cross_entropy_with_logits(
@@ -102,6 +109,7 @@ def p2r_targets(
     *,
     max_distance: float = 96.0,
     min_radius: float = 8.0,
+    distance_cost: float = DISTANCE_COST,
 ) -> torch.Tensor:
     """`p2r_target` of a batch, (B, h, w)."""
     logits = full_precision(logits.detach())
@@ -120,7 +128,7 @@ def p2r_targets(
     radius = torch.zeros(count, dtype=logits.dtype, device=logits.device)
     radius.scatter_reduce_(0, region, distance, "amax")
     radius.clamp_(min_radius, max_distance)
-    cost = DISTANCE_COST * distance / radius[region] - logits.reshape(-1)[cell]
+    cost = distance_cost * distance / radius[region] - logits.reshape(-1)[cell]
 
     # Rank of each cell in its region, by cost: two stable sorts.
     order = torch.argsort(cost, stable=True)
@@ -206,6 +214,7 @@ def exclusivity_loss(
     *,
     tau: float = 0.6,
     margin: float = 0.1,
+    push_margins: float = PUSH_MARGINS,
     sigma: float | None = 1.5,
     ignore: Any = None,
     differentiable_centers: bool = True,
@@ -217,6 +226,7 @@ def exclusivity_loss(
     points: (M, 2), (x, y) pixels, the predicted heads; all of them shape the circles.
     label_map: (H, W) int, 0 background, k an instance.
     tau, margin, sigma: paper, 0.6, 0.1 and 1.5 px (7 x 7 Gaussian; None for no smoothing).
+    push_margins: others are pushed beyond tau + push_margins * margin (paper: 4).
     ignore: (H, W) bool, pixels left out of both means; None for none.
     differentiable_centers: False reads the centre feature at the rounded point and without
         gradient (ablation "without center sampling").
@@ -226,12 +236,13 @@ def exclusivity_loss(
     For each point on an instance (label at the rounded position), with d the distance in
     embedding space between pixel and centre, inside the point's circle: the mean of
     relu(d - (tau - margin)) over the pixels of the instance plus the mean of
-    relu((tau + 4 * margin) - d) over all others; averaged over those points. Without any such
+    relu((tau + push_margins * margin) - d) over all others; averaged over those points. Without any such
     point the loss is 0 and has a graph.
     """
     return exclusivity_losses(
         embedding[None], [points], _labels(label_map, embedding.device)[None], tau=tau,
-        margin=margin, sigma=sigma, differentiable_centers=differentiable_centers, nnec=nnec,
+        margin=margin, push_margins=push_margins, sigma=sigma,
+        differentiable_centers=differentiable_centers, nnec=nnec,
         ignore=None if ignore is None else to_tensor(ignore)[0][None])[0]
 
 
@@ -242,6 +253,7 @@ def exclusivity_losses(
     *,
     tau: float = 0.6,
     margin: float = 0.1,
+    push_margins: float = PUSH_MARGINS,
     sigma: float | None = 1.5,
     ignore: torch.Tensor | None = None,
     differentiable_centers: bool = True,
@@ -260,7 +272,7 @@ def exclusivity_losses(
         return torch.cat([
             exclusivity_losses(
                 embedding[i:i + 1], points[i:i + 1], labels[i:i + 1], tau=tau, margin=margin,
-                sigma=sigma, ignore=None if ignore is None else ignore[i:i + 1],
+                push_margins=push_margins, sigma=sigma, ignore=None if ignore is None else ignore[i:i + 1],
                 differentiable_centers=differentiable_centers, nnec=nnec)
             for i in range(count)])
     points, image, _ = stack_points(points, device)
@@ -295,7 +307,7 @@ def exclusivity_losses(
     cost = torch.where(
         same,
         torch.relu(distance - (tau - margin)),
-        torch.relu((tau + PUSH_MARGINS * margin) - distance))
+        torch.relu((tau + push_margins * margin) - distance))
 
     # Mean per region, regions 2i (pull) and 2i + 1 (push) of head i, then over an image's heads.
     region = 2 * head + (~same).long()

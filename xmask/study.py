@@ -20,13 +20,14 @@ import torch
 
 from xmask import edp_sam, files, metrics, provenance, segmenters
 from xmask import evaluate as evaluation
-from xmask.config import Config, preset
+from xmask.config import Config, from_dict, preset
 from xmask.data import open_dataset
 from xmask.data.sample import Sample
 from xmask.data.splits import labelled_ids
 from xmask.data.synthetic import write_dataset
 from xmask.trainer import Trainer
 
+_READING = ("xmask.data.readers", "xmask.data.splits")  # code through which every image comes
 DRAWN = {"train": 100, "test": 16, "seed": 2024}  # images per synthetic dataset of the demo
 
 
@@ -152,6 +153,15 @@ def open_test(profile: str, dataset: str, data: str = "", max_side: int | None =
     return _open(profile, dataset, data, "test", max_side)
 
 
+def test_images_of(run: str | Path, data: str = ""):
+    """The test images that a run was evaluated on, at the size it saw them, by the run's folder;
+    None for photographs without `data`, the folder that holds them."""
+    config = from_dict(files.read_json(Path(run) / "config.json")["config"])
+    if config.profile != "demo" and not data:
+        return None
+    return open_test(config.profile, config.dataset, data, config.max_side)
+
+
 class MaskedImages(Sequence):
     """The labelled images: points from the dataset, masks from EDP-SAM, truth masks unread."""
 
@@ -167,8 +177,14 @@ class MaskedImages(Sequence):
 
     def _read(self, position: int) -> Sample:
         index = self.indices[position]
+        sample = self.dataset[index]
         mask = edp_sam.read_masks(self.masks, self.dataset.ids[index])
-        return replace(self.dataset[index], instances=mask)
+        if mask.shape != sample.image.shape[:2]:
+            raise ValueError(
+                f"{self.masks / self.dataset.ids[index]}.png: {mask.shape[1]} x {mask.shape[0]} px, "
+                f"but its image has {sample.image.shape[1]} x {sample.image.shape[0]}; delete "
+                f"{self.masks} and run the masks step again")
+        return replace(sample, instances=mask)
 
 
 class BareImages(Sequence):
@@ -206,9 +222,11 @@ def mask_options(config: Config) -> dict[str, bool]:
 
 
 def mask_folder(config: Config) -> Path:
-    """One folder per dataset and way of making masks, shared by percentages and seeds."""
-    names = [name for name, on in mask_options(config).items() if not on]
-    label = "-".join([config.dataset, *(f"no-{name}" for name in names)])
+    """One folder per dataset, image size and way of making masks; percentages and seeds share it."""
+    names = [f"no-{name}" for name, on in mask_options(config).items() if not on]
+    if config.max_side is not None:
+        names.append(f"max-{config.max_side}")
+    label = "-".join([config.dataset, *names])
     return work_folder(config.profile) / "masks" / label
 
 
@@ -254,16 +272,24 @@ def train_fingerprint(config: Config, data: str = "") -> str:
     dataset = open_train(config, data)
     segmenter = segmenters.open_segmenter(config.masks.segmenter, "cpu").describe()
     return provenance.digest(
-        provenance.code("xmask.trainer", "xmask.edp_sam"), provenance.versions(),
+        provenance.code("xmask.trainer", "xmask.edp_sam", *_READING), provenance.versions(),
         config.to_dict(), segmenter, dataset.checksum(), labelled(config, data), device().type,
+        _weights(config),
     )
+
+
+def _weights(config: Config) -> str:
+    """Checksum of the file of pretrained weights; "" where the configuration names none."""
+    path = Path(config.network.weights)
+    return files.sha256(path) if path.is_file() else ""
 
 
 def evaluation_fingerprint(config: Config, data: str = "") -> str:
     """What an evaluation depends on, as a digest: its training and the test images."""
     test = open_test(config.profile, config.dataset, data, config.max_side)
     return provenance.digest(
-        provenance.code("xmask.evaluate"), train_fingerprint(config, data), test.checksum()
+        provenance.code("xmask.evaluate", *_READING), train_fingerprint(config, data),
+        test.checksum(),
     )
 
 
@@ -307,7 +333,8 @@ def train(config: Config, data: str = "", *, progress: bool = True) -> Path:
         score=score,
         progress=progress,
     )
-    (folder / "metrics.json").unlink(missing_ok=True)  # of an earlier model
+    for stale in ("metrics.json", "model.safetensors"):  # of an earlier configuration or code
+        (folder / stale).unlink(missing_ok=True)
     files.write_json(
         folder / "config.json",
         {

@@ -110,18 +110,19 @@ class Trainer:
         self.best: tuple[float, dict] | None = None
 
         o = config.optimisation
-        crops = {"size": o.crop, "scale": (o.scale_min, o.scale_max), "seed": config.seed}
+        crops = {"size": o.crop, "scale": (o.scale_min, o.scale_max), "seed": config.seed,
+                 "augmentation": config.augmentation}
         self.labelled = Crops(labelled, **crops, strong=False)
         self.unlabelled = Crops(unlabelled, **crops, strong=True) if len(unlabelled) else None
         s = config.schedule
         self.steps = s.steps_per_epoch or -(-len(labelled) // o.batch)
-        self.fingerprint = digest(config.to_dict(), fingerprint, device.type)
+        self.fingerprint = digest(config.to_dict(), fingerprint, device.type, self.initialisation)
         self.shared: dict[int, Path] = {}  # epoch -> file of the state after so many epochs
         if cache:
             place, inputs = cache
             for epoch, part in ((s.warmup, _warmup_part), (s.phase1, _phase1_part)):
                 if 0 < epoch <= s.phase1:
-                    key = digest(part(config), inputs, device.type)
+                    key = digest(part(config), inputs, device.type, self.initialisation)
                     self.shared[epoch] = place / f"{key[:16]}.pt"
 
     @property
@@ -324,8 +325,9 @@ class Trainer:
         c = self.config.loss
         terms = {
             "exclusivity": losses.exclusivity_losses(
-                embedding, points, instances, tau=c.tau, margin=c.margin, sigma=c.sigma,
-                ignore=ignored, nnec=c.nnec, differentiable_centers=c.differentiable_centers,
+                embedding, points, instances, tau=c.tau, margin=c.margin,
+                push_margins=c.push_margins, sigma=c.sigma, ignore=ignored, nnec=c.nnec,
+                differentiable_centers=c.differentiable_centers,
             ).mean()
         }
         if c.consistency:
@@ -344,7 +346,8 @@ class Trainer:
     def _p2r(self, logits: Tensor, points, weight: Tensor | None = None) -> Tensor:
         c = self.config.loss
         return losses.p2r_losses(logits, points, model.STRIDE, max_distance=c.max_distance,
-                                 min_radius=c.min_radius, weight=weight).mean()
+                                 min_radius=c.min_radius, distance_cost=c.distance_cost,
+                                 empty_weight=c.empty_weight, weight=weight).mean()
 
     def _points(self, logits: Tensor, threshold: float) -> tuple[list[Tensor], list[Tensor]]:
         found = [decode.points_from_logits(one, stride=model.STRIDE, threshold=threshold)
@@ -453,7 +456,8 @@ def _phase1_part(config: Config) -> dict:
     values = config.to_dict()
     for name in ("variant", "selection", "masks", "pseudo", "evaluation"):
         del values[name]
-    values["loss"] = {k: values["loss"][k] for k in ("max_distance", "min_radius")}
+    values["loss"] = {k: values["loss"][k]
+                      for k in ("max_distance", "min_radius", "distance_cost", "empty_weight")}
     for name in ("phase2", "phase3", "ramp_start", "mask_warmup"):
         del values["schedule"][name]
     for name in ("phase2_lr", "phase2_encoder_lr", "mask_head_lr", "phase3_lr", "confident"):

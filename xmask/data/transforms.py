@@ -16,13 +16,15 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from xmask.config import Augmentation
 from xmask.data.sample import Sample
 
 
 def random_crop(
-    sample: Sample, size: int, scale: tuple[float, float], rng: np.random.Generator
+    sample: Sample, size: int, scale: tuple[float, float], rng: np.random.Generator,
+    flip: float = 0.5,
 ) -> Sample:
-    """Cut a random square and resize it to `size` × `size` px; flip every second one.
+    """Cut a random square, resize it to `size` × `size` px, flip it with probability `flip`.
 
     The square's side is `size / s` px, s uniform in `scale`; an image smaller than it is padded
     with black on the right and below. Points outside are dropped; `instances` is renumbered so
@@ -33,7 +35,7 @@ def random_crop(
     side = max(1, round(size / rng.uniform(*scale)))
     x0 = int(rng.integers(0, max(0, width - side) + 1))
     y0 = int(rng.integers(0, max(0, height - side) + 1))
-    flip = bool(rng.random() < 0.5)
+    flipped = bool(rng.random() < flip)
 
     image = _resize(_window(sample.image, x0, y0, side), size, Image.Resampling.BILINEAR)
     # pixel centres: position p of the square maps to (p + 0.5) * size / side - 0.5
@@ -44,7 +46,7 @@ def random_crop(
     if sample.instances is not None:
         cut = _resize(_window(sample.instances, x0, y0, side), size, Image.Resampling.NEAREST)
         instances = _renumber(cut, inside)
-    if flip:
+    if flipped:
         image = image[:, ::-1]
         points[:, 0] = size - 1 - points[:, 0]
         instances = None if instances is None else instances[:, ::-1]
@@ -78,30 +80,32 @@ def to_tensor(image: np.ndarray) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(255)
 
 
-def strong_view(image: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+def strong_view(
+    image: Tensor, rng: np.random.Generator, how: Augmentation = Augmentation()
+) -> tuple[Tensor, Tensor]:
     """The student's view of an unlabelled crop (3, H, W): colour, blur, one cut-out.
 
     Returns the view and the pixels that stay visible, (H, W) bool.
     """
     import torchvision.transforms.v2.functional as TF  # takes seconds, and only training needs it
 
-    if rng.random() < 0.8:
+    if rng.random() < how.jitter:
         for change, amount in zip(rng.permutation(4), rng.uniform(-1, 1, 4)):
             if change == 0:
-                image = TF.adjust_brightness(image, 1 + 0.4 * amount)
+                image = TF.adjust_brightness(image, 1 + how.brightness * amount)
             elif change == 1:
-                image = TF.adjust_contrast(image, 1 + 0.4 * amount)
+                image = TF.adjust_contrast(image, 1 + how.contrast * amount)
             elif change == 2:
-                image = TF.adjust_saturation(image, 1 + 0.4 * amount)
+                image = TF.adjust_saturation(image, 1 + how.saturation * amount)
             else:
-                image = TF.adjust_hue(image, 0.1 * amount)
-    if rng.random() < 0.25:
+                image = TF.adjust_hue(image, how.hue * amount)
+    if rng.random() < how.grey:
         image = TF.rgb_to_grayscale(image, num_output_channels=3)
-    if rng.random() < 0.8:
-        sigma = rng.uniform(0.1, 2.0)
+    if rng.random() < how.blur:
+        sigma = rng.uniform(how.blur_min, how.blur_max)
         image = TF.gaussian_blur(image, [2 * int(np.ceil(3 * sigma)) + 1] * 2, [sigma] * 2)
     h, w = image.shape[-2:]
-    ch, cw = (int(side * rng.uniform(1 / 8, 1 / 4)) for side in (h, w))
+    ch, cw = (int(side * rng.uniform(how.cutout_min, how.cutout_max)) for side in (h, w))
     y, x = int(rng.integers(0, h - ch + 1)), int(rng.integers(0, w - cw + 1))
     visible = torch.ones(h, w, dtype=torch.bool)
     visible[y : y + ch, x : x + cw] = False
@@ -161,9 +165,10 @@ class Crops(Dataset):
         seed: int,
         *,
         strong: bool,
+        augmentation: Augmentation = Augmentation(),
     ):
         self.samples, self.size, self.scale = samples, size, scale
-        self.seed, self.strong = seed, strong
+        self.seed, self.strong, self.augmentation = seed, strong, augmentation
 
     def __getitem__(self, index: int) -> tuple[Sample, Tensor | None, Tensor | None]:
         turn, position = divmod(index, len(self.samples))
@@ -171,10 +176,11 @@ class Crops(Dataset):
             len(self.samples)
         )
         rng = np.random.default_rng([self.seed, self.strong, turn, position])
-        crop = random_crop(self.samples[int(order[position])], self.size, self.scale, rng)
+        crop = random_crop(self.samples[int(order[position])], self.size, self.scale, rng,
+                           self.augmentation.flip)
         if not self.strong:
             return crop, None, None
-        return crop, *strong_view(to_tensor(crop.image), rng)
+        return crop, *strong_view(to_tensor(crop.image), rng, self.augmentation)
 
 
 def collate(items: list[tuple[Sample, Tensor | None, Tensor | None]]) -> Batch:
