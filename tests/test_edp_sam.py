@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 
 import numpy as np
 import pandas as pd
@@ -241,9 +243,9 @@ class Dataset:
 
     settings = {"max_side": None}
 
-    def __init__(self, broken=()):
+    def __init__(self, broken=(), mended=()):
         self.ids = [f"IMG_{k}" for k in range(5)]
-        self.broken = broken
+        self.broken, self.mended = broken, mended
 
     def __len__(self):
         return 5
@@ -255,8 +257,8 @@ class Dataset:
         repairs = {"clipped": i} if i else {}
         return Sample(picture((24, 24), i), points, None, self.ids[i], repairs=repairs)
 
-    def checksum(self):
-        return "0" * 64
+    def image_checksum(self, i):
+        return f"{i}, {'mended' if i in self.mended else 'as it was'}"
 
 
 @pytest.mark.parametrize("by_size, distance, asked", [
@@ -302,8 +304,9 @@ class Counting(ClassicalSegmenter):
         super().set_image(image)
 
 
-def masks(out, segmenter, indices=range(5), broken=(), **options):
-    return mask_dataset(Dataset(broken), indices, segmenter, out, progress=False, **options)
+def masks(out, segmenter, indices=range(5), broken=(), mended=(), **options):
+    return mask_dataset(
+        Dataset(broken, mended), indices, segmenter, out, progress=False, **options)
 
 
 def test_masks_of_a_data_set_can_be_read_back(tmp_path):
@@ -378,9 +381,105 @@ def test_masks_of_other_settings_are_made_anew(tmp_path):
     assert segmenter.images == 2
     with pytest.raises(FileNotFoundError, match="no complete masks of image IMG_4"):
         read_masks(tmp_path, "IMG_4")
-    (tmp_path / "manifest.json").write_text("{broken")
-    masks(tmp_path, segmenter, indices=[1, 2], nnec=False)
+    masks(tmp_path, segmenter, indices=[1, 2], nnec=False, depends={"code": "new"})
     assert segmenter.images == 4
+    assert files.read_json(tmp_path / "manifest.json")["depends"] == {"code": "new"}
+    masks(tmp_path, segmenter, indices=[1, 2], nnec=False)  # the other facts count no longer
+    assert segmenter.images == 6 and "depends" not in files.read_json(tmp_path / "manifest.json")
+
+
+def test_the_manifest_names_every_option_and_a_default_is_no_other_request(tmp_path):
+    masks(tmp_path, ClassicalSegmenter(), indices=[1])
+    options = files.read_json(tmp_path / "manifest.json")["options"]
+    assert options == {
+        "nnec": True, "point_prompt": True, "superpixel_prompt": True, "negatives": True,
+        "size_agreement": True, "boxes": False, "compactness": 10.0}
+    segmenter = Counting()
+    masks(tmp_path, segmenter, indices=[1], boxes=False, compactness=10.0)
+    assert segmenter.images == 0
+
+
+def test_an_image_that_was_mended_is_made_anew_and_no_other(tmp_path):
+    masks(tmp_path, ClassicalSegmenter())
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("IMG_*")}
+    segmenter = Counting()
+    masks(tmp_path, segmenter, mended=[3])
+    assert segmenter.images == 1
+    assert {p.stem for p in before if p.stat().st_mtime_ns != before[p]} == {"IMG_3"}
+    images = files.read_json(tmp_path / "manifest.json")["images"]
+    assert images["IMG_3"]["checksum"] == "3, mended" and len(images) == 5
+    masks(tmp_path, segmenter, indices=[1], mended=[3, 4])  # nobody asked for 4, but it is stale
+    assert segmenter.images == 1 and not (tmp_path / "IMG_4.png").exists()
+    assert "IMG_4" not in files.read_json(tmp_path / "manifest.json")["images"]
+
+
+@pytest.mark.parametrize("mended,made", [([], 0), ([2], 1)])
+def test_masks_that_a_killed_process_did_not_note_count_if_their_image_is_the_same(
+        tmp_path, mended, made):
+    masks(tmp_path, ClassicalSegmenter())
+    manifest = files.read_json(tmp_path / "manifest.json")
+    manifest["todo"]["IMG_2"] = manifest["images"].pop("IMG_2")["checksum"]
+    files.write_json(tmp_path / "manifest.json", manifest)
+    segmenter = Counting()
+    masks(tmp_path, segmenter, mended=mended)
+    assert segmenter.images == made
+    after = files.read_json(tmp_path / "manifest.json")
+    assert len(after["images"]) == 5 and after["todo"] == {}
+
+
+def test_only_masks_that_the_manifest_lists_are_removed(tmp_path):
+    masks(tmp_path, ClassicalSegmenter(), indices=[1, 2])
+    with pytest.raises(KeyboardInterrupt):
+        masks(tmp_path, Counting(stop_after=0), indices=[3])
+    for name in ("IMG_3.png", "IMG_3.csv", "mine.png", "mine.csv"):  # 3 was begun by us
+        (tmp_path / name).write_text("x")
+    masks(tmp_path, ClassicalSegmenter(), indices=[1], nnec=False)
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "IMG_1.png", "IMG_1.csv", "mine.png", "mine.csv", "manifest.json", "times.csv"}
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", '{"name": "app", "version": "1"}', "{broken"])
+def test_a_manifest_that_is_not_ours_is_refused_and_nothing_removed(tmp_path, content):
+    (tmp_path / "manifest.json").write_text(content)
+    files.write_png(tmp_path / "IMG_1.png", np.zeros((4, 4, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"manifest\.json: not .*give a new or empty folder"):
+        masks(tmp_path, ClassicalSegmenter())
+    assert (tmp_path / "IMG_1.png").is_file()
+    assert (tmp_path / "manifest.json").read_text() == content
+
+
+def test_an_unreadable_manifest_alone_is_written_anew(tmp_path):
+    (tmp_path / "manifest.json").write_text("{broken")
+    masks(tmp_path, ClassicalSegmenter(), indices=[1])
+    assert list(files.read_json(tmp_path / "manifest.json")["images"]) == ["IMG_1"]
+
+
+def test_half_written_files_are_removed_once_they_are_old(tmp_path):
+    young, old = tmp_path / ".partial-young.png", tmp_path / ".partial-old.png"
+    for path in (young, old):
+        path.write_bytes(b"half")
+    os.utime(old, (time.time() - 7200,) * 2)
+    masks(tmp_path, ClassicalSegmenter(), indices=[1])
+    assert young.is_file() and not old.exists()
+
+
+def test_failures_of_images_that_nobody_asked_for_this_time_stay_listed(tmp_path):
+    with pytest.raises(edp_sam.MasksFailed):
+        masks(tmp_path, ClassicalSegmenter(), broken=(1, 3))
+    masks(tmp_path, ClassicalSegmenter(), indices=[2, 3])
+    assert list(files.read_json(tmp_path / "manifest.json")["failed"]) == ["IMG_1"]
+    with pytest.raises(edp_sam.MasksFailed, match="for 1 of 1 images, the first IMG_3"):
+        masks(tmp_path, ClassicalSegmenter(), indices=[3], broken=(3,), mended=[3])
+
+
+@pytest.mark.parametrize("name", ["worst", "times", "coco", "manifest", "Worst"])
+def test_an_image_with_the_name_of_our_own_files_is_refused(tmp_path, name):
+    dataset = Dataset()
+    dataset.ids[2] = name
+    with pytest.raises(ValueError, match=f"image {name}: .*rename the image"):
+        mask_dataset(dataset, [1, 2], ClassicalSegmenter(), tmp_path, progress=False)
+    assert not list(tmp_path.iterdir())
+    mask_dataset(dataset, [1], ClassicalSegmenter(), tmp_path, progress=False)
 
 
 def test_one_broken_image_does_not_cost_the_others(tmp_path):
