@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import nbformat
 import numpy as np
 import pytest
 from skimage.measure import label as connected_components
@@ -159,3 +162,19 @@ def test_sliders_of_an_image_without_heads_do_nothing(folder):
     tool.rank.value = 5
     tool.name.value = "IMG_0"
     assert tool.status.value == "IMG_0 has no heads"
+
+
+def test_the_notebook_makes_masks_only_where_there_are_none(tmp_path, monkeypatch):
+    path = Path(__file__).parents[1] / "notebooks" / "14_correct_masks.ipynb"
+    source = [cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"][1]
+    monkeypatch.setattr("xmask.study.check_parameters", lambda cells: None)
+    monkeypatch.setattr("xmask.study.enter_root", lambda: None)
+    monkeypatch.setattr("xmask.data.open_dataset", lambda *_: Dataset())
+    values = {"dataset": "sha", "root": "", "split": "train", "worst": 2, "In": [],
+              "segmenter": "classical", "masks": str(tmp_path / "new")}
+    exec(source, dict(values))
+    assert (tmp_path / "new" / "IMG_4.csv").is_file()
+    made = masks(tmp_path / "made", ClassicalSegmenter(), nnec=False)
+    before = {p: p.stat().st_mtime_ns for p in made.iterdir()}
+    exec(source, {**values, "masks": str(made)})
+    assert {p: p.stat().st_mtime_ns for p in made.iterdir()} == before
