@@ -178,7 +178,9 @@ def test_one_image_and_a_table_of_points(tmp_path, capsys):
     assert files.read_json(tmp_path / "out" / "manifest.json")["images"]["photo"]["repairs"] == {
         "clipped": 1}
     for content, found in (("a,b\n1,2\n", "expected a table with columns x and y"),
-                           ("x,y\n1,2\n3,somewhere\n", "line 3 is"), ("", "columns x and y")):
+                           ("x,y\n1,2\n3,somewhere\n", "line 3 is"), ("", "columns x and y"),
+                           ("x,y\n10,20,5\n", "more fields than the header (x, y)"),
+                           ("x,y\n1,2\n10,20,5\n", "columns x and y")):
         (tmp_path / "dots.csv").write_text(content)
         assert main(arguments) == 1
         assert found in capsys.readouterr().err
