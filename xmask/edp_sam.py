@@ -943,7 +943,8 @@ def _remove_abandoned(out: Path) -> None:
 def _read_manifest(out: Path) -> dict[str, Any]:
     """The manifest of a folder of masks, {} for a folder that holds none of ours or others'."""
     path = out / "manifest.json"
-    foreign = sorted((*out.glob("*.png"), *out.glob("*.csv")))
+    foreign = sorted(path for kind in ("png", "csv") for path in out.glob(f"*.{kind}")
+                     if not path.name.startswith(".partial-"))
     if not path.is_file():
         if foreign:
             raise ValueError(
