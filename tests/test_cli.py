@@ -74,3 +74,18 @@ def test_errors_are_short_and_exit_with_one(arguments, message, capsys):
     assert main(arguments) == 1
     shown = capsys.readouterr().err
     assert message in shown and "Traceback" not in shown
+
+
+@pytest.mark.parametrize("command,module,found", [
+    ("masks --dataset sha --root x --out y", "xmask.data.open_dataset", "goes on from here"),
+    ("train-sam --out x", "xmask.sam_training.train", "begins anew"),
+    ("edp-study --out x", "xmask.edp_study.run", "goes on from here"),
+    ("edp-study --out x --boxes", "xmask.edp_study.run_boxes", "begins anew"),
+])
+def test_a_stopped_command_says_whether_it_goes_on(command, module, found, monkeypatch, capsys):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, stop)
+    assert main(command.split()) == 130
+    assert capsys.readouterr().err == f"\nstopped; the same command {found}\n"

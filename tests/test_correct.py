@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import nbformat
 import numpy as np
 import pytest
 from skimage.measure import label as connected_components
@@ -100,3 +103,78 @@ def test_edits_of_other_automatic_masks_are_refused(folder):
 def test_a_folder_without_masks_is_named(tmp_path):
     with pytest.raises(ValueError, match="run `xmask masks` first"):
         correct.Corrector(Dataset(), tmp_path, ClassicalSegmenter())
+
+
+class Blind(ClassicalSegmenter):
+    """Finds nothing, whatever it is asked."""
+
+    def predict(self, prompts, head, pixel):
+        logits, scores = super().predict(prompts, head, pixel)
+        return -np.abs(logits) - 1, scores
+
+
+def test_a_prompt_that_finds_nothing_leaves_the_mask_and_says_so(folder):
+    sample, points, labels = state(folder)
+    x, y = points[1]
+    edit = {"head": 2, "action": "prompt", "box": [x - 3, y - 3, x + 3, y + 3]}
+    with pytest.raises(ValueError, match="of head 2: the segmenter finds no mask there"):
+        correct.apply(labels, points, [edit], sample.image, Blind())
+    tool = correct.Corrector(Dataset(), folder, Blind(), ["IMG_4"])
+    tool.buttons["prompt"].click()
+    assert "finds no mask" in tool.status.value and tool.edits == []
+    assert (tool.labels == labels).all() and not (folder / "corrected").exists()
+
+
+def test_every_prompt_says_which_segmenter_answered(folder):
+    tool = correct.Corrector(Dataset(), folder, ClassicalSegmenter(), ["IMG_4"])
+    tool.buttons["prompt"].click()
+    tool.buttons["disc"].click()
+    prompt, disc = correct.read_edits(folder, "IMG_4")
+    assert prompt["segmenter"] == ClassicalSegmenter().describe() and "segmenter" not in disc
+    path = folder / "corrected" / "IMG_4.json"
+    old = files.read_json(path)  # as the first version wrote it
+    del old["edits"][0]["segmenter"]
+    files.write_json(path, {**old, "segmenter": {"kind": "another"}})
+    prompt, disc = correct.read_edits(folder, "IMG_4")
+    assert prompt["segmenter"] == {"kind": "another"} and "segmenter" not in disc
+
+
+def test_an_image_that_cannot_be_read_leaves_the_one_before(folder):
+    tool = correct.Corrector(Dataset(), folder, ClassicalSegmenter(), ["IMG_4", "IMG_3"])
+    labels = tool.labels
+    (folder / "IMG_3.png").write_bytes(b"half a file")
+    with pytest.raises(ValueError, match="not a readable PNG"):
+        tool.name.value = "IMG_3"
+    assert "IMG_3 cannot be shown" in tool.status.value and tool.buttons["drop"].disabled
+    assert len(tool.points) == len(tool.table) == 8 and tool.labels is labels
+    assert tool.sample.name == "IMG_4"
+    tool.act("drop")  # should anybody still do it, it is noted for the image that is shown
+    assert [p.name for p in sorted((folder / "corrected").iterdir())] == [
+        "IMG_4.json", "IMG_4.png"]
+
+
+def test_sliders_of_an_image_without_heads_do_nothing(folder):
+    tool = correct.Corrector(Dataset(), folder, ClassicalSegmenter(), ["IMG_0", "IMG_4"])
+    tool.across.value = (3, 9)
+    tool.rank.value = 2
+    assert tool.status.value == "IMG_0 has no heads"
+    tool.name.value = "IMG_4"
+    tool.rank.value = 5
+    tool.name.value = "IMG_0"
+    assert tool.status.value == "IMG_0 has no heads"
+
+
+def test_the_notebook_makes_masks_only_where_there_are_none(tmp_path, monkeypatch):
+    path = Path(__file__).parents[1] / "notebooks" / "14_correct_masks.ipynb"
+    source = [cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"][1]
+    monkeypatch.setattr("xmask.study.check_parameters", lambda cells: None)
+    monkeypatch.setattr("xmask.study.enter_root", lambda: None)
+    monkeypatch.setattr("xmask.data.open_dataset", lambda *_: Dataset())
+    values = {"dataset": "sha", "root": "", "split": "train", "worst": 2, "In": [],
+              "segmenter": "classical", "masks": str(tmp_path / "new")}
+    exec(source, dict(values))
+    assert (tmp_path / "new" / "IMG_4.csv").is_file()
+    made = masks(tmp_path / "made", ClassicalSegmenter(), nnec=False)
+    before = {p: p.stat().st_mtime_ns for p in made.iterdir()}
+    exec(source, {**values, "masks": str(made)})
+    assert {p: p.stat().st_mtime_ns for p in made.iterdir()} == before

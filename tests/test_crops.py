@@ -60,3 +60,12 @@ def test_the_plan_follows_the_radii_and_not_a_fixed_grid():
 def test_neighbouring_crops_overlap_by_two_fifths():
     starts, side = crops.crop_starts(np.arange(0.0, 500.0), 500, 100)
     assert side == 100 and set(np.diff(np.unique(starts))) <= {57, 58}
+
+
+def test_an_original_sam_sees_46_crops_of_an_image_at_most():
+    grid = np.stack(np.meshgrid(np.arange(0, 400, 5), np.arange(0, 400, 5)), -1).reshape(-1, 2)
+    views = {view for radius in (30, 15, 1)
+             for view in plan(grid, radius, (400, 400), max_zoom=4, side=1024, cells=256)[0]}
+    assert len(views) <= 1 + 9 + 36
+    small = [view for view in plan(grid, 1, (400, 400), max_zoom=4, side=128, cells=64)[0]]
+    assert len(small) == 36 and 2 * 1 * 64 / small[0].width < crops.HEAD_CELLS

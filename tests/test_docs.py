@@ -61,6 +61,13 @@ def test_every_command_of_a_shell_block_exists(text):
         CHECKS[Path(words[0]).name](words[1:])
 
 
+def test_examples_of_masks_do_not_share_a_folder():
+    # Masks of another request are removed from it: whoever tries both would lose the first.
+    folders = [words[words.index("--out") + 1] for words in map(
+        shlex.split, re.findall(r"^\S*xmask (masks .*--out \S+)", README, re.MULTILINE))]
+    assert len(folders) >= 2 and len(set(folders)) == len(folders)
+
+
 def check_xmask(words):
     _parser().parse_args(words)  # a wrong word ends in SystemExit
     assert not any(word.startswith("--set") for word in words) or config.override(

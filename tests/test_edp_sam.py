@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 
 import numpy as np
 import pandas as pd
@@ -208,6 +210,109 @@ def test_the_record_says_which_prompt_of_which_segmenter_made_a_mask(segmenter, 
     assert "merged" in set(table["source"]) <= set(source_names(segmenter))
 
 
+# -- the rule that scores candidates and merges them, on candidates made by hand ---------------
+
+class ByHand:
+    """One head at (20, 20) of an image of 41 x 41 px, looked at within 14 px, and its candidates."""
+
+    def __init__(self, region_radius=5.0):
+        self.head, self.pixel = nnec.incidence(np.array([[20.0, 20.0]]), np.array([14.0]), (41, 41))
+        self.y, self.x = np.divmod(self.pixel, 41)
+        self.squared = (self.x - 20.0) ** 2 + (self.y - 20.0) ** 2
+        self.region = self.squared <= region_radius**2
+
+    def disc(self, radius, right=0):
+        """Logits (M,) of a disc whose middle lies `right` px beside the head."""
+        away = np.hypot(self.x - 20 - right, self.y - 20)
+        return np.clip(radius + 0.5 - away, -5, 5)
+
+    def choose(self, *candidates, scale=5.0, superpixels=True):
+        """Logits (M,), score and source of the head. candidates: source, logits, predicted IoU."""
+        logit, score, source = edp_sam.choose(
+            [(name, logits, np.array([quality])) for name, logits, quality in candidates],
+            self.region if superpixels else None,
+            None if scale is None else np.array([scale]), self.head, self.squared)
+        return logit, score[0], source[0]
+
+
+def test_two_prompts_that_agree_are_merged_and_the_superpixels_vote():
+    one = ByHand()
+    first, second = one.disc(5), one.disc(5, right=1)
+    logit, score, source = one.choose(("point", first, 0.8), ("superpixel", second, 0.6))
+    assert source == "merged"
+    vote = np.where(one.region, edp_sam._VOTE, -edp_sam._VOTE)
+    np.testing.assert_allclose(logit, (first + second) / 2 + vote + edp_sam._DOUBT)
+    # The score is the better one's; the more they agree, the higher.
+    closer = one.choose(("point", first, 0.8), ("superpixel", first, 0.6))[1]
+    assert 0.4 * 0.8 < score <= closer <= 0.8
+
+
+def test_of_two_prompts_that_disagree_the_better_one_stands_as_it_is():
+    one = ByHand()
+    large, small = one.disc(6), one.disc(3)  # IoU 1/4
+    for qualities, found, kept in (((0.9, 0.3), "point", large), ((0.3, 0.9), "superpixel", small)):
+        logit, _, source = one.choose(
+            ("point", large, qualities[0]), ("superpixel", small, qualities[1]), scale=None)
+        assert source == found
+        np.testing.assert_allclose(logit, kept + edp_sam._DOUBT)
+
+
+def test_the_point_candidate_is_merged_that_agrees_best_with_the_superpixels():
+    one = ByHand()
+    logit, _, source = one.choose(
+        ("point", one.disc(12), 0.7), ("point", one.disc(5), 0.7), ("point", one.disc(2), 0.7),
+        ("superpixel", one.disc(5), 0.7), scale=None)
+    assert source == "merged" and ((logit > 0) == (one.disc(5) > 0)).mean() > 0.95
+
+
+@pytest.mark.parametrize("scale,radius", [(5.0, 5), (10.0, 10), (None, 10)])
+def test_a_mask_of_a_size_that_no_head_has_loses(scale, radius):
+    one = ByHand()
+    logit, _, source = one.choose(("point", one.disc(5), 0.8), ("point", one.disc(10), 0.9),
+                                  scale=scale, superpixels=False)
+    assert source == "point"
+    np.testing.assert_allclose(logit, one.disc(radius) + edp_sam._DOUBT)
+
+
+def test_a_mask_beside_its_head_loses_to_a_much_less_certain_one_that_holds_it():
+    one = ByHand()
+    beside, around = one.disc(4, right=9), one.disc(4)
+    logit, score, _ = one.choose(("point", beside, 0.9), ("point", around, 0.3),
+                                 scale=4.0, superpixels=False)
+    np.testing.assert_allclose(logit, around + edp_sam._DOUBT)
+    assert score == pytest.approx(0.3, rel=0.1)
+    alone = one.choose(("point", beside, 0.9), scale=4.0, superpixels=False)[1]
+    assert alone == pytest.approx(0.09, rel=0.1)  # a tenth of what it would score on its head
+
+
+def test_a_candidate_below_the_floor_is_not_merged_and_an_empty_one_scores_nothing():
+    one = ByHand()
+    disc = one.disc(5)
+    logit, _, source = one.choose(("point", disc, 0.8), ("superpixel", disc, 0.01))
+    assert source == "point"
+    np.testing.assert_allclose(logit, disc + edp_sam._DOUBT)
+    assert one.choose(("point", disc * 0 - 1, 1.0), superpixels=False)[1] == 0
+
+
+@pytest.mark.parametrize("quality,failed", [(0.5 * edp_sam._FLOOR, True), (0.5, False)])
+def test_a_head_whose_candidates_are_below_the_floor_gets_a_disc(quality, failed):
+    points = np.array([[30.0, 40.0], [70.0, 40.0]])
+
+    class Unsure(ClassicalSegmenter):
+        def predict(self, prompts, head, pixel):
+            y, x = np.divmod(pixel, 100)
+            away = np.hypot(x - points[head, 0], y - points[head, 1])
+            count = 3 if prompts.multimask else 1
+            found = np.clip(8 - away, -5, 5).astype(np.float32)
+            return (np.stack([found] * count),
+                    np.full((len(prompts), count), quality, np.float32))
+
+    labels, table = generate_masks(picture((80, 100)), points, Unsure(), superpixel_prompt=False)
+    assert (table["source"] == "disc").eq(failed).all()
+    assert table["flags"].str.contains("failed").eq(failed).all()
+    assert (table["area"] > 0).all() and set(np.unique(labels)) == {0, 1, 2}
+
+
 def test_an_isolated_head_is_judged_by_its_row_not_by_its_circle():
     grid = np.stack(np.meshgrid(np.arange(10, 100, 10.0), np.arange(60, 100, 10.0)), -1)
     points = np.concatenate([grid.reshape(-1, 2), [[300.0, 80.0]]])
@@ -241,9 +346,9 @@ class Dataset:
 
     settings = {"max_side": None}
 
-    def __init__(self, broken=()):
+    def __init__(self, broken=(), mended=()):
         self.ids = [f"IMG_{k}" for k in range(5)]
-        self.broken = broken
+        self.broken, self.mended = broken, mended
 
     def __len__(self):
         return 5
@@ -255,8 +360,8 @@ class Dataset:
         repairs = {"clipped": i} if i else {}
         return Sample(picture((24, 24), i), points, None, self.ids[i], repairs=repairs)
 
-    def checksum(self):
-        return "0" * 64
+    def image_checksum(self, i):
+        return f"{i}, {'mended' if i in self.mended else 'as it was'}"
 
 
 @pytest.mark.parametrize("by_size, distance, asked", [
@@ -302,8 +407,9 @@ class Counting(ClassicalSegmenter):
         super().set_image(image)
 
 
-def masks(out, segmenter, indices=range(5), broken=(), **options):
-    return mask_dataset(Dataset(broken), indices, segmenter, out, progress=False, **options)
+def masks(out, segmenter, indices=range(5), broken=(), mended=(), **options):
+    return mask_dataset(
+        Dataset(broken, mended), indices, segmenter, out, progress=False, **options)
 
 
 def test_masks_of_a_data_set_can_be_read_back(tmp_path):
@@ -378,9 +484,105 @@ def test_masks_of_other_settings_are_made_anew(tmp_path):
     assert segmenter.images == 2
     with pytest.raises(FileNotFoundError, match="no complete masks of image IMG_4"):
         read_masks(tmp_path, "IMG_4")
-    (tmp_path / "manifest.json").write_text("{broken")
-    masks(tmp_path, segmenter, indices=[1, 2], nnec=False)
+    masks(tmp_path, segmenter, indices=[1, 2], nnec=False, depends={"code": "new"})
     assert segmenter.images == 4
+    assert files.read_json(tmp_path / "manifest.json")["depends"] == {"code": "new"}
+    masks(tmp_path, segmenter, indices=[1, 2], nnec=False)  # the other facts count no longer
+    assert segmenter.images == 6 and "depends" not in files.read_json(tmp_path / "manifest.json")
+
+
+def test_the_manifest_names_every_option_and_a_default_is_no_other_request(tmp_path):
+    masks(tmp_path, ClassicalSegmenter(), indices=[1])
+    options = files.read_json(tmp_path / "manifest.json")["options"]
+    assert options == {
+        "nnec": True, "point_prompt": True, "superpixel_prompt": True, "negatives": True,
+        "size_agreement": True, "boxes": False, "compactness": 10.0}
+    segmenter = Counting()
+    masks(tmp_path, segmenter, indices=[1], boxes=False, compactness=10.0)
+    assert segmenter.images == 0
+
+
+def test_an_image_that_was_mended_is_made_anew_and_no_other(tmp_path):
+    masks(tmp_path, ClassicalSegmenter())
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("IMG_*")}
+    segmenter = Counting()
+    masks(tmp_path, segmenter, mended=[3])
+    assert segmenter.images == 1
+    assert {p.stem for p in before if p.stat().st_mtime_ns != before[p]} == {"IMG_3"}
+    images = files.read_json(tmp_path / "manifest.json")["images"]
+    assert images["IMG_3"]["checksum"] == "3, mended" and len(images) == 5
+    masks(tmp_path, segmenter, indices=[1], mended=[3, 4])  # nobody asked for 4, but it is stale
+    assert segmenter.images == 1 and not (tmp_path / "IMG_4.png").exists()
+    assert "IMG_4" not in files.read_json(tmp_path / "manifest.json")["images"]
+
+
+@pytest.mark.parametrize("mended,made", [([], 0), ([2], 1)])
+def test_masks_that_a_killed_process_did_not_note_count_if_their_image_is_the_same(
+        tmp_path, mended, made):
+    masks(tmp_path, ClassicalSegmenter())
+    manifest = files.read_json(tmp_path / "manifest.json")
+    manifest["todo"]["IMG_2"] = manifest["images"].pop("IMG_2")["checksum"]
+    files.write_json(tmp_path / "manifest.json", manifest)
+    segmenter = Counting()
+    masks(tmp_path, segmenter, mended=mended)
+    assert segmenter.images == made
+    after = files.read_json(tmp_path / "manifest.json")
+    assert len(after["images"]) == 5 and after["todo"] == {}
+
+
+def test_only_masks_that_the_manifest_lists_are_removed(tmp_path):
+    masks(tmp_path, ClassicalSegmenter(), indices=[1, 2])
+    with pytest.raises(KeyboardInterrupt):
+        masks(tmp_path, Counting(stop_after=0), indices=[3])
+    for name in ("IMG_3.png", "IMG_3.csv", "mine.png", "mine.csv"):  # 3 was begun by us
+        (tmp_path / name).write_text("x")
+    masks(tmp_path, ClassicalSegmenter(), indices=[1], nnec=False)
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "IMG_1.png", "IMG_1.csv", "mine.png", "mine.csv", "manifest.json", "times.csv"}
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", '{"name": "app", "version": "1"}', "{broken"])
+def test_a_manifest_that_is_not_ours_is_refused_and_nothing_removed(tmp_path, content):
+    (tmp_path / "manifest.json").write_text(content)
+    files.write_png(tmp_path / "IMG_1.png", np.zeros((4, 4, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"manifest\.json: not .*give a new or empty folder"):
+        masks(tmp_path, ClassicalSegmenter())
+    assert (tmp_path / "IMG_1.png").is_file()
+    assert (tmp_path / "manifest.json").read_text() == content
+
+
+def test_an_unreadable_manifest_alone_is_written_anew(tmp_path):
+    (tmp_path / "manifest.json").write_text("{broken")
+    masks(tmp_path, ClassicalSegmenter(), indices=[1])
+    assert list(files.read_json(tmp_path / "manifest.json")["images"]) == ["IMG_1"]
+
+
+def test_half_written_files_are_removed_once_they_are_old(tmp_path):
+    young, old = tmp_path / ".partial-young.png", tmp_path / ".partial-old.png"
+    for path in (young, old):
+        path.write_bytes(b"half")
+    os.utime(old, (time.time() - 7200,) * 2)
+    masks(tmp_path, ClassicalSegmenter(), indices=[1])
+    assert young.is_file() and not old.exists()
+
+
+def test_failures_of_images_that_nobody_asked_for_this_time_stay_listed(tmp_path):
+    with pytest.raises(edp_sam.MasksFailed):
+        masks(tmp_path, ClassicalSegmenter(), broken=(1, 3))
+    masks(tmp_path, ClassicalSegmenter(), indices=[2, 3])
+    assert list(files.read_json(tmp_path / "manifest.json")["failed"]) == ["IMG_1"]
+    with pytest.raises(edp_sam.MasksFailed, match="for 1 of 1 images, the first IMG_3"):
+        masks(tmp_path, ClassicalSegmenter(), indices=[3], broken=(3,), mended=[3])
+
+
+@pytest.mark.parametrize("name", ["worst", "times", "coco", "manifest", "Worst"])
+def test_an_image_with_the_name_of_our_own_files_is_refused(tmp_path, name):
+    dataset = Dataset()
+    dataset.ids[2] = name
+    with pytest.raises(ValueError, match=f"image {name}: .*rename the image"):
+        mask_dataset(dataset, [1, 2], ClassicalSegmenter(), tmp_path, progress=False)
+    assert not list(tmp_path.iterdir())
+    mask_dataset(dataset, [1], ClassicalSegmenter(), tmp_path, progress=False)
 
 
 def test_one_broken_image_does_not_cost_the_others(tmp_path):

@@ -65,7 +65,10 @@ def test_a_killed_run_leaves_nothing_half_written_and_goes_on(drawn, tmp_path):
     for path in done:
         with Image.open(path.with_suffix(".png")) as picture:
             picture.load()
-    (tmp_path / "killed" / ".partial-left.png").write_bytes(b"half")
+    left = tmp_path / "killed" / ".partial-left.png"
+    left.write_bytes(b"half")
+    for half in (tmp_path / "killed").glob(".partial-*"):
+        os.utime(half, (time.time() - 7200,) * 2)  # young ones could be another process's
     assert masks(drawn, tmp_path / "killed", *CLASSICAL) == 0
     assert {p: p.stat().st_mtime_ns for p in done} == done  # no image is made twice
     assert not list((tmp_path / "killed").glob(".partial-*"))
@@ -175,7 +178,9 @@ def test_one_image_and_a_table_of_points(tmp_path, capsys):
     assert files.read_json(tmp_path / "out" / "manifest.json")["images"]["photo"]["repairs"] == {
         "clipped": 1}
     for content, found in (("a,b\n1,2\n", "expected a table with columns x and y"),
-                           ("x,y\n1,2\n3,somewhere\n", "line 3 is"), ("", "columns x and y")):
+                           ("x,y\n1,2\n3,somewhere\n", "line 3 is"), ("", "columns x and y"),
+                           ("x,y\n10,20,5\n", "more fields than the header (x, y)"),
+                           ("x,y\n1,2\n10,20,5\n", "columns x and y")):
         (tmp_path / "dots.csv").write_text(content)
         assert main(arguments) == 1
         assert found in capsys.readouterr().err

@@ -472,6 +472,17 @@ def test_the_checksum_sees_annotations_sizes_and_names(tmp_path):
         dataset[0]
 
 
+def test_the_checksum_of_an_image_changes_with_that_image_only(tmp_path):
+    folder = build_sha(tmp_path, train=(2, 3))
+    dataset = open_dataset("sha", folder)
+    before = [dataset.image_checksum(i) for i in range(2)]
+    # One image's checksum is that of the data set with this image only, wherever it stands.
+    assert before == [dataset[:1].checksum(), dataset[1:].image_checksum(0)]
+    shanghaitech_mat(folder / "train_data/ground-truth/GT_IMG_1.mat", [[1, 2], [3, 4]])
+    after = [dataset.image_checksum(i) for i in range(2)]
+    assert after[0] != before[0] and after[1] == before[1] == dataset.image_checksum(-1)
+
+
 def test_counts_are_a_copy(tmp_path):
     dataset = open_dataset("sha", build_sha(tmp_path))
     dataset.counts()[0] = 99

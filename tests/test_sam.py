@@ -158,6 +158,16 @@ def test_training_repeats_and_leaves_a_loadable_bundle(tmp_path):
         sam_training.train(sam_training.Plan(steps=0), tmp_path / "c.safetensors")
 
 
+def test_the_last_step_is_saved_wherever_training_ends(tmp_path, monkeypatch):
+    torch.set_num_threads(1)
+    monkeypatch.setattr(sam_training, "NOTE_EVERY", 2)
+    plan = sam_training.Plan(seed=UNSEEN, scenes=1, steps=9, stop=3, crops=2, heads=3)
+    training = sam_training.train(plan, tmp_path / "a.safetensors", progress=False)["training"]
+    assert training["steps_done"] == 3 and [row["step"] for row in training["log"]] == [2, 3]
+    # The last row is the mean of one step, not half of it.
+    assert training["log"][1]["everybody"] > 0.7 * training["log"][0]["everybody"]
+
+
 def test_a_batch_puts_targets_where_the_prompts_are():
     scenes = [sam_training.draw_training_scene(UNSEEN + k) for k in range(2)]
     batch = sam_training.make_batch(scenes, np.random.default_rng(0), sam_training.Plan(), 128, 64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 
 import numpy as np
@@ -115,6 +116,17 @@ def test_composed_taps_equal_two_bilinear_steps(kept, size):
     cells = np.pad(values[0, 0].numpy(), (0, 4))
     found = (weight * cells[first[:, None] + np.arange(weight.shape[1])]).sum(axis=1)
     np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_a_sam_in_memory_is_another_one_once_it_has_learned():
+    model = tiny_sam(side=64)
+    segmenter = SamSegmenter.from_model(model)
+    before = segmenter.describe()
+    assert before["model_type"] == "in-memory" and len(before["sha256"]) == 64
+    assert SamSegmenter.from_model(copy.deepcopy(model)).describe() == before
+    with torch.no_grad():
+        model.mask_decoder.iou_token.weight[0, 0] += 1e-3
+    assert segmenter.describe()["sha256"] != before["sha256"]
 
 
 def test_a_sam_checkpoint_is_recognised_by_its_weights(tmp_path, monkeypatch):

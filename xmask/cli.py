@@ -18,7 +18,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return options.function(options)
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        print("\nstopped; the same command " + (
+            "goes on from here" if options.goes_on else "begins anew"), file=sys.stderr)
         return 130
     except (ValueError, OSError, RuntimeError) as error:
         if os.environ.get("XMASK_TRACEBACK"):
@@ -33,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(name: str, function, text: str, within=commands) -> argparse.ArgumentParser:
         made = within.add_parser(name, help=text, description=text)
-        made.set_defaults(function=function)
+        made.set_defaults(function=function, goes_on=function in _GOES_ON)
         return made
 
     made = command("reproduce", _reproduce, "run the study: what is missing or stale, then compare")
@@ -242,6 +243,7 @@ def _edp_study(o: argparse.Namespace) -> int:
     from xmask import edp_study
 
     if o.boxes:
+        o.goes_on = False  # unlike the comparison, it keeps no finished scenes
         seeds = {} if o.seed is None else {"seed": o.seed}
         print(edp_study.run_boxes(o.out, scenes=o.scenes, segmenters=o.segmenters, **seeds))
         return 0
@@ -423,3 +425,7 @@ def _numbers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.replace(",", " ").split())
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}: expected whole numbers, e.g. 5,40") from None
+
+
+# Stopped, these go on where they were; the others begin anew.
+_GOES_ON = (_reproduce, _masks, _predict, _learn, _train, _evaluate, _edp_study, _draw)

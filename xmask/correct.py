@@ -34,7 +34,7 @@ def apply(
     "prompt" (with "box", [x0, y0, x1, y1] px; needs image and segmenter). New masks stay within
     the head's exclusion circle and in one piece, and take from another head only pixels that
     are nearer to this one; what others keep stays in one piece, too.
-    Raises ValueError for an edit that cannot be.
+    Raises ValueError for an edit that cannot be, and for a prompt that finds nothing.
     """
     labels = np.array(labels, dtype=np.int32)
     points = np.asarray(points, dtype=np.float64).reshape(-1, 2)
@@ -57,7 +57,11 @@ def apply(
         away = (x - centre[0, 0]) ** 2 + (y - centre[0, 1]) ** 2
         other = points[np.maximum(owner, 1) - 1]
         nearer = away < (x - other[:, 0]) ** 2 + (y - other[:, 1]) ** 2
-        labels.ravel()[pixel[(owner == 0) | nearer]] = k
+        taken = pixel[(owner == 0) | nearer]
+        if edit["action"] == "prompt" and not len(taken):
+            raise ValueError(f"edit: box {list(edit['box'])} of head {k}: the segmenter finds no "
+                             "mask there; try another box, or 'disc', or 'drop' if that is meant")
+        labels.ravel()[taken] = k
         labels = keep_connected(labels, points)
     return labels
 
@@ -91,15 +95,15 @@ def _check(edit: dict[str, Any], heads: int) -> None:
 
 
 def save(folder: str | os.PathLike, name: str, labels: np.ndarray,
-         edits: list[dict[str, Any]], segmenter: Segmenter | None = None) -> Path:
+         edits: list[dict[str, Any]]) -> Path:
     """Write corrected/<name>.png and .json (the edits) beside the automatic masks of `folder`.
 
-    labels: (H, W) int label map. Returns the path of the .png.
+    labels: (H, W) int label map. edits: as `apply` takes them; "segmenter" in a "prompt" says
+    which one answered (its `describe()`). Returns the path of the .png.
     """
     place = Path(folder) / "corrected"
     files.write_json(place / f"{name}.json", {
-        "image": name, "automatic": files.sha256(Path(folder) / f"{name}.png"), "edits": edits,
-        "segmenter": segmenter.describe() if segmenter else None})
+        "image": name, "automatic": files.sha256(Path(folder) / f"{name}.png"), "edits": edits})
     files.write_png(place / f"{name}.png", labels.astype(np.uint16))
     return place / f"{name}.png"
 
@@ -116,7 +120,11 @@ def read_edits(folder: str | os.PathLike, name: str) -> list[dict[str, Any]]:
     if noted["automatic"] != files.sha256(Path(folder) / f"{name}.png"):
         raise ValueError(f"{path}: made for other automatic masks of {name} than {folder} holds "
                          "now; look at them again, or delete this file")
-    return noted["edits"]
+    edits = noted["edits"]
+    if noted.get("segmenter"):  # older files name one for all prompts
+        edits = [{"segmenter": noted["segmenter"], **edit} if edit["action"] == "prompt" else edit
+                 for edit in edits]
+    return edits
 
 
 def read_corrected(folder: str | os.PathLike, name: str) -> np.ndarray:
@@ -193,27 +201,33 @@ class Corrector:
         return int(self.order[self.rank.value - 1])
 
     def open(self) -> None:
-        """Another image."""
+        """Another image. If it cannot be read, the one before stays, and nothing can be pressed."""
         name = self.name.value
-        self.sample = self.dataset[self.dataset.ids.index(name)]
-        self.points = self.sample.points.astype(np.float64)
-        self.automatic = read_masks(self.folder, name)
-        self.edits = read_edits(self.folder, name)
-        self.labels = read_corrected(self.folder, name)
-        self.table = pd.read_csv(self.folder / f"{name}.csv", keep_default_na=False)
-        self.order = self.table.sort_values(["score", "head"])["head"].to_numpy()
+        try:
+            sample = self.dataset[self.dataset.ids.index(name)]
+            automatic = read_masks(self.folder, name)
+            edits = read_edits(self.folder, name)
+            labels = read_corrected(self.folder, name)
+            table = pd.read_csv(self.folder / f"{name}.csv", keep_default_na=False)
+        except (OSError, ValueError) as error:
+            for button in self.buttons.values():
+                button.disabled = True
+            self.status.value = f"{name} cannot be shown: {error}"
+            raise
+        self.opened, self.sample, self.points = name, sample, sample.points.astype(np.float64)
+        self.automatic, self.edits, self.labels, self.table = automatic, edits, labels, table
+        self.order = table.sort_values(["score", "head"])["head"].to_numpy()
         for button in self.buttons.values():
             button.disabled = not len(self.order)
-        if not len(self.order):
-            self.picture.value = _png(self.sample.image)
-            self.status.value = f"{name} has no heads"
-            return
-        self.rank.max = len(self.order)
+        self.rank.max = max(len(self.order), 1)
         self.rank.value = 1
         self.look()
 
     def look(self) -> None:
         """Another head: the box starts around its mask."""
+        if not len(self.order):
+            self.show()
+            return
         k = self.head
         y, x = np.nonzero(self.labels == k)
         centre, reach = self.points[k - 1], 2 * float(self.table["radius"][k - 1])
@@ -229,6 +243,10 @@ class Corrector:
 
     def show(self) -> None:
         """Draw the head, and say what is known of it."""
+        if not len(self.order):
+            self.picture.value = _png(self.sample.image)
+            self.status.value = f"{self.opened} has no heads"
+            return
         k = self.head
         row = self.table.iloc[k - 1]
         self.picture.value = _png(close_up(
@@ -245,21 +263,21 @@ class Corrector:
     def act(self, action: str) -> None:
         """One press of a button."""
         if action == "undo":
-            self.edits = self.edits[:-1]
-            self.labels = apply(self.automatic, self.points, self.edits, self.sample.image,
-                                self.segmenter)
+            before, edits = self.automatic, self.edits[:-1]
+            todo = edits
         else:
             extra = {"disc": {"radius": float(self.radius.value)},
-                     "prompt": {"box": self.box}}.get(action, {})
-            edit = {"head": self.head, "action": action, **extra}
-            try:
-                self.labels = apply(self.labels, self.points, [edit], self.sample.image,
-                                    self.segmenter)
-            except ValueError as error:
-                self.status.value = str(error)
-                return
-            self.edits = [*self.edits, edit]
-        save(self.folder, self.name.value, self.labels, self.edits, self.segmenter)
+                     "prompt": {"box": self.box, "segmenter": self.segmenter.describe()},
+                     }.get(action, {})
+            todo = [{"head": self.head, "action": action, **extra}]
+            before, edits = self.labels, self.edits + todo
+        try:
+            self.labels = apply(before, self.points, todo, self.sample.image, self.segmenter)
+        except ValueError as error:
+            self.status.value = str(error)
+            return
+        self.edits = edits
+        save(self.folder, self.opened, self.labels, self.edits)
         self.show()
 
 

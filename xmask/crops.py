@@ -2,7 +2,8 @@
 
 Part of EDP-SAM; the paper does not describe it, this is our reading. The Segment Anything
 Model loses objects of a few pixels of its input. Every head therefore asks for a crop in which
-it spans at least `HEAD_CELLS` cells of the model's masks. Crops come in octaves of size, lie on
+it spans `HEAD_CELLS` cells of the model's masks or more; a small head in a large image gets
+fewer where `max_zoom` or `MOST_ENLARGED` ends the enlarging. Crops come in octaves of size, lie on
 a grid that overlaps by two fifths, and exist only where heads ask for them: where a crowd is
 dense and distant there are many small ones, where it is near the whole image will do. Every
 head is decided in the crop of its octave in which it is most central.
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-HEAD_CELLS = 7.0  # a head's diameter in mask cells, at least, and less than twice that
+HEAD_CELLS = 7.0  # a head's diameter in mask cells that is wanted, and less than twice that
 STRIDE = 0.6  # of a crop's side, from one crop to the next: no head nearer than 0.2 to an edge
 MOST_ENLARGED = 8.0  # pixels of the model's input per pixel of the image
 

@@ -26,6 +26,7 @@ Candidates live on the sparse list of (head, pixel) pairs; there is never an N x
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import threading
@@ -66,6 +67,10 @@ COLUMNS = ["head", "x", "y", "radius", "score", "source", "area", "flags"]
 ALGORITHM = 4
 
 _NOTE_EVERY = 10.0  # seconds between two writes of a growing manifest
+_ABANDONED = 3600.0  # seconds after which a half-written file is nobody's
+_OWN_FILES = ("manifest", "times", "coco", "worst")  # beside the masks; no image's names
+_PROGRESS = ("images", "failed", "todo")  # of a manifest; the rest is what masks depend on
+_KEYS = {"algorithm", "segmenter", "options", "dataset", "images", "failed"}
 
 # All constants are ours unless said otherwise, set on drawn scenes (seeds 1000 to 1005).
 _WINDOW = 25  # heads at similar image height that tell the local head radius
@@ -643,13 +648,19 @@ def _squared_distance(
 
 # -- a whole data set ------------------------------------------------------------------------
 
+# On record, options hold what nobody chose, too. Head sizes come from the samples, if wanted.
+_DEFAULTS = {name: one.default for name, one in inspect.signature(generate_masks).parameters.items()
+             if one.kind is one.KEYWORD_ONLY} | {"boxes": False}
+
+
 class MasksFailed(RuntimeError):
     """Some images got no masks; the rest of the data set did."""
 
 
 def mask_dataset(
     dataset: Any, indices: Iterable[int], segmenter: Segmenter, out: str | os.PathLike, *,
-    workers: int = 1, threads: int = 1, progress: bool = True, **options: Any,
+    workers: int = 1, threads: int = 1, progress: bool = True,
+    depends: dict[str, Any] | None = None, **options: Any,
 ) -> Path:
     """Masks of many images as a folder; run again after an interruption, it goes on.
 
@@ -658,50 +669,83 @@ def mask_dataset(
     workers: processes; above 1 they are spawned, so a script needs the usual
     `if __name__ == "__main__":`. threads: of the segmenter in each; its last bits may depend
     on this number, while no result depends on the number of workers.
+    depends: further facts that the masks depend on (JSON values, such as versions): masks made
+    under other ones are made anew. They are stored as "depends".
 
     Writes into `out`, per image, <id>.png (label map, 16-bit grey) and then <id>.csv (table),
     each in one move, so that an image with both is complete whenever the process is stopped.
-    manifest.json holds what the masks depend on (options, segmenter, data checksum, algorithm),
-    and for each image its statistics, what was repaired in its annotation, or why it failed.
-    Images complete under the same manifest are skipped; masks of another one are removed.
+    manifest.json holds what all masks depend on (algorithm, segmenter, every option, settings of
+    the data set), and for each image its checksum, statistics, and what was repaired in its
+    annotation, or why it failed, or that it is still to do.
+    Images complete under the same manifest are skipped unless their own checksum changed; masks
+    that the manifest of another request lists are removed, other files are left alone.
     times.csv tells how long the images of this call took, and the memory used.
 
     Returns `out`. An image that fails does not stop the others.
     Raises MasksFailed at the end if any failed, and ValueError at once if `out` holds pictures
-    or tables but no manifest: that is somebody else's folder.
+    or tables without a manifest of ours: that is somebody else's folder; or if an image has the
+    name of a file that this package writes beside the masks.
     """
     if workers < 1 or threads < 1:
         raise ValueError(f"workers, threads: {workers}, {threads}; each has to be 1 or more")
     out = Path(out)
+    indices = list(indices)
+    chosen = {dataset.ids[i] for i in indices}
+    for name in sorted(chosen):
+        if name.lower() in _OWN_FILES:
+            raise ValueError(
+                f"image {name}: {out} has files of its own with this name ("
+                f"{', '.join(_OWN_FILES)} are taken); rename the image and its annotation")
     out.mkdir(parents=True, exist_ok=True)
     request = json.loads(json.dumps({
-        "algorithm": ALGORITHM, "segmenter": segmenter.describe(), "options": options,
-        "dataset": {"checksum": dataset.checksum(), "settings": dataset.settings}}))
+        "algorithm": ALGORITHM, "segmenter": segmenter.describe(),
+        "options": {**_DEFAULTS, **options}, "dataset": dataset.settings,
+        **({} if depends is None else {"depends": depends})}))
     manifest = _read_manifest(out)
-    for half in out.glob(".partial-*"):  # of a process that was killed
-        half.unlink()
-    if {key: manifest.get(key) for key in request} != request:
+    _remove_abandoned(out)
+    statistics: dict[str, Any] = dict(manifest.get("images", {}))
+    failures: dict[str, str] = dict(manifest.get("failed", {}))
+    # Checksums of what was begun: a process that is killed leaves masks that it has not noted.
+    begun: dict[str, str] = dict(manifest.get("todo", {}))
+    if {key: value for key, value in manifest.items() if key not in _PROGRESS} != request:
         # Removed before the new manifest is there: stopped in between, the old one is still
         # true of what is left.
-        for stale in (*out.glob("*.csv"), *out.glob("*.png")):
-            stale.unlink()
-        manifest = {}
-    statistics: dict[str, Any] = dict(manifest.get("images", {}))
-    failures: dict[str, str] = {}
+        for name in (*statistics, *failures, *begun):
+            _remove_masks(out, name)
+        statistics, failures, begun = {}, {}, {}
+    checksums = {name: dataset.image_checksum(i) for i, name in enumerate(dataset.ids)
+                 if name in chosen or name in statistics}
+    for name in list(statistics):
+        if name in checksums and statistics[name]["checksum"] != checksums[name]:
+            _remove_masks(out, name)
+            del statistics[name]
+    todo = []
+    for i in indices:
+        name = dataset.ids[i]
+        failures.pop(name, None)
+        if is_complete(out, name) and name in statistics:
+            continue
+        if is_complete(out, name) and begun.get(name) == checksums[name]:
+            table = pd.read_csv(out / f"{name}.csv", keep_default_na=False)
+            statistics[name] = {"checksum": checksums[name],
+                                **_statistics(table, dataset[i].repairs, segmenter)}
+            continue
+        statistics.pop(name, None)
+        _remove_masks(out, name)  # so that no old table stands beside a new label map
+        begun[name] = checksums[name]
+        todo.append(i)
+    order = list(dict.fromkeys((*dataset.ids, *statistics, *failures, *begun)))
     times: list[dict[str, Any]] = []
 
     def note() -> None:
-        done = {name: statistics[name] for name in dataset.ids if name in statistics}
-        files.write_json(out / "manifest.json", {**request, "images": done, "failed": failures})
+        files.write_json(out / "manifest.json", {
+            **request,
+            "images": {name: statistics[name] for name in order if name in statistics},
+            "failed": {name: failures[name] for name in order if name in failures},
+            "todo": {name: begun[name] for name in order
+                     if name in begun and name not in statistics and name not in failures}})
 
     note()
-    indices = list(indices)
-    complete = [i for i in indices if is_complete(out, dataset.ids[i])]
-    for i in complete:
-        if dataset.ids[i] not in statistics:  # finished, but stopped before it was noted
-            table = pd.read_csv(out / f"{dataset.ids[i]}.csv", keep_default_na=False)
-            statistics[dataset.ids[i]] = _statistics(table, dataset[i].repairs, segmenter)
-    todo = [i for i in indices if i not in set(complete)]
     job = _Job(dataset, segmenter, out, threads, options)
     noted = time.monotonic()
     results = _in_order(job, todo) if workers == 1 else _in_parallel(job, todo, workers)
@@ -712,22 +756,21 @@ def mask_dataset(
                 failures[name] = error
                 tqdm.write(f"masks of {name} failed: {error}")
             else:
-                statistics[name] = found
+                statistics[name] = {"checksum": checksums[name], **found}
                 times.append({"image": name, "heads": found["heads"], **took})
             if time.monotonic() - noted > _NOTE_EVERY:
                 note()
                 noted = time.monotonic()
     finally:
-        failures = {name: failures[name] for name in dataset.ids if name in failures}
         note()
         files.write_text(out / "times.csv", pd.DataFrame(times).to_csv(
             index=False, float_format="%.3f"))
-    if failures:
-        name, reason = next(iter(failures.items()))
+    failed = [name for name in order if name in failures and name in chosen]
+    if failed:
         raise MasksFailed(
-            f"{out}: masks failed for {len(failures)} of {len(indices)} images, the first "
-            f"{name} ({reason}); all are listed in {out / 'manifest.json'}. The others are done: "
-            "mend these and run again")
+            f"{out}: masks failed for {len(failed)} of {len(indices)} images, the first "
+            f"{failed[0]} ({failures[failed[0]]}); all are listed in {out / 'manifest.json'}. The "
+            "others are done: mend these and run again")
     return out
 
 
@@ -880,16 +923,44 @@ def is_complete(out: Path, name: str) -> bool:
     return (out / f"{name}.csv").is_file() and (out / f"{name}.png").is_file()
 
 
+def _remove_masks(out: Path, name: str) -> None:
+    """The table first: without it the image is not complete."""
+    for kind in ("csv", "png"):
+        (out / f"{name}.{kind}").unlink(missing_ok=True)
+
+
+def _remove_abandoned(out: Path) -> None:
+    """Half-written files of a process that was killed; a young one may be written right now."""
+    for half in out.glob(".partial-*"):
+        try:
+            abandoned = time.time() - half.stat().st_mtime > _ABANDONED
+        except FileNotFoundError:  # its process has just finished it
+            continue
+        if abandoned:
+            half.unlink(missing_ok=True)
+
+
 def _read_manifest(out: Path) -> dict[str, Any]:
+    """The manifest of a folder of masks, {} for a folder that holds none of ours or others'."""
     path = out / "manifest.json"
+    foreign = sorted(path for kind in ("png", "csv") for path in out.glob(f"*.{kind}")
+                     if not path.name.startswith(".partial-"))
     if not path.is_file():
-        foreign = sorted((*out.glob("*.png"), *out.glob("*.csv")))
         if foreign:
             raise ValueError(
                 f"{out}: holds {foreign[0].name} but no manifest.json, so it was not made by this "
                 "step; give a new or empty folder")
         return {}
     try:
-        return files.read_json(path)
+        manifest = files.read_json(path)
     except ValueError:
-        return {}  # a manifest that nobody can read vouches for nothing
+        if foreign:
+            raise ValueError(
+                f"{path}: not readable, so nobody knows whether {foreign[0].name} beside it was "
+                "made by this step; give a new or empty folder, or empty this one") from None
+        return {}
+    if not isinstance(manifest, dict) or not _KEYS <= set(manifest):
+        raise ValueError(
+            f"{path}: not a manifest of this step, which has the fields "
+            f"{', '.join(sorted(_KEYS))}; give a new or empty folder")
+    return manifest

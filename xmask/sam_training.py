@@ -32,6 +32,7 @@ from xmask.segmenters import NEGATIVE, PADDING
 SEED = 4_100_000  # of the first training scene; evaluation and every other use stay below it
 WARM, DECAY = 100, 0.05
 EMA = 0.998
+NOTE_EVERY = 100  # steps between two rows of the log
 
 
 @dataclass(frozen=True)
@@ -288,8 +289,8 @@ def train(plan: Plan = Plan(), path: Path = sam.BUNDLED, *, device: str = "cpu",
           progress: bool = True) -> dict[str, Any]:
     """Train the bundled SAM and write it with its record; returns the record.
 
-    The log goes into the record, one row per 100 steps; weights and record are also written
-    then, so that a run that is stopped leaves something to look at.
+    The log goes into the record, one row per 100 steps and one for the last; weights and record
+    are also written then, so that a run that is stopped leaves something to look at.
     Raises ValueError for a plan that cannot be.
     """
     for name in ("scenes", "steps", "crops", "heads", "stop"):
@@ -329,8 +330,8 @@ def train(plan: Plan = Plan(), path: Path = sam.BUNDLED, *, device: str = "cpu",
                 averaged[name].lerp_(value, 1 - keep)
         for name, value in terms.items():
             sums[name] = sums.get(name, 0.0) + value.item()
-        every = min(100, last)
-        if step % every == 0:
+        if step % NOTE_EVERY == 0 or step == last:
+            every = step - (log[-1]["step"] if log else 0)
             log.append({"step": step, "seconds": round(time.monotonic() - began, 1),
                         **{name: round(value / every, 4) for name, value in sums.items()}})
             sums = {}

@@ -13,6 +13,7 @@ It is a stand-in for SAM and says so in `describe()`.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,7 +152,7 @@ class SamSegmenter:
         model_type: str | None = None,
         device: str | torch.device = "cpu",
         *,
-        max_zoom: float = 4,  # at most 36 crops: the original encoder takes seconds on a CPU
+        max_zoom: float = 4,  # at most 1 + 9 + 36 crops: its encoder takes seconds on a CPU
     ) -> None:
         path, checksum = checkpoints.locate(checkpoint)
         model, model_type = sam.load_original(path, model_type)
@@ -177,7 +178,11 @@ class SamSegmenter:
     def from_model(
         cls, model: torch.nn.Module, device: str | torch.device = "cpu", *, max_zoom: float = 4
     ) -> SamSegmenter:
-        """A segmenter around a `segment_anything.modeling.Sam` that is already in memory."""
+        """A segmenter around a `segment_anything.modeling.Sam` that is already in memory.
+
+        `describe()` names it by a checksum of its weights, so that it is another one once it
+        has learned more.
+        """
         self = cls.__new__(cls)
         self._attach(model, device, max_zoom)
         self._description = {"kind": "sam", "model_type": "in-memory", "max_zoom": max_zoom}
@@ -212,7 +217,10 @@ class SamSegmenter:
         return len(self._features)
 
     def describe(self) -> dict[str, Any]:
-        return dict(self._description)
+        # Those from a file bring its checksum; one in memory can be trained between two calls.
+        if "sha256" in self._description:
+            return dict(self._description)
+        return {**self._description, "sha256": _checksum(self.model)}
 
     def set_image(self, image: np.ndarray) -> None:
         check_image(image)
@@ -367,6 +375,16 @@ class SamSegmenter:
                 at = at + (column + j).clamp(max=columns - 1)
                 value += flat[:, at] * (row_weight[:, i] * column_weight[:, j])
         return value
+
+
+def _checksum(model: torch.nn.Module) -> str:
+    """SHA-256 over names, types, shapes and values of a model's weights."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def resize_taps(

@@ -45,15 +45,25 @@ class OneImage(Sequence):
         """SHA-256 over the image file and the table of points."""
         return hashlib.sha256(self._image.read_bytes() + self._points.read_bytes()).hexdigest()
 
+    def image_checksum(self, index: int) -> str:
+        """The same: there is one image."""
+        return self.checksum()
+
     def _read_points(self) -> np.ndarray:
         """(N, 2) float64."""
         try:
-            table = pd.read_csv(self._points)[["x", "y"]]
+            read = pd.read_csv(self._points)
+            table = read[["x", "y"]]
         except FileNotFoundError:
             raise FileNotFoundError(f"{self._points}: no such file. Check the path.") from None
         except (KeyError, pd.errors.EmptyDataError, pd.errors.ParserError) as error:
             raise ValueError(f"{self._points}: expected a table with columns x and y "
                              f"({str(error)[:100]})") from None
+        if len(read) and not isinstance(read.index, pd.RangeIndex):
+            # pandas takes the first fields for names of the rows, and shifts the others
+            raise ValueError(f"{self._points}: the rows have more fields than the header "
+                             f"({', '.join(read.columns)}). Name every column, or remove what is "
+                             "too much.")
         numbers = table.apply(pd.to_numeric, errors="coerce").to_numpy(np.float64)
         wrong = ~np.isfinite(numbers).all(axis=1)
         if wrong.any():

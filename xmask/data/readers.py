@@ -136,15 +136,21 @@ class CrowdDataset(Sequence):
         (for that see `check_dataset`).
         """
         digest = hashlib.sha256()
-        for i, name in enumerate(self.ids):
-            try:
-                height, width = images.image_size(self.image_path(i))
-            except ValueError:  # one broken image shall not hide the others; reading it says why
-                height = width = 0
-            annotation = self.annotation_path(i).read_bytes()
-            digest.update(f"{name} {height}x{width} {len(annotation)}\n".encode())
-            digest.update(annotation)
+        for i in range(len(self)):
+            digest.update(self._identity(i))
         return digest.hexdigest()
+
+    def image_checksum(self, index: int) -> str:
+        """SHA-256 over what `checksum` sees of one image: name, annotation, stored size."""
+        return hashlib.sha256(self._identity(self._position(index))).hexdigest()
+
+    def _identity(self, i: int) -> bytes:
+        try:
+            height, width = images.image_size(self.image_path(i))
+        except ValueError:  # one broken image shall not hide the others; reading it says why
+            height = width = 0
+        annotation = self.annotation_path(i).read_bytes()
+        return f"{self.ids[i]} {height}x{width} {len(annotation)}\n".encode() + annotation
 
     @property
     def settings(self) -> dict:
