@@ -265,3 +265,15 @@ def test_the_code_of_a_step_may_be_fingerprinted_in_many_threads():
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(provenance.code, ["xmask.trainer"] * 8))
     assert len(set(found)) == 1 and found[0] != provenance.code("xmask.report")
+
+
+def test_masks_of_other_code_are_made_anew(inside, monkeypatch):
+    config = from_dict(files.read_json(the_run(inside) / "config.json")["config"])
+    folder, chosen = study.mask_folder(config), study.labelled(config, "data")[:1]
+    first = folder / f"{study.open_train(config, 'data').ids[chosen[0]]}.csv"
+    made = first.stat().st_mtime_ns
+    study.make_masks(config, chosen, "data", progress=False)
+    assert first.stat().st_mtime_ns == made
+    monkeypatch.setattr(provenance, "code", lambda *names: "other")
+    study.make_masks(config, chosen, "data", progress=False)
+    assert first.stat().st_mtime_ns > made

@@ -232,10 +232,13 @@ def mask_folder(config: Config) -> Path:
 
 def make_masks(config: Config, indices: list[int], data: str = "", *,
                progress: bool = True) -> Path:
-    """EDP-SAM masks of training images; images already done are kept."""
+    """EDP-SAM masks of training images; images done by the same code are kept."""
     segmenter = segmenters.open_segmenter(config.masks.segmenter, device())
     return edp_sam.mask_dataset(open_train(config, data), indices, segmenter,
-                                mask_folder(config), progress=progress, **mask_options(config))
+                                mask_folder(config), progress=progress,
+                                depends={"code": provenance.code("xmask.edp_sam"),
+                                         "versions": provenance.versions()},
+                                **mask_options(config))
 
 
 def labelled(config: Config, data: str = "") -> list[int]:
