@@ -496,7 +496,7 @@ def test_the_manifest_names_every_option_and_a_default_is_no_other_request(tmp_p
     options = files.read_json(tmp_path / "manifest.json")["options"]
     assert options == {
         "nnec": True, "point_prompt": True, "superpixel_prompt": True, "negatives": True,
-        "size_agreement": True, "boxes": False, "compactness": 10.0}
+        "neighbours": [4, 3.0], "size_agreement": True, "boxes": False, "compactness": 10.0}
     segmenter = Counting()
     masks(tmp_path, segmenter, indices=[1], boxes=False, compactness=10.0)
     assert segmenter.images == 0

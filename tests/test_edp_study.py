@@ -140,3 +140,14 @@ def test_head_sizes_are_compared_on_the_same_scenes(tmp_path, capsys):
     assert table.index.to_list() == ["none", "exact", "off by 20%"]
     assert table["heads"].nunique() == 1 and table.loc["exact", "mean_iou"] > 0.5
     assert "off by 20%" in capsys.readouterr().out
+
+
+def test_negatives_are_measured_by_number_and_reach(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(edp_study, "NEIGHBOURS", ((0, 4), (1.0, 3.0)))
+    assert main(["edp-study", "--negatives", "--out", str(tmp_path), "--scenes", "1",
+                 "--segmenters", "classical"]) == 0
+    table = pd.read_csv(tmp_path / "negatives.csv").set_index(["at most", "within"])
+    assert len(table) == 4 and table["heads"].nunique() == 1
+    assert table["mean_iou"].between(0.3, 1).all()
+    assert table.loc[(0, 1.0), "mean_iou"] == table.loc[(0, 3.0), "mean_iou"]
+    assert table.loc[(4, 1.0), "mean_iou"] != table.loc[(4, 3.0), "mean_iou"]

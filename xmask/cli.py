@@ -108,6 +108,8 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--seed", type=int, help="of the first scene")
     made.add_argument("--boxes", action="store_true",
                       help="instead: what annotated head sizes add (boxes.csv)")
+    made.add_argument("--negatives", action="store_true",
+                      help="instead: how many neighbours serve as negative points (negatives.csv)")
     made.add_argument("--segmenters", type=_names, default=("classical", "bundled"))
     made.add_argument("--jobs", type=int, default=1)
 
@@ -242,10 +244,11 @@ def _train_sam(o: argparse.Namespace) -> int:
 def _edp_study(o: argparse.Namespace) -> int:
     from xmask import edp_study
 
-    if o.boxes:
-        o.goes_on = False  # unlike the comparison, it keeps no finished scenes
+    if o.boxes or o.negatives:
+        o.goes_on = False  # unlike the comparison, they keep no finished scenes
         seeds = {} if o.seed is None else {"seed": o.seed}
-        print(edp_study.run_boxes(o.out, scenes=o.scenes, segmenters=o.segmenters, **seeds))
+        measure = edp_study.run_boxes if o.boxes else edp_study.run_negatives
+        print(measure(o.out, scenes=o.scenes, segmenters=o.segmenters, **seeds))
         return 0
     seed = edp_study.SEED if o.seed is None else o.seed
     edp_study.run(o.out, scenes=o.scenes, seed=seed, segmenters=o.segmenters, jobs=o.jobs)

@@ -78,7 +78,9 @@ _QUANTILE = 0.3  # of their circles' radii ...
 _SHRINK = 0.44  # ... times this is a head's radius: neighbours in a crowd do not quite touch
 _SMALLEST_HEAD, _LARGEST_HEAD = 2.0, 0.08  # px; of min(H, W): limits of the local head radius
 REACH = 4.0  # masks are looked for within this many local head radii
-_NEGATIVES, _NEGATIVE_RANGE = 4, 3.0  # at most so many neighbours, within so many r_i
+# Negative points: at most so many nearest neighbours, within so many r_i (`xmask edp-study
+# --negatives` measures others).
+NEIGHBOURS = (4, 3.0)
 _SLIC_SCALES, _SLIC_STEPS = 3, 5
 _SLIC_SPACING = 0.8  # distance of superpixel centres, in local head radii
 _SLIC_NEAR = 1.0  # superpixels whose middle is within this many local head radii form the prompt
@@ -110,6 +112,7 @@ def generate_masks(
     point_prompt: bool = True,
     superpixel_prompt: bool = True,
     negatives: bool = True,
+    neighbours: tuple[int, float] = NEIGHBOURS,
     size_agreement: bool = True,
     boxes: np.ndarray | None = None,
     compactness: float = 10.0,
@@ -124,6 +127,7 @@ def generate_masks(
     point_prompt, superpixel_prompt: which of the two prompts to use (ablations), at least one.
         Without the point prompt the local head radius rests on geometry alone.
     negatives: whether a head's neighbours are negative points of its prompts (ablation).
+    neighbours: how many of them at most, the nearest, and within how many r_i.
     size_agreement: whether heads at similar height tell each other their size: the vote on the
         local head radius, and candidates judged by it (ablation).
     boxes: (N, 2) float, width and height of each head as annotated, where a data set has them
@@ -159,7 +163,7 @@ def generate_masks(
     head, pixel, squared = _within_reach(points, scale, limit, shape)
     segmenter.set_image(image)
     to_neighbours = radii if negatives else np.zeros_like(radii)
-    dots = point_prompts(points, to_neighbours, scale)
+    dots = point_prompts(points, to_neighbours, scale, neighbours)
     candidates: list[tuple[str, np.ndarray, np.ndarray]] = []  # source, logits (M,), score (N,)
     if point_prompt:
         candidates, voted = _point_candidates(segmenter, dots, points, scale, head, pixel)
@@ -169,7 +173,7 @@ def generate_masks(
             scale = voted
             if segmenter.crops_by_size and moved > _MOVED:
                 head, pixel, squared = _within_reach(points, scale, limit, shape)
-                dots = point_prompts(points, to_neighbours, scale)
+                dots = point_prompts(points, to_neighbours, scale, neighbours)
                 candidates, voted = _point_candidates(
                     segmenter, dots, points, scale, head, pixel)
                 scale = np.where(sized, scale, np.minimum(voted, limit))
@@ -335,13 +339,18 @@ def check_label_map(label_map: np.ndarray, points: np.ndarray, radii: np.ndarray
 
 # -- prompts ---------------------------------------------------------------------------------
 
-def point_prompts(points: np.ndarray, radii: np.ndarray, scale: np.ndarray) -> Prompts:
+def point_prompts(
+    points: np.ndarray, radii: np.ndarray, scale: np.ndarray,
+    neighbours: tuple[int, float] = NEIGHBOURS,
+) -> Prompts:
     """The head as positive point, its nearest neighbours as negative points.
 
-    points: (N, 2); radii: (N,) px, of the circles; scale: (N,) px, local head radii.
+    points: (N, 2); radii: (N,) px, of the circles; scale: (N,) px, local head radii; neighbours:
+    at most so many, within so many radii.
     """
     count = len(points)
-    wanted = min(_NEGATIVES, count - 1)
+    most, within = neighbours
+    wanted = min(most, count - 1)
     coordinates = np.repeat(points[:, None], 1 + wanted, axis=1)
     labels = np.full((count, 1 + wanted), PADDING)
     labels[:, 0] = POSITIVE
@@ -349,7 +358,7 @@ def point_prompts(points: np.ndarray, radii: np.ndarray, scale: np.ndarray) -> P
         distance, neighbour = cKDTree(points).query(points, k=wanted + 1)
         # Among coincident heads the query may name the head itself at any rank: distances of
         # less than a pixel are no negatives, whoever they belong to.
-        near = (distance >= 1) & (distance <= _NEGATIVE_RANGE * radii[:, None])
+        near = (distance >= 1) & (distance <= within * radii[:, None])
         coordinates[:, 1:] = np.where(near[:, 1:, None], points[neighbour[:, 1:]], points[:, None])
         labels[:, 1:][near[:, 1:]] = NEGATIVE
     return Prompts(coordinates, labels, multimask=True, sizes=scale)

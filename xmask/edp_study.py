@@ -39,6 +39,7 @@ Taking away: EDP-SAM with one part switched off (`generate_masks`).
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -63,6 +64,7 @@ from xmask.segmenters import POSITIVE, Prompts, SamSegmenter, Segmenter, open_se
 
 SEED = 3_700_000  # of the first scene; nothing else uses seeds from here to 3.8 million
 RADII = (3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20)  # px, tried for fixed discs
+NEIGHBOURS = (1, 2, 4, 8), (1.5, 3.0, 6.0)  # tried: at most so many negatives, within so many r_i
 HEAD_RADII = (7, 10, 14)  # px, tried for the prompts without NNEC
 FIXED, FULL = "fixed discs", "EDP-SAM"
 # Blocks of the table, in its order. Building up: which prompts; taking away: options that go.
@@ -280,6 +282,33 @@ def run_boxes(out: str | os.PathLike, *, scenes: int = 12, seed: int = SEED + 50
         ["heads", "iou_sum"]].sum()
     table = sums.assign(mean_iou=sums["iou_sum"] / sums["heads"]).drop(columns="iou_sum")
     _write_csv(Path(out) / "boxes.csv", table)
+    return table
+
+
+def run_negatives(out: str | os.PathLike, *, scenes: int = 6, seed: int = 5_600_000,
+                  segmenters: Iterable[str] = ("classical", "bundled"), progress: bool = True
+                  ) -> pd.DataFrame:
+    """How many neighbours, and how far away, serve as negative points: writes negatives.csv.
+
+    Columns: segmenter, at most (neighbours), within (so many r_i), heads, mean IoU, on others
+    (share of mask pixels on another person). The scenes are others than those of the comparison,
+    because this one decides what EDP-SAM does.
+    """
+    rows = []
+    for number in tqdm(range(scenes), desc="negatives", unit="scene", disable=not progress):
+        sample = draw_evaluation_scene(number, seed)
+        for spec in segmenters:
+            segmenter = open_segmenter(spec)
+            for most, within in itertools.product(*NEIGHBOURS):
+                labels, _ = generate_masks(sample.image, sample.points, segmenter,
+                                           neighbours=(most, within))
+                rows.append({"segmenter": spec, "at most": most, "within": within,
+                             **compare(labels, sample.instances, len(sample.points))})
+    keys = ["segmenter", "at most", "within"]
+    sums = pd.DataFrame(rows).groupby(keys, sort=False, as_index=False).sum()
+    table = sums[[*keys, "heads"]].assign(
+        mean_iou=sums["iou_sum"] / sums["heads"], on_others=sums["other_px"] / sums["mask_px"])
+    _write_csv(Path(out) / "negatives.csv", table)
     return table
 
 

@@ -236,8 +236,8 @@ def exclusivity_loss(
     For each point on an instance (label at the rounded position), with d the distance in
     embedding space between pixel and centre, inside the point's circle: the mean of
     relu(d - (tau - margin)) over the pixels of the instance plus the mean of
-    relu((tau + push_margins * margin) - d) over all others; averaged over those points. Without any such
-    point the loss is 0 and has a graph.
+    relu((tau + push_margins * margin) - d) over all others; averaged over those points. Without
+    any such point the loss is 0 and has a graph.
     """
     return exclusivity_losses(
         embedding[None], [points], _labels(label_map, embedding.device)[None], tau=tau,
@@ -272,7 +272,8 @@ def exclusivity_losses(
         return torch.cat([
             exclusivity_losses(
                 embedding[i:i + 1], points[i:i + 1], labels[i:i + 1], tau=tau, margin=margin,
-                push_margins=push_margins, sigma=sigma, ignore=None if ignore is None else ignore[i:i + 1],
+                push_margins=push_margins, sigma=sigma,
+                ignore=None if ignore is None else ignore[i:i + 1],
                 differentiable_centers=differentiable_centers, nnec=nnec)
             for i in range(count)])
     points, image, _ = stack_points(points, device)

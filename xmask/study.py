@@ -181,9 +181,9 @@ class MaskedImages(Sequence):
         mask = edp_sam.read_masks(self.masks, self.dataset.ids[index])
         if mask.shape != sample.image.shape[:2]:
             raise ValueError(
-                f"{self.masks / self.dataset.ids[index]}.png: {mask.shape[1]} x {mask.shape[0]} px, "
-                f"but its image has {sample.image.shape[1]} x {sample.image.shape[0]}; delete "
-                f"{self.masks} and run the masks step again")
+                f"{self.masks / self.dataset.ids[index]}.png: {mask.shape[1]} x "
+                f"{mask.shape[0]} px, but its image has {sample.image.shape[1]} x "
+                f"{sample.image.shape[0]}; delete {self.masks} and run the masks step again")
         return replace(sample, instances=mask)
 
 
@@ -222,7 +222,7 @@ def mask_options(config: Config) -> dict[str, bool]:
 
 
 def mask_folder(config: Config) -> Path:
-    """One folder per dataset, image size and way of making masks; percentages and seeds share it."""
+    """One folder per dataset, image size and way of making masks, for all percentages and seeds."""
     names = [f"no-{name}" for name, on in mask_options(config).items() if not on]
     if config.max_side is not None:
         names.append(f"max-{config.max_side}")
