@@ -477,6 +477,38 @@ def test_workers_go_on_when_an_image_fails(tmp_path):
     assert list(manifest["images"]) == ["IMG_0", "IMG_2", "IMG_4"]
 
 
+class Deadly(ClassicalSegmenter):
+    """Takes its process down with the picture that begins with the value `victim`."""
+
+    victim = -1
+
+    def set_image(self, image):
+        if image[0, 0, 0] == self.victim:
+            os._exit(9)
+        super().set_image(image)
+
+
+def test_an_image_over_which_a_worker_dies_is_named_and_the_others_get_masks(tmp_path):
+    segmenter = Deadly()
+    segmenter.victim = int(Dataset()[3].image[0, 0, 0])
+    others = [i for i in range(5) if Dataset()[i].image[0, 0, 0] != segmenter.victim]
+    assert len(others) == 4
+    with pytest.raises(edp_sam.MasksFailed, match=r"IMG_3 \(a process died over it"):
+        masks(tmp_path, segmenter, workers=2)
+    manifest = files.read_json(tmp_path / "manifest.json")
+    assert list(manifest["failed"]) == ["IMG_3"] and len(manifest["images"]) == 4
+
+
+def test_workers_that_cannot_even_start_are_not_started_for_every_image(tmp_path, monkeypatch):
+    monkeypatch.setattr(edp_sam, "_start_worker", _die)
+    with pytest.raises(RuntimeError, match="3 worker processes in a row died"):
+        masks(tmp_path, ClassicalSegmenter(), workers=2)
+
+
+def _die(job):
+    os._exit(9)
+
+
 def test_masks_of_other_settings_are_made_anew(tmp_path):
     masks(tmp_path, ClassicalSegmenter())
     segmenter = Counting()

@@ -89,8 +89,8 @@ def _parser() -> argparse.ArgumentParser:
                    "beside them, and those without; resumable")
     made.add_argument("folder", type=Path, metavar="FOLDER")
     made.add_argument("--out", required=True, type=Path, help="a run folder, for predict --weights")
-    made.add_argument("--segmenter", default="classical", help="bundled, or a SAM checkpoint "
-                      "(.pth) or vit_b, vit_l, vit_h")
+    made.add_argument("--segmenter", default="bundled", help="of the masks; or classical (faster), "
+                      "a SAM checkpoint (.pth), or vit_b, vit_l, vit_h")
     made.add_argument("--seed", type=int, default=1)
     made.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE",
                       help="change a field, e.g. --set schedule.phase1=60")

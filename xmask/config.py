@@ -20,6 +20,7 @@ PERCENTS = (5, 10, 40)
 PROFILES = ("demo", "reduced", "paper")
 
 ABLATIONS = {
+    # masks and exclusivity loss without circles; decoding keeps them, or no head had a region
     "without-nnec": {"masks.nnec": False, "loss.nnec": False},
     "without-superpixel": {"masks.superpixel_prompt": False},
     "without-smoothing": {"loss.sigma": 0.0, "pseudo.sigma": 0.0, "evaluation.sigma": 0.0},

@@ -827,18 +827,36 @@ def _in_order(job: _Job, todo: list[int]) -> Iterator[tuple]:
 
 
 def _in_parallel(job: _Job, todo: list[int], workers: int) -> Iterator[tuple]:
-    pool = ProcessPoolExecutor(
-        min(workers, max(len(todo), 1)), mp_context=get_context("spawn"),
-        initializer=_start_worker, initargs=(job,))
-    try:
-        for future in as_completed([pool.submit(_run_in_worker, i) for i in todo]):
-            yield future.result()
-    except BrokenProcessPool:
-        raise RuntimeError(
-            f"{job.out}: a worker process died, most likely for want of memory. What is done is "
-            "kept: run again with fewer workers") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+    """The results of all images, as they come. Where a worker process dies, nobody knows over which
+    of the images under way: those that are left go on one at a time, and the next to die is named.
+    Raises RuntimeError where one process after the other dies: then it is not the images.
+    """
+    left, deaths = list(todo), 0
+    while left:
+        if deaths > 2:
+            raise RuntimeError(
+                f"{job.out}: {deaths} worker processes in a row died before they finished an "
+                "image, for want of memory or because the calling script lacks `if __name__ == "
+                '"__main__":`. What is done is kept: run again with one worker')
+        deaths += 1
+        with ProcessPoolExecutor(
+            min(workers, len(left)), mp_context=get_context("spawn"),
+            initializer=_start_worker, initargs=(job,),
+        ) as pool:
+            futures = {pool.submit(_run_in_worker, i): i for i in left}
+            try:
+                for future in as_completed(futures):
+                    if isinstance(future.exception(), BrokenProcessPool):
+                        continue
+                    left.remove(futures[future])
+                    deaths = 0
+                    yield future.result()
+            finally:
+                pool.shutdown(cancel_futures=True)
+        if left and workers == 1:
+            yield (job.dataset.ids[left.pop(0)], None,
+                   "a process died over it, most likely for want of memory", {})
+        workers = 1
 
 
 _job: _Job | None = None  # of this worker process

@@ -63,12 +63,12 @@ def configure(overrides: dict[str, object] | None = None, *, seed: int = 1) -> C
 
 
 def learn(dotted: Sequence[Sample], bare: Sequence[Sample], out: str | os.PathLike,
-          settings: Config, *, segmenter: str = "classical", start: bool = True,
+          settings: Config, *, segmenter: str = "bundled", start: bool = True,
           progress: bool = True) -> Path:
     """Train on photos with dots and photos without; return the run folder `out`.
 
-    dotted, bare: as of `read_folder`. settings: as of `configure`. segmenter: "classical" or
-    the path of a SAM checkpoint. start: begin with the weights of the model of the package,
+    dotted, bare: as of `read_folder`. settings: as of `configure`. segmenter:
+    "bundled", "classical" (faster), or a SAM checkpoint. start: begin with the weights of the model of the package,
     which was trained on synthetic crowds, instead of at random; the network must be its slim one.
     `out` gets config.json, history.csv, model.safetensors, and masks/, a label map per dotted
     photo. Interrupted, the same call goes on; finished, `xmask.load(out)` loads it.

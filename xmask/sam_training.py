@@ -29,7 +29,7 @@ from xmask import crops, edp_sam, files, nnec, provenance, sam
 from xmask.data.synthetic import draw_scene
 from xmask.segmenters import NEGATIVE, PADDING
 
-SEED = 4_100_000  # of the first training scene; evaluation and every other use stay below it
+SEED = 4_100_000  # of the first training scene; nothing else uses seeds from here to 5 million
 WARM, DECAY = 100, 0.05
 EMA = 0.998
 NOTE_EVERY = 100  # steps between two rows of the log
