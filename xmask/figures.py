@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import io
+import re
 import textwrap
 import warnings
 from collections.abc import Callable, Sequence
@@ -372,7 +373,8 @@ def write_figures(results: str | Path, out: str | Path,
     `out` belongs to the repository, so only drawn crowds are pictured there: photographs of
     people belong to their datasets, whose terms rarely allow copies, and the people in them were
     not asked. Pictures of a dataset that is not synthetic therefore go to
-    `<run folder>/pictures/`, which Git ignores.
+    `<run folder>/pictures/`, which Git ignores. Plots of an earlier call that these runs no
+    longer support are removed.
     """
     runs, out = report.load_runs(results, only), Path(out)
     both = runs["synthetic"].nunique() > 1
@@ -386,6 +388,10 @@ def write_figures(results: str | Path, out: str | Path,
                 paths.append(save(make(), out / f"{name}{ending}"))
             if datasets is not None:
                 paths += _write_predictions(part, out, ending, datasets)
+    name = r"(learning_.+|counts_.+|mae_versus_percent|mean_iou|ablation_.+)\.png"
+    for path in sorted(out.iterdir()) if out.is_dir() else ():
+        if path not in paths and re.fullmatch(name, path.name):
+            path.unlink()
     return paths
 
 
