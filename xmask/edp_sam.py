@@ -78,8 +78,8 @@ _QUANTILE = 0.3  # of their circles' radii ...
 _SHRINK = 0.44  # ... times this is a head's radius: neighbours in a crowd do not quite touch
 _SMALLEST_HEAD, _LARGEST_HEAD = 2.0, 0.08  # px; of min(H, W): limits of the local head radius
 REACH = 4.0  # masks are looked for within this many local head radii
-# Negative points: at most so many nearest neighbours, within so many r_i (`xmask edp-study
-# --negatives` measures others).
+# Negative points: at most so many nearest neighbours, within so many r_i; others are measured in
+# results/edp_sam/negatives.csv.
 NEIGHBOURS = (4, 3.0)
 _SLIC_SCALES, _SLIC_STEPS = 3, 5
 _SLIC_SPACING = 0.8  # distance of superpixel centres, in local head radii
