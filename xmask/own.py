@@ -67,9 +67,10 @@ def learn(dotted: Sequence[Sample], bare: Sequence[Sample], out: str | os.PathLi
           progress: bool = True) -> Path:
     """Train on photos with dots and photos without; return the run folder `out`.
 
-    dotted, bare: as of `read_folder`. settings: as of `configure`. segmenter:
-    "bundled", "classical" (faster), or a SAM checkpoint. start: begin with the weights of the model of the package,
-    which was trained on synthetic crowds, instead of at random; the network must be its slim one.
+    dotted, bare: as of `read_folder`. settings: as of `configure`. segmenter: "bundled",
+    "classical" (faster), or a SAM checkpoint. start: begin with the weights of the model of the
+    package, which was trained on synthetic crowds, instead of at random; the network must be its
+    slim one.
     `out` gets config.json, history.csv, model.safetensors, and masks/, a label map per dotted
     photo. Interrupted, the same call goes on; finished, `xmask.load(out)` loads it.
     Raises ValueError without a dot.
