@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from xmask.decode import (
-    flat_features, full_precision, sample_at, stack_points, upsample, upsample_smooth,
+    flat_features, full_precision, sample_at, smooth, stack_points, upsample, upsample_smooth,
 )
 from xmask.nnec import exclusion_radii, incidence_rows, to_tensor
 
@@ -296,7 +296,10 @@ def exclusivity_losses(
         head, pixel = head[seen], pixel[seen]
     same = labels.reshape(-1).index_select(0, pixel) == label.index_select(0, head)
 
-    features = upsample_smooth(embedding, (height, width), sigma)
+    if embedding.shape[-2:] == labels.shape[1:]:
+        features = smooth(embedding, sigma)
+    else:
+        features = upsample_smooth(embedding, (height, width), sigma)
     flat = flat_features(features)
     if differentiable_centers:
         centres = sample_at(features, points, image)
