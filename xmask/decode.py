@@ -453,8 +453,8 @@ def upsample_smooth(
     """`smooth(upsample(maps, shape), sigma)` of (B, D, h, w) at once: (B, D, H, W).
 
     Both are linear and separable, so each axis is one small matrix, in blocks along its diagonal:
-    for crops of 128 and 256 px at stride 4, with the gradient, a fifth of the time of interpolation
-    and convolution or less (measured). Where nothing is upsampled and images are large, `smooth`
+    for crops of 128 and 256 px at stride 4, with the gradient, less than a quarter of the time of
+    interpolation and convolution (measured). Where nothing is upsampled and images are large, `smooth`
     is faster. Differentiable in the maps.
     """
     x = full_precision(maps).permute(0, 2, 3, 1)
