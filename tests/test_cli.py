@@ -21,7 +21,7 @@ def test_every_command_has_help(command, capsys):
 
 def test_a_terminated_study_stops_as_ctrl_c_stops_it(monkeypatch, capsys):
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    monkeypatch.setattr("xmask.reproduce.run", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr("xmask.study.reproduce.run", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
     try:
         assert main(["reproduce"]) == 130
     finally:
@@ -78,9 +78,9 @@ def test_errors_are_short_and_exit_with_one(arguments, message, capsys):
 
 @pytest.mark.parametrize("command,module,found", [
     ("masks --dataset sha --root x --out y", "xmask.data.open_dataset", "goes on from here"),
-    ("train-sam --out x", "xmask.sam_training.train", "begins anew"),
-    ("edp-study --out x", "xmask.edp_study.run", "goes on from here"),
-    ("edp-study --out x --boxes", "xmask.edp_study.run_boxes", "begins anew"),
+    ("train-sam --out x", "xmask.segmenting.sam_training.train", "begins anew"),
+    ("edp-study --out x", "xmask.study.edp_study.run", "goes on from here"),
+    ("edp-study --out x --boxes", "xmask.study.edp_study.run_boxes", "begins anew"),
 ])
 def test_a_stopped_command_says_whether_it_goes_on(command, module, found, monkeypatch, capsys):
     def stop(*_, **__):

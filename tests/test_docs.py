@@ -14,11 +14,12 @@ import pytest
 import yaml
 from PIL import Image
 
-from xmask import config, pages, segmenters
+from xmask import config, segmenters
+from xmask.study import pages
 from xmask.cli import _parser, main
-from xmask.data.synthetic import draw_scene
-from xmask.study import _assigned
-from xmask.walkthroughs import walkthroughs
+from xmask.synthetic import draw_scene
+from xmask.study.steps import _assigned
+from xmask.study.walkthroughs import walkthroughs
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -13,10 +13,11 @@ from safetensors.torch import save_file
 
 import xmask
 from tests.test_trainer import tiny
-from xmask import evaluate, files, model, predict
+from xmask import files, model, predict
+from xmask.study import evaluate
 from xmask.cli import main
 from xmask.data.images import resize_image
-from xmask.data.synthetic import draw_scene
+from xmask.synthetic import draw_scene
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from segment_anything.modeling import (
     ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer)
 
 from xmask import nnec
-from xmask import sam as sam_models
+from xmask.segmenting import sam as sam_models
 from xmask.segmenters import ClassicalSegmenter, Prompts, SamSegmenter, open_segmenter, resize_taps
 
 

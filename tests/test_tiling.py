@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.test_trainer import tiny
-from xmask import decode, energy, evaluate, metrics, model, tiling
-from xmask.data.synthetic import draw_scene
+from xmask import decode, energy, metrics, model, tiling
+from xmask.study import evaluate
+from xmask.synthetic import draw_scene
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tests.test_transforms import scene
-from xmask import evaluate, model
+from xmask import model
+from xmask.study import evaluate
 from xmask.config import Schedule, override, preset
 from xmask.data.sample import Sample
 from xmask.trainer import Trainer, learning_rates, phase_of, unlabelled_weight

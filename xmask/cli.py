@@ -175,7 +175,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _reproduce(o: argparse.Namespace) -> int:
-    from xmask import reproduce
+    from xmask.study import reproduce
 
     for name in ("SIGTERM", "SIGHUP"):  # stops the notebooks too, as Ctrl-C does
         number = getattr(signal, name, None)
@@ -191,7 +191,9 @@ def _reproduce(o: argparse.Namespace) -> int:
 
 
 def _masks(o: argparse.Namespace) -> int:
-    from xmask import coco, contact_sheet, edp_sam, study
+    from xmask import edp_sam
+    from xmask.study import steps
+    from xmask.tools import coco, contact_sheet
     from xmask.data import open_dataset
     from xmask.data.one_image import OneImage
     from xmask.segmenters import open_segmenter
@@ -205,7 +207,7 @@ def _masks(o: argparse.Namespace) -> int:
     dataset = (open_dataset(o.dataset, o.root, o.split) if o.dataset
                else OneImage(o.image, o.points))
     indices = list(range(len(dataset)))[: o.limit]
-    segmenter = open_segmenter(str(o.checkpoint or o.segmenter), study.device())
+    segmenter = open_segmenter(str(o.checkpoint or o.segmenter), steps.device())
     failure = None
     try:
         edp_sam.mask_dataset(dataset, indices, segmenter, o.out, workers=o.workers,
@@ -223,7 +225,7 @@ def _masks(o: argparse.Namespace) -> int:
 
 
 def _sam_weights(o: argparse.Namespace) -> int:
-    from xmask import checkpoints
+    from xmask.segmenting import checkpoints
 
     print(checkpoints.download(o.name))
     return 0
@@ -232,7 +234,7 @@ def _sam_weights(o: argparse.Namespace) -> int:
 def _train_sam(o: argparse.Namespace) -> int:
     import torch
 
-    from xmask import sam, sam_training
+    from xmask.segmenting import sam, sam_training
 
     torch.set_num_threads(o.threads)
     chosen = {name: getattr(o, name) for name in ("seed", "scenes", "steps", "stop")}
@@ -242,7 +244,7 @@ def _train_sam(o: argparse.Namespace) -> int:
 
 
 def _edp_study(o: argparse.Namespace) -> int:
-    from xmask import edp_study
+    from xmask.study import edp_study
 
     if o.boxes or o.negatives:
         o.goes_on = False  # unlike the comparison, they keep no finished scenes
@@ -257,7 +259,8 @@ def _edp_study(o: argparse.Namespace) -> int:
 
 
 def _predict(o: argparse.Namespace) -> int:
-    from xmask import photos, predict
+    from xmask import predict
+    from xmask.tools import photos
 
     found = photos.find(o.images)
     model = predict.load(o.weights, o.device)
@@ -283,20 +286,20 @@ def _export(o: argparse.Namespace) -> int:
 
 
 def _learn(o: argparse.Namespace) -> int:
-    from xmask import own
+    from xmask.tools import learn
 
-    dotted, bare = own.read_folder(o.folder)
+    dotted, bare = learn.read_folder(o.folder)
     print(f"{len(dotted)} photos with {sum(len(one.points) for one in dotted)} dots, "
           f"{len(bare)} without")
-    print(own.learn(dotted, bare, o.out, own.configure(_changes(o.set), seed=o.seed),
+    print(learn.learn(dotted, bare, o.out, learn.configure(_changes(o.set), seed=o.seed),
                     segmenter=o.segmenter))
     return 0
 
 
 def _configuration(o: argparse.Namespace):
-    from xmask import study
+    from xmask.study import steps
 
-    return study.configure(o.profile, o.dataset, o.percent, o.seed, variant=o.variant, sam=o.sam,
+    return steps.configure(o.profile, o.dataset, o.percent, o.seed, variant=o.variant, sam=o.sam,
                            overrides=_changes(o.set))
 
 
@@ -315,36 +318,36 @@ def _changes(texts: list[str]) -> dict[str, object]:
 
 
 def _train(o: argparse.Namespace) -> int:
-    from xmask import study
+    from xmask.study import steps
 
-    print(study.train(_configuration(o), o.data))
+    print(steps.train(_configuration(o), o.data))
     return 0
 
 
 def _evaluate(o: argparse.Namespace) -> int:
-    from xmask import study
+    from xmask.study import steps
 
-    result = study.evaluate(_configuration(o), o.data)
+    result = steps.evaluate(_configuration(o), o.data)
     print(json.dumps({k: result[k] for k in ("run", "synthetic", "counting", "localization",
                                              "segmentation", "baselines")}, indent=1))
     return 0
 
 
 def _tables(o: argparse.Namespace) -> int:
-    from xmask import report, study
+    from xmask.study import steps, tables
 
-    results = study.results_folder(o.profile)
-    for path in report.write_tables(results, results / "tables"):
+    results = steps.results_folder(o.profile)
+    for path in tables.write_tables(results, results / "tables"):
         print(path)
     return 0
 
 
 def _figures(o: argparse.Namespace) -> int:
-    from xmask import figures, study
+    from xmask.study import figures, steps
 
     paths = figures.write_figures(
-        study.results_folder(o.profile), Path("figures") / o.profile,
-        lambda run: study.test_images_of(run, o.data),
+        steps.results_folder(o.profile), Path("figures") / o.profile,
+        lambda run: steps.test_images_of(run, o.data),
     )
     for path in paths:
         print(path)
@@ -366,9 +369,9 @@ def _bench(o: argparse.Namespace) -> int:
 
 
 def _docs(o: argparse.Namespace) -> int:
-    from xmask import pages, study, walkthroughs
+    from xmask.study import pages, steps, walkthroughs
 
-    root = study.enter_root()
+    root = steps.enter_root()
     if o.walkthroughs is None:
         made = pages.refresh(root)
     else:
@@ -379,12 +382,12 @@ def _docs(o: argparse.Namespace) -> int:
 
 
 def _report(o: argparse.Namespace) -> int:
-    from xmask import html, study
+    from xmask.study import report, steps
 
-    results = study.results_folder(o.profile)
-    print(html.write_report(
+    results = steps.results_folder(o.profile)
+    print(report.write_report(
         results, o.out or results / "report.html", figures_folder=Path("figures") / o.profile,
-        datasets=lambda run: study.test_images_of(run, o.data),
+        datasets=lambda run: steps.test_images_of(run, o.data),
         pictures=o.pictures))
     return 0
 
@@ -402,18 +405,19 @@ def _check(o: argparse.Namespace) -> int:
 
 
 def _coverage(o: argparse.Namespace) -> int:
-    from xmask import files, lessons
+    from xmask import files
+    from xmask.study import illustrations
     from xmask.data import open_dataset
 
     splits = [open_dataset(o.dataset, o.root, split) for split in ("train", "test")]
-    table = lessons.coverage_table((s.points, s.shape) for split in splits for s in split)
+    table = illustrations.coverage_table((s.points, s.shape) for split in splits for s in split)
     files.write_text(o.out, table.to_csv(index=False))
     print(o.out)
     return 0
 
 
 def _draw(o: argparse.Namespace) -> int:
-    from xmask.data.synthetic import write_dataset
+    from xmask.synthetic import write_dataset
 
     print(write_dataset(o.layout, o.out, train=o.train, test=o.test, seed=o.seed, jobs=o.jobs))
     return 0

@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from xmask import decode, evaluate, files, model, tiling
+from xmask import decode, files, model, tiling
+from xmask.study import evaluate
 from xmask import config as configuration
 from xmask.data.images import read_image, resize_image, resize_labels
 

@@ -24,9 +24,9 @@ import torch
 from scipy.ndimage import gaussian_filter
 from skimage.color import rgb2lab
 
-from xmask import checkpoints, sam
-from xmask.crops import View, plan_crops
-from xmask.sam_decoder import HeadDecoder
+from xmask.segmenting import checkpoints, sam
+from xmask.segmenting.crops import View, plan_crops
+from xmask.segmenting.sam_decoder import HeadDecoder
 
 POSITIVE, NEGATIVE, PADDING = 1, 0, -1  # labels of prompt points, as in SAM
 
@@ -95,7 +95,7 @@ class Segmenter(Protocol):
 
 def open_segmenter(spec: str, device: str = "cpu") -> Segmenter:
     """A segmenter from the command line's words: "bundled", "classical", the name of a published
-    SAM ("vit_b", "vit_l", "vit_h"; `xmask.checkpoints`), or a checkpoint's path.
+    SAM ("vit_b", "vit_l", "vit_h"; `xmask.segmenting.checkpoints`), or a checkpoint's path.
 
     Raises FileNotFoundError if there is no such file and ValueError if it is not a SAM.
     """
@@ -131,11 +131,11 @@ class SamSegmenter:
     """The Segment Anything Model, original or bundled.
 
     Heads are prompted in crops of the image, enlarged until a head is large enough for the
-    model's masks (`xmask.crops`); a crop is encoded when first needed, and kept until the next
+    model's masks (`xmask.segmenting.crops`); a crop is encoded when first needed, and kept until the next
     image. `max_zoom` limits how small crops get; 1 keeps to the whole image.
 
     checkpoint: a state dict of the original release: its path, or the name of a published one
-        ("vit_b", "vit_l", "vit_h"), as `xmask.checkpoints` finds it.
+        ("vit_b", "vit_l", "vit_h"), as `xmask.segmenting.checkpoints` finds it.
     model_type: "vit_b", "vit_l" or "vit_h"; inferred from the weights if None.
     device: where the model runs.
     Raises FileNotFoundError, or ValueError that says what the file is instead.
@@ -421,7 +421,7 @@ def resize_taps(
 # --------------------------------------------------------------------------------------------
 
 # All constants of this part are ours, set on drawn scenes with seeds 1000 to 1005 and reported
-# on seeds 2000 to 2005 (xmask.data.synthetic.draw_scene).
+# on seeds 2000 to 2005 (xmask.synthetic.draw_scene).
 _RAYS = 32
 _STEPS = 24  # candidate radii on a ray, in geometric progression
 _SMALLEST = 1.5  # px, the smallest radius searched

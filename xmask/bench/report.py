@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib.style
 from matplotlib.axes import Axes
 
-from xmask import figures
+from xmask.study import figures
 from xmask.bench import sam_image
 
 

@@ -25,7 +25,7 @@ def edp_sam(heads: int, shape: tuple[int, int], model: str = "vit_b"
     import torch
     from segment_anything import sam_model_registry
 
-    from xmask.data.synthetic import draw_scene
+    from xmask.synthetic import draw_scene
     from xmask.edp_sam import generate_masks
     from xmask.segmenters import SamSegmenter
 

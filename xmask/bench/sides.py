@@ -237,7 +237,7 @@ def sam_stock(heads: int, shape: Shape, batch: int = 64) -> Callable[[], dict[st
 
 
 def _scene(heads: int, shape: Shape):
-    from xmask.data.synthetic import draw_scene
+    from xmask.synthetic import draw_scene
 
     return draw_scene(0, shape=shape, people=heads)
 
@@ -312,7 +312,7 @@ def _network(memory_format: torch.memory_format = torch.channels_last) -> nn.Mod
 
 
 def forward(shape: Shape) -> Callable[[], None]:
-    """VGG16-BN and both decoders on one test image, as `xmask.evaluate.predict` runs them."""
+    """VGG16-BN and both decoders on one test image, as `xmask.study.evaluate.predict` runs them."""
     network = _network().eval()
     image = torch.rand(1, 3, *shape).contiguous(memory_format=torch.channels_last)
 

@@ -269,7 +269,7 @@ def first_few(paths: Sequence[Path], limit: int = 5) -> str:
 
 def _draw_if_missing(folder: Path | None, root: str | os.PathLike) -> Path:
     if folder is None:
-        from xmask.data.synthetic import write_dataset  # the generator is not needed to read
+        from xmask.synthetic import write_dataset  # the generator is not needed to read
 
         return Path(write_dataset("sha", root, **DRAWN))
     if not (folder / MARKER).exists():

@@ -17,7 +17,7 @@ _PROTOCOLS = {"sha": "sha", "qnrf": "ucf", "jhu": "jhu"}
 @lru_cache(maxsize=1)
 def protocols() -> dict:
     """The published protocol: data set -> percentage -> labelled image numbers."""
-    return json.loads(resources.files("xmask").joinpath("protocols.json").read_text("utf-8"))
+    return json.loads(resources.files("xmask.data").joinpath("protocols.json").read_text("utf-8"))
 
 
 def labelled_ids(dataset: CrowdDataset, percent: float, *, seed: int = 2024) -> list[int]:

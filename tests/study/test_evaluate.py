@@ -1,0 +1,98 @@
+"""Evaluation: predictions at the image's own size, metrics that add up, honest baselines."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.test_trainer import tiny
+from tests.test_transforms import scene
+from xmask import files, model
+from xmask.study import evaluate
+from xmask.data.sample import Sample
+
+
+class Images(list):
+    synthetic = True
+
+    @property
+    def ids(self):
+        return [f"IMG_{i}" for i in range(len(self))]
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    return model.build(tiny().network)[0].eval()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (31, 50), (64, 64), (65, 33)])
+def test_a_prediction_has_the_size_of_the_image(network, shape):
+    image = np.random.default_rng(0).integers(0, 255, (*shape, 3), dtype=np.uint8)
+    prediction = evaluate.predict(network, image, tiny().evaluation)
+    assert prediction.instances.shape == shape
+    assert len(prediction.points) == len(prediction.scores)
+    assert (prediction.points <= np.array(shape[::-1]) - 1).all()
+    assert prediction.instances.max() <= len(prediction.points)
+
+
+def test_what_metrics_json_holds_agrees_with_the_predictions_on_disk(network, tmp_path):
+    images = Images([scene(1), scene(2, people=0), scene(3, people=5)])
+    result = evaluate.evaluate(network, images, tiny(), tmp_path, progress=False)
+    files.write_json(tmp_path / "metrics.json", result)
+    rows = result["per_image"]
+    assert [row["true_count"] for row in rows] == [12, 0, 5]
+    for row in rows:
+        lines = (tmp_path / "predictions" / f"{row['name']}.csv").read_text().splitlines()
+        assert len(lines) - 1 == row["count"]
+    errors = [abs(row["count"] - row["true_count"]) for row in rows]
+    assert result["counting"]["mae"] == pytest.approx(np.mean(errors))
+    assert result["baselines"]["constant_count"] == {"value": 5.0, "mae": 4.0}
+    assert result["selection"] == "last" and result["synthetic"] is True
+    assert rows[1]["mean_iou"] is None
+
+
+def test_without_truth_masks_nothing_is_said_of_masks(network, tmp_path):
+    bare = Images([Sample(s.image, s.points) for s in (scene(1), scene(2))])
+    result = evaluate.evaluate(network, bare, tiny(), tmp_path, progress=False)
+    assert result["segmentation"] is None
+    assert result["baselines"]["fixed_disc"] is result["baselines"]["exclusive_disc"] is None
+
+
+def drawn_discs(points, radius, shape=(60, 80)):
+    """True heads as equal discs; a contested pixel belongs to the nearest point."""
+    y, x = np.mgrid[:shape[0], :shape[1]]
+    squared = np.array([(x - px) ** 2 + (y - py) ** 2 for px, py in points])
+    return np.where(squared.min(0) <= radius**2, squared.argmin(0) + 1, 0).astype(np.int32)
+
+
+def test_the_best_fixed_disc_finds_the_radius_of_discs_that_are_far_apart():
+    # Half the least distance is 14.1 px: up to there, whole and exclusive discs are the same.
+    points = np.array([[20, 20], [60, 30], [20, 50]], np.float32)
+    truth = drawn_discs(points, 8)
+    whole, exclusive = (evaluate.best_fixed_disc([points], [truth], exclusive=exclusive)
+                        for exclusive in (False, True))
+    assert whole == exclusive
+    assert whole["radius"] == pytest.approx(8, rel=0.08) and whole["mean_iou"] > 0.85
+
+
+def test_where_true_heads_cut_each_other_exclusive_discs_are_the_stricter_baseline():
+    points = np.array([[30, 30], [40, 30], [50, 30]], np.float32)
+    truth = drawn_discs(points, 8)
+    whole, exclusive = (evaluate.best_fixed_disc([points], [truth], exclusive=exclusive)
+                        for exclusive in (False, True))
+    assert exclusive["radius"] == pytest.approx(8, rel=0.08)  # steps of 11%
+    assert exclusive["mean_iou"] > max(0.85, whole["mean_iou"] + 0.05)
+
+
+def test_discs_at_no_predicted_point_reach_nothing():
+    nowhere, truth = np.zeros((0, 2), np.float32), drawn_discs([(20, 20)], 8)
+    for exclusive in (False, True):
+        assert evaluate.best_fixed_disc([nowhere], [truth], exclusive=exclusive)["mean_iou"] == 0.0
+
+
+def test_a_file_that_is_not_a_model_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="none.safetensors: no such model"):
+        evaluate.load(tmp_path / "none.safetensors")
+    (tmp_path / "half.safetensors").write_bytes(b"12345")
+    with pytest.raises(ValueError, match="half.safetensors: not a model of this version"):
+        evaluate.load(tmp_path / "half.safetensors")

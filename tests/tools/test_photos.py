@@ -1,0 +1,208 @@
+"""`xmask predict`: any folder of images in, one finished result for each, bad files named."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from pycocotools.coco import COCO
+
+import xmask
+from xmask import files
+from xmask.tools import photos
+from xmask.cli import main
+from xmask.data.images import read_labels
+from xmask.synthetic import draw_scene
+
+
+@pytest.fixture(scope="module")
+def scene():
+    return draw_scene(seed=4, shape=(96, 128), people=14).image
+
+
+@pytest.fixture(scope="module")
+def model():
+    return xmask.load(device="cpu")
+
+
+@pytest.fixture
+def folder(tmp_path, scene):
+    """Good images and bad ones."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    picture = Image.fromarray(scene)
+    picture.save(folder / "plain.png")
+    picture.convert("L").save(folder / "grey.png")
+    picture.convert("CMYK").save(folder / "print.jpg", quality=95)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.rot90(scene).copy()).save(folder / "phone.jpg", quality=95, exif=exif)
+    deep = np.asarray(picture.convert("L")).astype(np.uint16) * 257
+    Image.fromarray(deep).save(folder / "deep.png")
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "cut.png").write_bytes((folder / "plain.png").read_bytes()[:900])
+    (folder / "letter.jpg").write_text("not an image")
+    Image.new("RGB", (1, 1)).save(folder / "dot.png")
+    (folder / "notes.txt").write_text("not listed")
+    return folder
+
+
+def test_bad_files_are_named_and_the_rest_goes_on(folder, tmp_path, capsys, scene):
+    out = tmp_path / "out"
+    assert main(["predict", str(folder), "--out", str(out), "--device", "cpu"]) == 1
+    shown = capsys.readouterr().out
+    assert "5 of 9 images done" in shown and "4 failed" in shown
+    assert "do not rely on its counts" in shown
+    table = pd.read_csv(out / "counts.csv", keep_default_na=False).set_index("name")
+    assert "the file is empty" in table.error["empty"]
+    assert "cannot be read as an image" in table.error["cut"]
+    assert "cannot be read as an image" in table.error["letter"]
+    assert "1 x 1 px" in table.error["dot"]
+    assert table.repairs["grey"] == "grey to RGB"
+    assert table.repairs["print"] == "CMYK to RGB"
+    assert "16-bit" in table.repairs["deep"]
+    assert table.repairs["phone"] == "turned upright (EXIF orientation 6)"
+    assert table.repairs["plain"] == table.error["plain"] == ""
+    for name in ("plain", "grey", "print", "phone", "deep"):
+        labels = read_labels(out / f"{name}.masks.png")
+        points = pd.read_csv(out / f"{name}.points.csv")
+        assert labels.shape == (96, 128) == (int(table.height[name]), int(table.width[name]))
+        assert int(table["count"][name]) == len(points) >= labels.max() > 0
+        assert list(points.area) == list(np.bincount(labels.ravel(), minlength=len(points) + 1)[1:])
+        assert Image.open(out / f"{name}.overlay.png").size == (128, 96)
+    assert (read_labels(out / "grey.masks.png") == read_labels(out / "deep.masks.png")).all()
+    assert not list(out.rglob(".partial-*"))
+    assert not list(out.glob("dot.*")) and not list(out.glob("empty.*"))
+
+
+def test_what_is_written_is_what_the_model_says(folder, tmp_path, model, scene):
+    rows = photos.run(photos.find([folder / "plain.png"]), model, tmp_path, progress=False)
+    prediction = model.predict(scene)
+    assert rows[0].count == prediction.count
+    np.testing.assert_array_equal(read_labels(tmp_path / "plain.masks.png"), prediction.instances)
+    points = pd.read_csv(tmp_path / "plain.points.csv")
+    np.testing.assert_allclose(points[["x", "y"]], prediction.points)
+    np.testing.assert_allclose(points.score, prediction.scores, rtol=1e-5)
+    assert files.read_json(tmp_path / "model.json")["sha256"] == model.record["sha256"]
+
+
+def test_one_coco_file_holds_all_images_of_the_call(folder, tmp_path, model):
+    photos.run(photos.find([folder]), model, tmp_path, progress=False)
+    with contextlib.redirect_stdout(io.StringIO()):
+        reader = COCO(str(tmp_path / "coco.json"))
+    assert len(reader.imgs) == 5 and len(set(reader.getAnnIds())) == len(reader.anns)
+    for image in reader.imgs.values():
+        name = photos.Path(image["file_name"]).stem
+        again = np.zeros((image["height"], image["width"]), np.int32)
+        for one in reader.loadAnns(reader.getAnnIds(imgIds=[image["id"]])):
+            again[reader.annToMask(one) > 0] = one["head"]
+            assert one["source"] == "predicted" and 0.5 <= one["score"] <= 1
+            assert one["area"] == (again == one["head"]).sum() and one["category_id"] == 1
+        np.testing.assert_array_equal(again, read_labels(tmp_path / f"{name}.masks.png"))
+
+
+def test_an_interrupted_call_goes_on_where_it_was(folder, tmp_path, model, monkeypatch):
+    wanted = photos.find([folder / "plain.png", folder / "grey.png", folder / "print.jpg"])
+    once, seen = type(model).predict, []
+
+    def counted(self, image, **options):
+        seen.append(options["name"])
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return once(self, image, **options)
+
+    monkeypatch.setattr(type(model), "predict", counted)
+    with pytest.raises(KeyboardInterrupt):
+        photos.run(wanted, model, tmp_path, progress=False)
+    assert (tmp_path / "plain.masks.png").exists() and not (tmp_path / "grey.masks.png").exists()
+    rows = photos.run(wanted, model, tmp_path, progress=False)
+    assert len(seen) == 4 and not any(row.error for row in rows)  # plain once, grey twice
+    assert photos.run(wanted, model, tmp_path, progress=False) == rows and len(seen) == 4
+
+
+def test_a_changed_image_model_or_output_is_made_again(folder, tmp_path, model, monkeypatch):
+    wanted = photos.find([folder / "plain.png"])
+    photos.run(wanted, model, tmp_path, progress=False)
+    before = (tmp_path / "plain.masks.png").stat().st_mtime_ns
+
+    def made_again():
+        nonlocal before
+        photos.run(wanted, model, tmp_path, progress=False)
+        now = (tmp_path / "plain.masks.png").stat().st_mtime_ns
+        changed, before = now != before, now
+        return changed
+
+    assert not made_again()
+    (tmp_path / "plain.points.csv").write_text("x,y\n")
+    assert made_again()
+    (tmp_path / "plain.overlay.png").unlink()
+    assert made_again()
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(folder / "plain.png")
+    assert made_again()
+    photos.run(wanted, model, tmp_path, max_side=48, progress=False)
+    assert made_again() and files.read_json(tmp_path / "model.json")["max_side"] is None
+    monkeypatch.setitem(model.record, "sha256", "0" * 64)
+    assert made_again() and not made_again()
+
+
+def test_files_folders_and_globs_name_each_image_once(folder, tmp_path):
+    deeper = folder / "deeper"
+    deeper.mkdir()
+    Image.new("RGB", (9, 9)).save(deeper / "plain.png")
+    Image.new("RGB", (9, 9)).save(deeper / "other.tiff")
+    here = [photo.path.name for photo in photos.find([folder])]
+    assert "notes.txt" not in here and "other.tiff" not in here and len(here) == 9
+    twice = photos.find([folder / "plain.png", folder, str(folder / "p*.png")])
+    assert [photo.path.name for photo in twice][0] == "plain.png" and len(twice) == 9
+    below = photos.find([str(folder / "**" / "*.png")])
+    names = [photo.name for photo in below]
+    assert {"deeper-plain.png", "plain.png", "grey"} <= set(names)
+    assert len(set(names)) == len(names) == 6
+    with pytest.raises(ValueError, match="no image in this folder"):
+        photos.find([tmp_path])
+    with pytest.raises(ValueError, match="no image matches"):
+        photos.find([str(folder / "*.webp")])
+
+
+def test_a_missing_file_fails_alone(folder, tmp_path, capsys):
+    status = main(["predict", str(folder / "plain.png"), str(folder / "gone.png"), "--out",
+                   str(tmp_path / "out")])
+    assert status == 1 and "gone.png: no such file" in capsys.readouterr().out
+    status = main(["predict", str(folder / "plain.png"), "--out", str(tmp_path / "out")])
+    assert status == 0 and "1 of 1 images done" in capsys.readouterr().out
+
+
+def test_what_no_image_can_cure_is_said_at_once(folder, tmp_path, capsys):
+    """Wrong options stop the command before the first image, and name the option or the file."""
+    image, out = str(folder / "plain.png"), str(tmp_path / "out")
+    (tmp_path / "file").write_text("")
+    for words, said in ((["--out", str(tmp_path / "file")], "file: is a file; results need"),
+                        (["--out", out, "--max-side", "9"], "--max-side): 9 px; give at least 32"),
+                        (["--out", out, "--weights", image], "not a model of this version"),
+                        (["--out", out, "--weights", "gone.safetensors"], "no such model. Check"),
+                        (["--out", out, "--device", "tpu"], "'tpu' is unknown; give cpu or cuda")):
+        assert main(["predict", image, *words]) == 1
+        caught = capsys.readouterr()
+        assert said in caught.err and "heads" not in caught.out
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failure_names_its_file_once(folder, tmp_path, capsys):
+    gone = str(folder / "gone.png")
+    main(["predict", gone, "--out", str(tmp_path / "out")])
+    caught = capsys.readouterr()
+    assert f"{gone}: no such file\n" in caught.out and (caught.out + caught.err).count(gone) == 1
+
+
+def test_an_overlay_painted_in_strips_has_no_seam(model, monkeypatch, scene):
+    from xmask.study.figures import overlay
+
+    found = model.predict(scene)
+    whole = overlay(scene, found.instances, found.points)
+    monkeypatch.setattr(photos, "_STRIP", 7)
+    painted = photos.paint(scene, found.instances, found.points)
+    np.testing.assert_array_equal(painted, whole)

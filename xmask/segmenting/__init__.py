@@ -1,0 +1,1 @@
+"""Segment Anything and its classical stand-in: building, loading, enlarged crops, training the bundled one."""

@@ -1,0 +1,1 @@
+"""The study around the method: steps, runs, tables, figures, report."""

@@ -1,0 +1,546 @@
+"""Run folders in, pictures out: learning curves, counts, masks (paper: its figures).
+
+Like the tables of `xmask.study.tables`, every figure is a function of run folders: it names its runs in
+a line at its foot and in the PNG's Description, holds no date, and comes out the same byte for
+byte. Colours are those of Okabe and Ito, which colour-blind readers can tell apart; the
+background is white, also on a dark page.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import re
+import textwrap
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import matplotlib
+import matplotlib.style
+import numpy as np
+import pandas as pd
+import seaborn
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
+from PIL import Image
+from skimage.segmentation import find_boundaries
+
+from xmask import files
+from xmask.study import tables
+from xmask.config import VARIANTS
+
+BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION, GREY = (  # Okabe and Ito, 2008
+    "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7F7F7F")
+SERIES = {"supervised-only": ORANGE, "xmask": BLUE}
+DISCS = {"supervised-only": "#FCEBCC", "xmask": "#CCE3F0"}  # lighter: discs at the same points
+EXCLUSIVE_DISCS = {"supervised-only": "#F3C566", "xmask": "#7AB5D8"}  # between the two
+TERMS = {"p2r": BLUE, "exclusivity": VERMILION, "constraint": GREEN, "consistency": PURPLE}
+INSTANCES = np.array([[0, 114, 178], [230, 159, 0], [0, 158, 115], [204, 121, 167],
+                      [86, 180, 233], [213, 94, 0], [240, 228, 66]], dtype=np.float64)
+DPI = 130
+
+
+class Picture(Figure):
+    """A figure that names its runs and shows itself in a notebook, whatever the backend."""
+
+    description = ""
+
+    def _repr_png_(self) -> bytes:
+        stream = io.BytesIO()
+        _save(self, stream)
+        return stream.getvalue()
+
+
+def _styled(make: Callable) -> Callable:
+    """Draw in our style only: a reader's matplotlibrc changes no pixel."""
+
+    @functools.wraps(make)
+    def draw(*args, **options):
+        with matplotlib.style.context(["default", seaborn.axes_style("ticks"),
+                                       seaborn.plotting_context("paper"),
+                                       {"font.family": "DejaVu Sans", "axes.grid": True,
+                                        "grid.color": "#E5E5E5", "axes.axisbelow": True}]):
+            return make(*args, **options)
+
+    return draw
+
+
+# Figures from histories and metrics
+
+
+@_styled
+def plot_history(history: pd.DataFrame, title: str = "") -> Picture:
+    """Learning curves of one run: the losses, and below their terms on a log axis.
+
+    history: the rows of history.csv, with step, phase, labelled, unlabelled and the terms.
+    """
+    figure, axes = _grid(2, 1, width=6.4, height=2.0, sharex=True)
+    _shade_phases(axes[:, 0], history)
+    _draw_history(axes[:, 0], history)
+    _dress_history(axes)
+    figure.suptitle(title, fontsize=10, fontweight="bold")
+    return figure
+
+
+@_styled
+def learning_curves(runs: pd.DataFrame, dataset: str) -> Picture:
+    """Loss against training step of the full method on one dataset, one column a percentage.
+
+    Upper row: labelled and unlabelled loss; lower row: the terms of the loss, on a log axis. One
+    line a seed, a running mean over 1/50 of a phase; phases are shaded.
+    Raises FileNotFoundError if a run has no history.csv, ValueError without a run.
+    """
+    runs = _some(_full(runs[runs["dataset"] == dataset]),
+                 f"no XMask run of {dataset}")
+    percents = sorted(runs["percent"].unique())
+    figure, axes = _grid(2, len(percents), width=3.6, height=2.2, sharex="col")
+    for column, percent in enumerate(percents):
+        for number, run in enumerate(runs[runs["percent"] == percent].itertuples()):
+            history = _history(Path(run.path))
+            if number == 0:
+                _shade_phases(axes[:, column], history)
+            _draw_history(axes[:, column], history, label=number == 0)
+        axes[0, column].set_title(f"{percent:g}% labelled")
+    _dress_history(axes)
+    return _finish(figure, f"{_name(dataset, runs)}: learning curves", runs)
+
+
+@_styled
+def count_scatter(runs: pd.DataFrame, dataset: str) -> Picture:
+    """Predicted against true count of every test image, one column a percentage, all seeds.
+
+    Axes are logarithmic above 10 people and linear below (symlog), so that empty images show.
+    """
+    runs = _some(_full(runs[runs["dataset"] == dataset]),
+                 f"no XMask run of {dataset}")
+    percents = sorted(runs["percent"].unique())
+    figure, axes = _grid(1, len(percents), width=3.0, height=3.0, sharex=True, sharey=True)
+    images = {run.run: _per_image(Path(run.path)) for run in runs.itertuples()}
+    top = max(float(image[["true_count", "count"]].max().max()) for image in images.values())
+    top = max(top, 10.0) * 1.3
+    for axis, percent in zip(axes[0], percents):
+        group = runs[runs["percent"] == percent]
+        axis.plot([0, top], [0, top], color=GREY, lw=1.0, zorder=1)
+        for run in group["run"]:
+            axis.scatter(images[run]["true_count"], images[run]["count"], s=14, alpha=0.6,
+                         color=BLUE, edgecolor="white", linewidth=0.3, zorder=2)
+        axis.set_xscale("symlog", linthresh=10)
+        axis.set_yscale("symlog", linthresh=10)
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.set(xlim=(-1, top), ylim=(-1, top), xlabel="true count", aspect="equal",
+                 title=f"{percent:g}% labelled, MAE {group['mae'].mean():.1f}")
+    axes[0, 0].set_ylabel("predicted count")
+    return _finish(figure, f"{_name(dataset, runs)}: counts of the test images", runs)
+
+
+@_styled
+def mae_versus_percent(runs: pd.DataFrame) -> Picture:
+    """MAE against the percentage of labelled images, one panel a dataset.
+
+    Mean over seeds with its sample standard deviation, beside supervised only and the constant
+    count. Published numbers are of real photographs and do not stand here.
+    """
+    runs = _some(runs[runs["variant"].isin(SERIES)], "no run of XMask or supervised only")
+    datasets = tables.ordered(runs["dataset"], tables.DATASETS)
+    figure, axes = _grid(1, len(datasets), width=3.0, height=2.7)
+    for axis, dataset in zip(axes[0], datasets):
+        part = runs[runs["dataset"] == dataset]
+        percents = sorted(part["percent"].unique())
+        place = {percent: index for index, percent in enumerate(percents)}
+        constant = part.groupby("percent")["constant_mae"].mean()
+        axis.plot([place[percent] for percent in constant.index], constant, color=GREY, ls="--",
+                  marker="s", ms=3, label="best constant count")
+        for shift, variant in zip((-0.03, 0.03), tables.ordered(part["variant"], SERIES)):
+            group = part[part["variant"] == variant].groupby("percent")["mae"]
+            axis.errorbar([place[percent] + shift for percent in group.mean().index],
+                          group.mean(), yerr=group.std(ddof=1), color=SERIES[variant],
+                          marker="o", ms=5, capsize=3, label=tables.VARIANTS[variant])
+        axis.set_xticks(range(len(percents)), [f"{percent:g}" for percent in percents])
+        axis.set(xlabel="labelled images (%)", title=_name(dataset, runs),
+                 xlim=(-0.4, len(percents) - 0.6))
+        axis.set_ylim(bottom=0)
+        axis.grid(axis="x", visible=False)
+    axes[0, 0].set_ylabel("MAE (people)")
+    _legend(axes[0, 0])
+    return _finish(figure, "Counting error against labelled images", runs)
+
+
+@_styled
+def iou_bars(runs: pd.DataFrame) -> Picture:
+    """Mean IoU (percent) per dataset and percentage beside equal discs at the same points.
+
+    The lightest bars are whole discs, the next ones discs that give a contested pixel to the
+    nearest point; each have the one radius that is best on the test images. Bars are means over
+    seeds, whiskers sample standard deviations. Raises ValueError if no run has truth masks.
+    """
+    runs = _some(runs[runs["variant"].isin(SERIES) & runs["mean_iou"].notna()],
+                 "no run with a mean IoU (truth masks are needed)")
+    datasets = tables.ordered(runs["dataset"], tables.DATASETS)
+    bars = [bar for variant in tables.ordered(runs["variant"], tuple(SERIES)) for bar in (
+        (variant, "disc_mean_iou", DISCS[variant], f"discs at {tables.VARIANTS[variant]} points"),
+        (variant, "exclusive_disc_mean_iou", EXCLUSIVE_DISCS[variant],
+         f"discs, exclusive, at {tables.VARIANTS[variant]} points"),
+        (variant, "mean_iou", SERIES[variant], tables.VARIANTS[variant]))]
+    width = 0.84 / len(bars)
+    figure, axes = _grid(1, len(datasets), width=3.0, height=3.0, sharey=True)
+    for axis, dataset in zip(axes[0], datasets):
+        part = runs[runs["dataset"] == dataset]
+        percents = sorted(part["percent"].unique())
+        for index, (variant, column, colour, label) in enumerate(bars):
+            values = 100 * part[part["variant"] == variant].set_index("percent")[column]
+            groups = values.groupby(level=0)
+            axis.bar(np.arange(len(percents)) + (index - (len(bars) - 1) / 2) * width,
+                     groups.mean().reindex(percents), width * 0.94, color=colour, label=label,
+                     yerr=groups.std(ddof=1).reindex(percents),
+                     error_kw={"capsize": 2, "lw": 1})
+        axis.set_xticks(range(len(percents)), [f"{percent:g}" for percent in percents])
+        axis.set(xlabel="labelled images (%)", title=_name(dataset, runs))
+        axis.grid(axis="x", visible=False)
+    axes[0, 0].set_ylim(top=axes[0, 0].get_ylim()[1] * (1.08 + 0.1 * len(bars)))  # for the legend
+    axes[0, 0].set_ylabel("mean IoU (%)")
+    _legend(axes[0, 0], loc="upper left", fontsize=7)
+    return _finish(figure, "Instance segmentation against fixed discs", runs)
+
+
+@_styled
+def ablation_bars(runs: pd.DataFrame, dataset: str, percent: float) -> Picture:
+    """MAE and mean IoU of every variant on the seeds it shares with the full method.
+
+    The line is the full method on all its seeds. Raises what `tables.ablation_table` raises.
+    """
+    pairs = tables.ablation_pairs(runs, dataset, percent)
+    used = pd.concat([group.reset_index() for group, _ in pairs.values()])
+    measures = [("mae", 1, "MAE (people), lower is better")]
+    if used["mean_iou"].notna().any():
+        measures.append(("mean_iou", 100, "mean IoU (%), higher is better"))
+    figure, axes = _grid(1, len(measures), width=3.6, height=0.6 + 0.36 * len(pairs), sharey=True)
+    for axis, (column, scale, label) in zip(axes[0], measures):
+        for row, (variant, (group, _)) in enumerate(pairs.items()):
+            values = scale * group[column].dropna()
+            axis.barh(row, values.mean(), 0.72, color=BLUE if variant == "xmask" else SKY,
+                      xerr=values.std(ddof=1) if len(values) > 1 else None,
+                      error_kw={"capsize": 2, "lw": 1})
+            axis.plot(values, np.full(len(values), row), "o", color="black", ms=2.5)
+        axis.axvline(scale * pairs["xmask"][0][column].mean(), color=BLUE, lw=1, ls="--")
+        axis.set_yticks(range(len(pairs)), [
+            f"{tables.VARIANTS.get(variant, variant)} ({len(group)})"
+            for variant, (group, _) in pairs.items()])
+        axis.set(xlabel=label)
+        axis.grid(axis="y", visible=False)
+    axes[0, 0].invert_yaxis()  # shared by both panels
+    title = f"{_name(dataset, used)}, {percent:g}% labelled: ablation (number of seeds)"
+    return _finish(figure, title, used)
+
+
+# Pictures of predictions
+
+
+def overlay(image: np.ndarray, label_map: np.ndarray, points: np.ndarray | None = None, *,
+            opacity: float = 0.4) -> np.ndarray:
+    """Paint instances, their contours and their head points over an image.
+
+    image: (H, W, 3) uint8. label_map: (H, W) int, 0 background. points: (N, 2) float (x, y)
+    pixels, drawn as white dots with a black rim. Returns a new (H, W, 3) uint8 array. Colours
+    repeat after seven instances; contours keep neighbours of one colour apart.
+    """
+    image, label_map = np.asarray(image), np.asarray(label_map)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"image must be (H, W, 3) uint8, not {image.shape} {image.dtype}")
+    if label_map.shape != image.shape[:2]:
+        raise ValueError(f"label_map is {label_map.shape}, but the image is {image.shape[:2]}")
+    painted = image.astype(np.float64)
+    inside = label_map > 0
+    colour = INSTANCES[(label_map[inside] - 1) % len(INSTANCES)]
+    painted[inside] = (1 - opacity) * painted[inside] + opacity * colour
+    edge = find_boundaries(label_map, mode="inner", background=0)
+    painted[edge] = INSTANCES[(label_map[edge] - 1) % len(INSTANCES)]
+    for radius, value in ((1, 0.0), (0, 255.0)):
+        for x, y in np.rint(points).astype(int) if points is not None else ():
+            painted[max(y - radius, 0):max(y + radius + 1, 0),
+                    max(x - radius, 0):max(x + radius + 1, 0)] = value
+    return painted.round().astype(np.uint8)
+
+
+def sparse_middle_dense(dataset) -> list[str]:
+    """Image names with the fewest, the median and the most people (fewer if there are fewer)."""
+    counts = np.asarray(dataset.counts())
+    order = np.argsort(counts, kind="stable")
+    # an image without people shows nothing: start at the first with some, if any has
+    order = order[counts[order] > 0] if (counts > 0).any() else order
+    places = [order[0], order[len(order) // 2], order[-1]]
+    return [dataset.ids[place] for place in dict.fromkeys(int(place) for place in places)]
+
+
+@_styled
+def figure_predictions(dataset, run_folder: str | Path,
+                       ids: Sequence[str] | None = None) -> Picture:
+    """Image, truth and prediction side by side, one row an image.
+
+    dataset: test split with `.ids` and `.counts()`; run_folder: one with `predictions/`.
+    ids: image names; by default a sparse, a middle and a dense one. Where the dataset has no
+    truth masks, its head points stand in the middle column.
+    The function draws any dataset; whether a picture of real people may be kept in the
+    repository is another question, which `write_figures` answers with no.
+    Raises FileNotFoundError without the predicted files, ValueError for an unknown image name or
+    a prediction of another size.
+    """
+    run_folder = Path(run_folder)
+    ids = list(sparse_middle_dense(dataset) if ids is None else ids)
+    unknown = sorted(set(ids) - set(dataset.ids))
+    if unknown:
+        raise ValueError(f"no test image named {', '.join(unknown)}; names look like "
+                         f"{', '.join(dataset.ids[:3])}")
+    rows = []
+    for name in ids:
+        sample = dataset[list(dataset.ids).index(name)]
+        predicted, points = read_prediction(run_folder, name, sample.image.shape[:2])
+        truth = sample.instances
+        if truth is None:
+            truth = np.zeros(sample.image.shape[:2], dtype=np.int32)
+        rows.append((name, sample, [sample.image, overlay(sample.image, truth, sample.points),
+                                    overlay(sample.image, predicted, points)], len(points)))
+    heights = [3.0 * row[1].image.shape[0] / row[1].image.shape[1] for row in rows]
+    figure = Picture(figsize=(9.2, sum(heights) + 0.28 * len(rows) + 0.75), dpi=DPI,
+                    layout="constrained")
+    axes = figure.subplots(len(rows), 3, squeeze=False, gridspec_kw={"height_ratios": heights})
+    for (name, sample, pictures, count), line in zip(rows, axes):
+        truth = "truth" if sample.instances is not None else "true heads (no truth masks)"
+        titles = [name, f"{truth}: {len(sample.points)} people", f"predicted: {count} people"]
+        for axis, picture, text in zip(line, pictures, titles):
+            axis.imshow(picture, interpolation="antialiased")
+            axis.set_title(text)
+            axis.set_axis_off()
+    run = _run_row(run_folder)
+    title = f"{_name(run['dataset'].iloc[0], run)}, {run['percent'].iloc[0]:g}% labelled"
+    return _finish(figure, f"{title}: predicted instances", run)
+
+
+def read_prediction(run_folder: Path, name: str, shape: tuple[int, int]
+                    ) -> tuple[np.ndarray, np.ndarray]:
+    """Label map (H, W) int32 and points (N, 2) float32 that a run predicted for an image.
+
+    Raises FileNotFoundError without the files, ValueError if they are of another size than
+    `shape`, the image's (H, W).
+    """
+    path = run_folder / "predictions" / f"{name}.png"
+    for file in (path, path.with_suffix(".csv")):
+        if not file.exists():
+            raise FileNotFoundError(f"{file}: no prediction of this image. Predictions are not "
+                                    "committed: evaluate the run again (`xmask evaluate`).")
+    with Image.open(path) as picture:
+        label_map = np.asarray(picture).astype(np.int32)
+    if label_map.shape != shape:
+        raise ValueError(f"{path}: {label_map.shape} pixels, but the image has {shape}: the data "
+                         "changed since. Evaluate the run again (`xmask evaluate`).")
+    points = pd.read_csv(path.with_suffix(".csv"))
+    return label_map, points[["x", "y"]].to_numpy(np.float32)
+
+
+def _run_row(run_folder: Path) -> pd.DataFrame:
+    config = files.read_json(run_folder / "config.json")
+    names = ("profile", "dataset", "percent", "seed", "variant", "synthetic", "selection")
+    return pd.DataFrame([{"run": run_folder.name, **{name: config[name] for name in names}}])
+
+
+# Writing
+
+
+def save(figure: Picture, path: str | Path) -> Path:
+    """Write a figure made here as PNG; the Description names all its runs, and nothing a date."""
+    with files.replacing(path) as temporary:
+        _save(figure, temporary)
+    return Path(path)
+
+
+def _save(figure: Picture, target: Path | io.BytesIO) -> None:
+    with matplotlib.style.context("default"):
+        figure.savefig(target, format="png", dpi=DPI, facecolor="white",
+                       metadata={"Software": None, "Description": figure.description})
+
+
+def write_figures(results: str | Path, out: str | Path,
+                  datasets: Callable[[str], object] | None = None,
+                  only: Sequence[str] = ()) -> list[Path]:
+    """Write every figure of `results/<profile>` as PNG into `out`; list the files.
+
+    datasets: gives the test split of a run by its folder, or None where it is not at hand; without
+    it no predictions are drawn. only: names of the runs to read; empty for all. Runs of selection
+    `best-on-test` get figures of their own, and so do real runs beside synthetic ones: neither
+    shares a figure with the others.
+
+    `out` belongs to the repository, so only drawn crowds are pictured there: photographs of
+    people belong to their datasets, whose terms rarely allow copies, and the people in them were
+    not asked. Pictures of a dataset that is not synthetic therefore go to
+    `<run folder>/pictures/`, which Git ignores. Plots of an earlier call that these runs no
+    longer support are removed.
+    """
+    runs, out = tables.load_runs(results, only), Path(out)
+    both = runs["synthetic"].nunique() > 1
+    paths: list[Path] = []
+    for selection in tables.SELECTIONS:
+        for synthetic in (True, False):
+            part = runs[(runs["selection"] == selection) & (runs["synthetic"] == synthetic)]
+            ending = ("_real" if both and not synthetic else "") + (
+                "" if selection == "last" else f"_{selection}") + ".png"
+            for name, make in _figures_of(part):
+                paths.append(save(make(), out / f"{name}{ending}"))
+            if datasets is not None:
+                paths += _write_predictions(part, out, ending, datasets)
+    name = r"(learning_.+|counts_.+|mae_versus_percent|mean_iou|ablation_.+)\.png"
+    for path in sorted(out.iterdir()) if out.is_dir() else ():
+        if path not in paths and re.fullmatch(name, path.name):
+            path.unlink()
+    return paths
+
+
+def _figures_of(runs: pd.DataFrame) -> list[tuple[str, Callable[[], Picture]]]:
+    main = _full(runs)
+    made: list[tuple[str, Callable[[], Picture]]] = []
+    for dataset in tables.ordered(main["dataset"], tables.DATASETS):
+        made += [(f"learning_{dataset}", functools.partial(learning_curves, runs, dataset)),
+                 (f"counts_{dataset}", functools.partial(count_scatter, runs, dataset))]
+    compared = runs[runs["variant"].isin(SERIES)]
+    if len(compared):
+        made.append(("mae_versus_percent", functools.partial(mae_versus_percent, runs)))
+    if compared["mean_iou"].notna().any():
+        made.append(("mean_iou", functools.partial(iou_bars, runs)))
+    return made + [(f"ablation_{dataset}-{percent:g}",
+                    functools.partial(ablation_bars, runs, dataset, percent))
+                   for dataset, percent in tables.ablations(runs)]
+
+
+def _full(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs of the full method; in a study of changed settings only, those instead."""
+    full = runs[runs["variant"] == "xmask"]
+    return full if len(full) else runs[~runs["variant"].isin(VARIANTS)]
+
+
+def _write_predictions(runs: pd.DataFrame, out: Path, ending: str,
+                       datasets: Callable[[str], object]) -> list[Path]:
+    """One figure a dataset: the first seed at the largest percentage of the full method."""
+    paths = []
+    main = _full(runs).sort_values(
+        ["percent", "seed"], ascending=[False, True], kind="stable")
+    for dataset in tables.ordered(main["dataset"], tables.DATASETS):
+        run = main[main["dataset"] == dataset].iloc[0]
+        split = datasets(run["path"])
+        if split is None:
+            continue
+        if not (Path(run["path"]) / "predictions").is_dir():
+            warnings.warn(f"{run['path']}/predictions: not there (they are not committed), so no "
+                          "predictions are drawn. Evaluate the run again (`xmask evaluate`).",
+                          stacklevel=3)
+            continue
+        if bool(split.synthetic) != bool(run["synthetic"]):
+            raise ValueError(f"{run['run']} was measured on {tables.kind_of(run['synthetic'])} "
+                             f"images, but the {dataset} test set at hand is "
+                             f"{tables.kind_of(split.synthetic)}. Give the data of the run.")
+        folder = out if split.synthetic else Path(run["path"]) / "pictures"
+        figure = figure_predictions(split, run["path"])
+        paths.append(save(figure, folder / f"predictions_{dataset}{ending}"))
+    return paths
+
+
+# Shared parts
+
+
+def _some(runs: pd.DataFrame, complaint: str) -> pd.DataFrame:
+    if runs.empty:
+        raise ValueError(f"{complaint}: nothing to draw. Train and evaluate one, or name another "
+                         "dataset.")
+    if runs["selection"].nunique() > 1 or runs["synthetic"].nunique() > 1:
+        raise ValueError("runs of several selections, or real and synthetic runs, in one figure: "
+                         "filter `selection` and `synthetic` first.")
+    return runs
+
+
+def _grid(rows: int, columns: int, *, width: float, height: float, **options
+          ) -> tuple[Picture, np.ndarray]:
+    size = (max(width * columns, 4.6) + 0.3, height * rows + 0.9)
+    figure = Picture(figsize=size, dpi=DPI, layout="constrained", facecolor="white")
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def _legend(axis: Axes, **options) -> None:
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(frameon=True, framealpha=0.9, edgecolor="none", **options)
+
+
+def _name(dataset: str, runs: pd.DataFrame) -> str:
+    return tables.title(dataset) + (" (synthetic)" if runs["synthetic"].iloc[0] else "")
+
+
+def _finish(figure: Picture, title: str, runs: pd.DataFrame) -> Picture:
+    """Title above, provenance below: the kind of images, profile, selection, runs."""
+    first = runs.iloc[0]
+    crowds = "synthetic crowds" if first["synthetic"] else "real photographs"
+    head = f"{crowds}, profile {first['profile']}, selection {first['selection']}, runs: "
+    names = list(dict.fromkeys(runs["run"]))
+    shown = names if len(names) <= 6 else [*names[:5], f"... and {len(names) - 5} more"]
+    width = int(figure.get_figwidth() * 17)  # characters of 6-point text on the line
+    figure.suptitle(title, fontsize=10, fontweight="bold")
+    figure.supxlabel("\n".join(textwrap.wrap(
+        head + ", ".join(shown), width, break_on_hyphens=False)), fontsize=6,
+                     color="#555555", ha="left", x=0.01)
+    figure.description = f"{title}. {head}{', '.join(names)}"
+    return figure
+
+
+def _history(run: Path) -> pd.DataFrame:
+    file = run / "history.csv"
+    if not file.exists():
+        raise FileNotFoundError(f"{file}: missing, so there is no learning curve. Restore it, or "
+                                "train the run again.")
+    history = pd.read_csv(file)
+    missing = sorted({"step", "phase", "labelled", "unlabelled", *TERMS} - set(history))
+    if missing:
+        raise ValueError(f"{file}: columns {', '.join(missing)} are missing. Train the run again.")
+    return history
+
+
+def _draw_history(axes: Sequence[Axes], history: pd.DataFrame, *, label: bool = True) -> None:
+    """The losses on the upper and their terms on the lower axis; values of 0 are left out."""
+    for axis, lines in zip(axes, ({"labelled": BLUE, "unlabelled": ORANGE}, TERMS)):
+        for name, colour in lines.items():
+            values = _smooth(history, name)
+            if (values > 0).any():
+                axis.plot(history["step"], values.where(values > 0), color=colour, lw=1.0,
+                          alpha=0.85, label=name if label else None)
+
+
+def _dress_history(axes: np.ndarray) -> None:
+    for upper, lower in axes.T:
+        lower.set(yscale="log", xlabel="training step")
+        lower.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        lower.yaxis.set_major_formatter("{x:g}")
+        lower.yaxis.set_minor_locator(NullLocator())
+        for axis in (upper, lower):
+            axis.grid(axis="x", visible=False)
+            _legend(axis, fontsize=7)
+    axes[0, 0].set_ylabel("loss")
+    axes[1, 0].set_ylabel("terms of the loss")
+
+
+def _smooth(history: pd.DataFrame, name: str) -> pd.Series:
+    """Running mean over 1/50 of each phase: it calms the line and never crosses a phase."""
+    return history.groupby("phase", sort=False)[name].transform(
+        lambda values: values.rolling(max(len(values) // 50, 1), min_periods=1, center=True).mean())
+
+
+def _shade_phases(axes: Sequence[Axes], history: pd.DataFrame) -> None:
+    spans = history.groupby("phase", sort=False)["step"].agg(["min", "max"])
+    ends = [*spans["min"].iloc[1:], spans["max"].iloc[-1]]
+    for index, (phase, start, end) in enumerate(zip(spans.index, spans["min"], ends)):
+        for axis in axes:
+            axis.axvspan(start, end, color=("#FFFFFF", "#F2F2F2")[index % 2], lw=0, zorder=0)
+        wide = end - start > 0.15 * (ends[-1] - spans["min"].iloc[0])  # room for the word
+        axes[0].text((start + end) / 2, 0.98, f"phase {phase}" if wide else f"{phase}",
+                     fontsize=7, color="#555555", ha="center", va="top",
+                     transform=axes[0].get_xaxis_transform())
+
+
+def _per_image(run: Path) -> pd.DataFrame:
+    return pd.DataFrame(files.read_json(run / "metrics.json")["per_image"])

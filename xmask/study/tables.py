@@ -1,0 +1,489 @@
+"""Run folders in, tables out: no number of a table is typed by anybody (paper: its result tables).
+
+Every table is a function of what `xmask.study.runs.load_runs` returns, and two calls on the same folders
+write the same bytes. Three rules keep the tables honest: a number measured on drawn (synthetic)
+crowds and a published number of real photographs never share a column; runs whose checkpoint was
+chosen on the test set (`best-on-test`) get tables of their own; what is not known is shown as "—",
+never guessed.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+
+from xmask import files
+from xmask.study.runs import DATASETS, SELECTIONS, UNKNOWN, VARIANTS, listing, load_runs, ordered
+
+MAIN_VARIANTS = ("supervised-only", "xmask")  # this order in tables; then sweeps of parameters
+DISCS = {"disc_mean_iou": "discs", "exclusive_disc_mean_iou": "discs, exclusive"}  # baselines
+
+# One table, three formats
+
+
+class Cell(NamedTuple):
+    """One number of a table: mean and sample standard deviation as written, and as printed."""
+
+    mean: float
+    std: float
+    text: str
+
+
+def measured(values: pd.Series, *, scale: float = 1.0, digits: int = 1,
+             signed: bool = False) -> Cell | None:
+    """Mean over runs, rounded to `digits`; ± sample standard deviation if there are several.
+
+    None (unknown) if there is no value. Rounding keeps the last bits of floating point, which
+    change with the number of threads, out of the tables.
+    """
+    values = values.dropna() * scale
+    if values.empty:
+        return None
+    mean = _rounded(values.mean(), digits)
+    std = _rounded(values.std(ddof=1), digits) if len(values) > 1 else math.nan
+    text = f"{mean:{'+' if signed and mean else ''}.{digits}f}"
+    return Cell(mean, std, text if math.isnan(std) else f"{text} ± {std:.{digits}f}")
+
+
+def _rounded(value: float, digits: int) -> float:
+    """Round twice, so that 0.05 - 1e-15 is treated as 0.05; + 0.0 turns -0.0 into 0.0."""
+    return round(round(float(value), 9), digits) + 0.0
+
+
+def _same_for_all(values: pd.Series) -> pd.Series:
+    """A baseline that is equal in all runs is one number, not a mean with ± 0.0."""
+    return values.round(9).drop_duplicates()
+
+
+@dataclass(frozen=True, repr=False)
+class Table:
+    """A finished table. `numbers` goes to CSV; `text` is what people read (Markdown, LaTeX)."""
+
+    name: str
+    caption: str
+    numbers: pd.DataFrame
+    text: pd.DataFrame
+    runs: tuple[str, ...]
+
+    def csv(self) -> str:
+        """The numbers at full precision."""
+        return self.numbers.to_csv(index=False, lineterminator="\n")
+
+    def markdown(self) -> str:
+        """Caption, text cells as a Markdown table, and the runs."""
+        rows = [list(self.text.columns), ["---"] * self.text.shape[1], *self.text.values.tolist()]
+        lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+        return "\n".join([self.caption, "", *lines, "", f"Runs: {', '.join(self.runs)}", ""])
+
+    def __repr__(self) -> str:
+        return f"<Table {self.name}: {len(self.text)} rows of {len(self.runs)} runs>"
+
+    _repr_markdown_ = markdown  # how a notebook shows a table
+
+    def latex(self) -> str:
+        """Caption, label and text cells as a LaTeX table; comments name the runs."""
+        rows = [" & ".join(_latex(cell) for cell in row) + r" \\"
+                for row in [list(self.text.columns), *self.text.values.tolist()]]
+        return "\n".join([
+            "% needs \\usepackage{booktabs}", *(f"% run: {run}" for run in self.runs),
+            r"\begin{table}", r"\centering", rf"\caption{{{_latex(self.caption)}}}",
+            rf"\label{{tab:{self.name}}}", rf"\begin{{tabular}}{{{'l' * self.text.shape[1]}}}",
+            r"\toprule", rows[0], r"\midrule", *rows[1:], r"\bottomrule",
+            r"\end{tabular}", r"\end{table}", ""])
+
+    def write(self, out: str | Path) -> list[Path]:
+        """Write `<name>.csv`, `.md` and `.tex` into `out`; each appears whole or not at all."""
+        paths = []
+        for suffix, content in ((".csv", self.csv()), (".md", self.markdown()),
+                                (".tex", self.latex())):
+            paths.append(Path(out) / f"{self.name}{suffix}")
+            files.write_text(paths[-1], content)
+        return paths
+
+
+LATEX = {"\\": r"\textbackslash{}", "—": "---", "±": r"$\pm$", "~": r"\textasciitilde{}",
+         "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
+         **{character: "\\" + character for character in "&%$#_{}"}}
+
+
+def _latex(text: str) -> str:
+    return "".join(LATEX.get(character, character) for character in text)
+
+
+def _table(name: str, caption: str, rows: list[dict], columns: list[str],
+           runs: pd.DataFrame) -> Table:
+    """Lay out rows: plain values first, then the Cells named by `columns`, then source and runs.
+
+    Each row: plain values by heading; "cells": {column: Cell or None}; "runs": names; may hold
+    "source" (published numbers).
+    """
+    numbers, texts = [], []
+    for row in rows:
+        plain = {key: value for key, value in row.items() if key not in ("cells", "runs", "source")}
+        number, text = dict(plain), {key: UNKNOWN if value is None or value == "" else str(value)
+                                     for key, value in plain.items()}
+        for column in columns:
+            cell = row["cells"].get(column)
+            number[column] = cell.mean if cell else math.nan
+            if column.endswith("(ours)"):
+                number[f"std of {column}"] = cell.std if cell else math.nan
+            text[column] = cell.text if cell else UNKNOWN
+        if "source" in row:
+            number["source"], text["source"] = row["source"], row["source"] or UNKNOWN
+        number["runs"] = " ".join(row["runs"])
+        numbers.append(number)
+        texts.append(text)
+    frame = pd.DataFrame(numbers)
+    for heading in ("seeds", "labelled %"):  # whole numbers stay whole beside an unknown
+        if heading in frame:
+            frame[heading] = [None if value in (None, "unknown") else value
+                              for value in frame[heading]]
+            frame[heading] = pd.to_numeric(frame[heading]).convert_dtypes()
+    skipped = runs.attrs.get("skipped")
+    if skipped:
+        caption += f" Not evaluated yet and left out: {', '.join(skipped)}."
+    suffix = "" if _selection(runs) == "last" else f"_{_selection(runs)}"
+    return Table(name + suffix, caption, frame, pd.DataFrame(texts), tuple(runs["run"]))
+
+
+def _selection(runs: pd.DataFrame) -> str:
+    found = runs["selection"].unique()
+    if len(found) != 1:
+        raise ValueError(f"runs of selections {', '.join(found)} in one table: a checkpoint chosen "
+                         "on the test set cannot stand beside one that was not: filter.")
+    return found[0]
+
+
+def _caption(what: str, runs: pd.DataFrame) -> str:
+    kinds = " and ".join(
+        "synthetic (drawn) crowds" if kind == "synthetic" else "real photographs"
+        for kind in _kinds(runs))
+    selection = {"last": "last (the final checkpoint, nothing chosen on test images)",
+                 "best-on-test": "best-on-test (checkpoint chosen by its MAE on the test images)"}
+    return (f"{what} Profile {runs['profile'].iloc[0]}; measured on {kinds}; selection: "
+            f"{selection[_selection(runs)]}; backbone {listing(runs['backbone'])}, "
+            f"initialisation {listing(runs['initialisation'])}; "
+            f"segmenter {listing(runs['segmenter'])}. ± is the sample standard deviation over "
+            f"seeds. {UNKNOWN}: unknown or not applicable.")
+
+
+def kind_of(synthetic: bool) -> str:
+    """The word for where a number was measured, used in every heading."""
+    return "synthetic" if synthetic else "real"
+
+
+def _kinds(runs: pd.DataFrame) -> list[str]:
+    present = set(map(kind_of, runs["synthetic"]))
+    return [kind for kind in ("synthetic", "real") if kind in present]
+
+
+def main_variants(runs: pd.DataFrame) -> list[str]:
+    """Variants of the main tables: all but the ablations (`without-...`)."""
+    return ordered([name for name in runs["variant"] if not name.startswith("without-")],
+                   MAIN_VARIANTS)
+
+
+def title(dataset: str) -> str:
+    """The name of a dataset as people write it."""
+    return DATASETS.get(dataset, dataset)
+
+
+# The tables
+
+
+def read_published() -> pd.DataFrame:
+    """The published numbers shipped with the package, every cell as printed (text).
+
+    Columns: method, venue, labelled_percent ("" = not stated), dataset, metric, value, source.
+    """
+    with resources.files("xmask.study").joinpath("published.csv").open(encoding="utf-8") as file:
+        return pd.read_csv(file, dtype=str, keep_default_na=False)
+
+
+class Measure(NamedTuple):
+    """A column family: heading, column of `load_runs`, factor, metric name in published.csv."""
+
+    heading: str
+    column: str
+    scale: float = 1.0
+    published: str | None = None
+
+
+def counting_table(runs: pd.DataFrame) -> Table:
+    """MAE and RMSE (people) per dataset, percentage and method, ours beside the published."""
+    caption = ("Counting on the test images: MAE and RMSE (called MSE in this field), in people. "
+               "The constant count is the best single number for every image: it knows the "
+               "test counts and sees no image. Published "
+               "numbers are of real photographs, as printed in their sources, with unknown "
+               "resizing; the authors' XMask release chooses its checkpoint by test MAE.")
+    measures = [Measure("MAE", "mae", 1.0, "mae"), Measure("RMSE", "rmse", 1.0, "rmse")]
+    return _comparison("counting", caption, runs, measures, Measure("MAE", "constant_mae"))
+
+
+def segmentation_table(runs: pd.DataFrame) -> Table:
+    """Mean IoU, AP50, PQ and AJI in percent, ours beside the published mean IoU."""
+    caption = ("Instance segmentation on the test images, in percent. Mean IoU: sum of the IoUs of "
+               "the one-to-one matching of predicted to true instances, over the number of true "
+               f"instances. {_discs_explained()} Published numbers are of real photographs, as "
+               "printed in their sources.")
+    measures = [Measure("mean IoU %", "mean_iou", 100.0, "mean_iou"),
+                Measure("AP50 %", "ap50", 100.0), Measure("PQ %", "pq", 100.0),
+                Measure("AJI %", "aji", 100.0)]
+    return _comparison("segmentation", caption, runs, measures,
+                       *(Measure("mean IoU %", column, 100.0) for column in DISCS))
+
+
+def _discs_explained() -> str:
+    return ("Discs: equal, whole discs at the points that the same runs predicted, which may "
+            "overlap; discs, exclusive: the same, but a contested pixel goes to the nearest point, "
+            "so that neighbours cut each other (the stricter baseline where heads touch); each of "
+            "the radius that is best on the test images.")
+
+
+def localisation_table(runs: pd.DataFrame) -> Table:
+    """Precision, recall and F1 in percent, for every matching distance that was evaluated."""
+    sigmas = sorted((name.split("_")[1] for name in runs if name.startswith("precision_")),
+                    key=float)
+    caption = ("Localisation on the test images, in percent: predicted and true heads matched one "
+               "to one within the given distance in pixels. No published number was read.")
+    measures = [Measure(f"{label} % at {sigma} px", f"{name}_{sigma}", 100.0) for sigma in sigmas
+                for name, label in (("precision", "precision"), ("recall", "recall"),
+                                    ("f1", "F1"))]
+    return _comparison("localisation", caption, runs, measures)
+
+
+def _comparison(name: str, caption: str, runs: pd.DataFrame, measures: list[Measure],
+                *baselines: Measure) -> Table:
+    """Rows of dataset × percentage × method: published, baselines, supervised only, XMask."""
+    ours = [f"{measure.heading}, {kind} (ours)" for kind in _kinds(runs) for measure in measures]
+    theirs = {measure.published: f"{measure.heading}, real (published)"
+              for measure in measures if measure.published}
+    rows: list[dict] = []
+    for dataset in ordered(runs["dataset"], DATASETS):
+        here = runs[runs["dataset"] == dataset]
+        published = _published_rows(dataset, here["percent"], theirs) if theirs else []
+        percents = {row["labelled %"] for row in published} | {f"{p:g}" for p in here["percent"]}
+        for percent in sorted(percents - {"unknown"}, key=float) + ["unknown"]:
+            rows += [row for row in published if row["labelled %"] == percent]
+            for kind in _kinds(here):
+                part = here[(here["percent"].map("{:g}".format) == percent)
+                            & (here["synthetic"].map(kind_of) == kind)]
+                rows += _baseline_rows(part, dataset, percent, kind, baselines)
+                for variant in main_variants(part):
+                    group = part[part["variant"] == variant]
+                    rows.append(_row(
+                        group, dataset, percent, f"{VARIANTS.get(variant, variant)} (ours)", kind,
+                        group["seed"].nunique(),
+                        {f"{measure.heading}, {kind} (ours)":
+                            measured(group[measure.column], scale=measure.scale)
+                         for measure in measures}))
+    if any(not row["runs"] for row in rows):
+        ours += list(theirs.values())
+    else:  # nothing published stands here
+        rows = [{key: row[key] for key in row if key not in ("venue", "source")} for row in rows]
+    return _table(name, _caption(caption, runs), rows, ours, runs)
+
+
+def _baseline_rows(part: pd.DataFrame, dataset: str, percent: str, kind: str,
+                   baselines: Sequence[Measure]) -> list[dict]:
+    """The constant count once; discs per variant, because they stand at its points."""
+    rows = []
+    for baseline in baselines:
+        if baseline.column == "constant_mae":
+            groups = {"constant count (baseline)": part}
+        else:
+            discs = DISCS[baseline.column] + ("," if "," in DISCS[baseline.column] else "")
+            groups = {f"{discs} at the points of {VARIANTS.get(variant, variant)} (baseline)":
+                      part[part["variant"] == variant] for variant in main_variants(part)}
+        rows += [_row(group, dataset, percent, name, kind, None,
+                      {f"{baseline.heading}, {kind} (ours)":
+                       measured(_same_for_all(group[baseline.column]), scale=baseline.scale)})
+                 for name, group in groups.items() if len(group)]
+    return rows
+
+
+def _row(group: pd.DataFrame, dataset: str, percent: str, method: str, kind: str,
+         seeds: int | None, cells: dict[str, Cell | None]) -> dict:
+    return {"dataset": title(dataset), "labelled %": percent, "method": method, "venue": "",
+            "images": kind, "longer side": listing(group["longer_side"]), "seeds": seeds,
+            "cells": cells, "source": "", "runs": list(group["run"])}
+
+
+def _published_rows(dataset: str, percents: pd.Series, columns: dict[str, str]) -> list[dict]:
+    """One row per published percentage and method of a dataset, verbatim.
+
+    XMask has a row at every percentage, published or ours: if its number could not be read, the
+    row shows that it is unknown. Drawn crowds of no published dataset have no published rows.
+    """
+    if dataset == "synthetic":
+        return []
+    table = read_published()
+    table = table[table["dataset"] == dataset]
+    rows: dict[tuple[str, str], dict] = {}
+
+    def row_of(percent: str, method: str, venue: str) -> dict:
+        return rows.setdefault((percent, method), {
+            "dataset": title(dataset), "labelled %": percent, "method": f"{method} (published)",
+            "venue": venue, "images": "real", "longer side": "", "seeds": None,
+            "cells": {}, "source": "", "runs": []})
+
+    for line in table[table["metric"].isin(list(columns))].itertuples():
+        row = row_of(line.labelled_percent or "unknown", line.method, line.venue)
+        row["cells"][columns[line.metric]] = Cell(float(line.value), math.nan, line.value)
+        row["source"] = line.source
+    stated = [percent for percent in table["labelled_percent"] if percent]
+    for percent in {*stated, *(f"{value:g}" for value in percents)}:
+        row_of(percent, "XMask", "ECCV'26")
+    return list(rows.values())
+
+
+def summary_table(runs: pd.DataFrame) -> Table:
+    """Our numbers as ratios to the baselines, per dataset and percentage, and their mean.
+
+    MAE / constant-count MAE: below 1 is better than the best single number for all images.
+    Mean IoU / mean IoU of discs: above 1 is better than equal discs at the same points, once
+    whole and once exclusive.
+    """
+    runs = runs[runs["variant"].isin(main_variants(runs))]
+    runs = runs.assign(
+        mae_ratio=(runs["mae"] / runs["constant_mae"]).where(runs["constant_mae"] > 0),
+        **{f"{column}_ratio": (runs["mean_iou"] / runs[column]).where(runs[column] > 0)
+           for column in DISCS})
+    shown = {"MAE": ("mae", 1.0, 1), "constant-count MAE": ("constant_mae", 1.0, 1),
+             "MAE / constant count": ("mae_ratio", 1.0, 3), "mean IoU %": ("mean_iou", 100.0, 1),
+             **{f"mean IoU % of {discs}": (column, 100.0, 1) for column, discs in DISCS.items()},
+             **{f"mean IoU / {discs}": (f"{column}_ratio", 1.0, 3)
+                for column, discs in DISCS.items()}}
+    ratios = [column for column, _, _ in shown.values() if column.endswith("_ratio")]
+    rows = []
+    for kind in _kinds(runs):
+        part = runs[runs["synthetic"].map(kind_of) == kind]
+        for percent in sorted(part["percent"].unique()):
+            for variant in main_variants(part):
+                group = part[(part["percent"] == percent) & (part["variant"] == variant)]
+                for dataset in ordered(group["dataset"], DATASETS):
+                    one = group[group["dataset"] == dataset]
+                    one_or_more = one.assign(constant_mae=_same_for_all(one["constant_mae"]))
+                    rows.append(_summary_row(one, title(dataset), {
+                        f"{heading}, {kind} (ours)":
+                            measured(one_or_more[column], scale=scale, digits=digits)
+                        for heading, (column, scale, digits) in shown.items()}))
+                means = group.groupby("dataset")[ratios].mean()
+                if len(means) > 1:  # the spread between datasets is no spread between seeds
+                    rows.append(_summary_row(group, f"mean of {len(means)} datasets", {
+                        f"{heading}, {kind} (ours)":
+                            measured(pd.Series([means[column].dropna().mean()]), digits=3)
+                        for heading, (column, _, _) in shown.items() if column in means}))
+    caption = ("Summary: our numbers against the baselines. MAE / constant count: below 1 beats "
+               "the best single number for all images. Mean IoU / discs: above 1 beats discs. "
+               f"{_discs_explained()} The mean over datasets is of the ratios.")
+    columns = [f"{heading}, {kind} (ours)" for kind in _kinds(runs) for heading in shown]
+    return _table("summary", _caption(caption, runs), rows, columns, runs)
+
+
+def _summary_row(group: pd.DataFrame, dataset: str, cells: dict[str, Cell | None]) -> dict:
+    first = group.iloc[0]
+    return {"dataset": dataset, "labelled %": f"{first['percent']:g}",
+            "method": f"{VARIANTS.get(first['variant'], first['variant'])} (ours)",
+            "images": kind_of(first["synthetic"]), "seeds": group["seed"].nunique(),
+            "cells": cells, "runs": list(group["run"])}
+
+
+def ablation_pairs(runs: pd.DataFrame, dataset: str, percent: float) -> dict[str, tuple]:
+    """{variant: (its runs, the full runs of the same seeds)}, the full method first.
+
+    Both frames are indexed by seed. A variant that shares no seed with the full method keeps its
+    own runs, and its second frame is empty. Raises ValueError if there is nothing to compare.
+    """
+    part = runs[(runs["dataset"] == dataset) & (runs["percent"] == percent)]
+    if "xmask" not in set(part["variant"]) or part["variant"].nunique() < 2:
+        raise ValueError(
+            f"ablation of {dataset} at {percent:g}%: needs runs of variant 'xmask' and of at least "
+            f"one other, found {listing(part['variant']) or 'none'}. Train one with a variant: "
+            f"{', '.join(name for name in VARIANTS if name != 'xmask')}.")
+    if part["synthetic"].nunique() > 1:
+        raise ValueError(f"ablation of {dataset} at {percent:g}%: synthetic and real runs cannot "
+                         "be compared. Filter `synthetic`.")
+    _selection(part)
+    full = part[part["variant"] == "xmask"].set_index("seed").sort_index()
+    pairs = {}
+    for variant in ordered(part["variant"], VARIANTS):
+        group = part[part["variant"] == variant].set_index("seed").sort_index()
+        shared = group.index.intersection(full.index)
+        pairs[variant] = (group.loc[shared] if len(shared) else group, full.loc[shared])
+    return pairs
+
+
+def ablation_table(runs: pd.DataFrame, dataset: str, percent: float) -> Table:
+    """Every variant against the full method on the same seeds: numbers and paired differences.
+
+    Raises ValueError if there is no full run, no variant, or a mixture of selections or of
+    synthetic and real runs.
+    """
+    pairs = ablation_pairs(runs, dataset, percent)
+    kind = kind_of(pairs["xmask"][0]["synthetic"].iloc[0])
+    shown = {"MAE": ("mae", 1.0), "RMSE": ("rmse", 1.0), "mean IoU %": ("mean_iou", 100.0)}
+    rows = []
+    for variant, (group, full) in pairs.items():
+        cells = {f"{heading}, {kind} (ours)": measured(group[column], scale=scale)
+                 for heading, (column, scale) in shown.items()}
+        if variant != "xmask" and len(full):
+            cells |= {f"{heading} difference, {kind} (ours)":
+                      measured(group[column] - full[column], scale=scale, signed=True)
+                      for heading, (column, scale) in shown.items()}
+        rows.append({"variant": VARIANTS.get(variant, variant), "seeds": len(group),
+                     "cells": cells, "runs": list(group["run"])})
+    used = runs[runs["run"].isin({run for row in rows for run in row["runs"]})]
+    caption = (f"Ablation, {title(dataset)}, {percent:g}% labelled. Difference: the variant minus "
+               "the full XMask of the same seeds; a lower MAE and RMSE and a higher mean IoU are "
+               "better.")
+    if min(row["seeds"] for row in rows) < 2:
+        caption += (" With one seed, a difference is not evidence: it may be the luck of that "
+                    "seed.")
+    columns = [f"{heading}{what}, {kind} (ours)" for what in ("", " difference")
+               for heading in shown]
+    return _table(f"ablation_{dataset}-{percent:g}", _caption(caption, used), rows, columns, used)
+
+
+def ablations(runs: pd.DataFrame) -> list[tuple[str, float]]:
+    """The (dataset, percentage) pairs that have the full method and a `without-` variant."""
+    return [(dataset, percent) for dataset in ordered(runs["dataset"], DATASETS)
+            for percent in sorted(runs.loc[runs["dataset"] == dataset, "percent"].unique())
+            if "xmask" in (found := set(runs.loc[(runs["dataset"] == dataset)
+                                                 & (runs["percent"] == percent), "variant"]))
+            and any(variant.startswith("without-") for variant in found)]
+
+
+def all_tables(runs: pd.DataFrame) -> list[Table]:
+    """Every table that the runs give, each of one selection only."""
+    made = []
+    for selection in ordered(runs["selection"], SELECTIONS):
+        part = runs[runs["selection"] == selection]
+        made += [counting_table(part), segmentation_table(part), localisation_table(part),
+                 summary_table(part), *(ablation_table(part, *pair) for pair in ablations(part))]
+    return made
+
+
+def write_tables(results_folder: str | Path, out: str | Path,
+                 only: Sequence[str] = ()) -> list[Path]:
+    """Write every table of `results/<profile>` as CSV, Markdown and LaTeX; list the files.
+
+    only: names of the runs to read; empty for all.
+    Runs of selection `best-on-test` go to files of their own (`counting_best-on-test.csv`, ...).
+    Tables of an earlier call that these runs no longer support are removed, so that the folder
+    never holds a number without a run. Raises what `load_runs` raises.
+    """
+    runs, out = load_runs(results_folder, only), Path(out)
+    paths = [path for table in all_tables(runs) for path in table.write(out)]
+    name = r"(counting|segmentation|localisation|summary|ablation_.+)(_best-on-test)?\.(csv|md|tex)"
+    for path in sorted(out.iterdir()):
+        if path not in paths and re.fullmatch(name, path.name):
+            path.unlink()
+    return paths

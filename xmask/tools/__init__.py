@@ -1,0 +1,1 @@
+"""What people do with their own photos: predict, learn, correct, explore, export."""
