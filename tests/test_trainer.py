@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
-from tests.test_transforms import scene
+from tests.data.test_transforms import scene
 from xmask import model
 from xmask.study import evaluate
 from xmask.config import Schedule, override, preset

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests.test_trainer import tiny
-from tests.test_transforms import scene
+from tests.data.test_transforms import scene
 from xmask import files, model
 from xmask.study import evaluate
 from xmask.data.sample import Sample

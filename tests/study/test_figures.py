@@ -15,7 +15,7 @@ from PIL import Image
 from skimage.color import rgb2lab
 
 import xmask
-from tests.test_report import write_run
+from tests.study.test_tables import write_run
 from xmask import files
 from xmask.study import figures, tables
 
@@ -247,7 +247,7 @@ def test_the_notebooks_run_on_run_folders(study, tmp_path, monkeypatch, name):
                            enter_root=lambda: steps.append("root"),
                            test_images_of=lambda run, data: DrawnSplit())
     monkeypatch.setitem(sys.modules, "xmask.study.steps", fake)
-    monkeypatch.setattr(xmask, "study", fake, raising=False)
+    monkeypatch.setattr(xmask.study, "steps", fake, raising=False)
     shown = []
     monkeypatch.setattr("IPython.display.display", shown.append)
     names = {"In": []}

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import base64
 import re
-from report.parser import HTMLParser
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 
 from tests import browser
-from tests.test_figures import DrawnSplit
-from tests.test_report import write_run
+from tests.study.test_figures import DrawnSplit
+from tests.study.test_tables import write_run
 from xmask import files
 from xmask.study import figures, report, tables
 from xmask.cli import main
