@@ -244,14 +244,14 @@ def _browser(runs: pd.DataFrame, shown: dict[str, object], pictures: bool) -> st
     """One table a run, worst image first; the script shows the chosen one."""
     order = sorted(runs["run"], key=lambda name: name not in shown)  # those with pictures first
     by_name = runs.set_index("run")
-    options, shown = [], []
+    options, blocks = [], []
     for name in order:
         run = by_name.loc[name]
         label = (f"{DATASETS.get(run['dataset'], run['dataset'])}, {run['percent']:g}% labelled, "
                  f"{VARIANTS.get(run['variant'], run['variant'])}, seed {run['seed']} "
                  f"({tables.kind_of(run['synthetic'])})")
         options.append(f'<option value="{escape(name)}">{escape(label)}</option>')
-        shown.append(f'<div data-images-of="{escape(name)}"{" hidden" if shown else ""}>'
+        blocks.append(f'<div data-images-of="{escape(name)}"{" hidden" if shown else ""}>'
                       f'<p class="caption">Run {_run_links([name])}: {escape(label)}</p>\n'
                       + _images(label, run, shown.get(name)) + "</div>")
     note = "Sorted by error; click a heading to sort by it."
@@ -262,7 +262,7 @@ def _browser(runs: pd.DataFrame, shown: dict[str, object], pictures: bool) -> st
         note += (" Of real photographs only numbers are shown, because this page is meant to be "
                  "shared.")
     return (f'<p>{note}</p>\n<p class="choose"><label for="run-choice">Run: </label>'
-            f'<select id="run-choice">{"".join(options)}</select></p>\n' + "\n".join(shown))
+            f'<select id="run-choice">{"".join(options)}</select></p>\n' + "\n".join(blocks))
 
 
 def _images(label: str, run: pd.Series, split: object | None) -> str:
