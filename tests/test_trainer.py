@@ -258,6 +258,7 @@ def test_what_goes_wrong_says_what_to_do(tmp_path, monkeypatch):
         torch.cuda.OutOfMemoryError("full")))
     with pytest.raises(RuntimeError, match=r"lower optimisation.batch \(now 2\)"):
         run.fit()
+    broken = trainer(tmp_path / "nan")
+    torch.nn.init.constant_(next(broken.student.parameters()), float("nan"))
     with pytest.raises(FloatingPointError, match="lower the learning rate of that phase"):
-        trainer(tmp_path / "nan", tiny(optimisation__lr=1e30, optimisation__encoder_lr=1e30,
-                                       schedule__warmup=3)).fit()
+        broken.fit()
