@@ -12,7 +12,7 @@ import json
 from hashlib import sha256
 from typing import Any, get_args
 
-from xmask.config import Config, Profile, override
+from xmask.config import Config, Profile, from_dict, override
 
 PROFILES: tuple[str, ...] = get_args(Profile)
 DATASETS = ("sha", "qnrf", "jhu")
@@ -112,8 +112,8 @@ def preset(
     """
     if variant not in VARIANTS:
         raise ValueError(f"variant: {variant!r} is not one of {', '.join(VARIANTS)}")
-    config = Config(
-        profile=profile, dataset=dataset, percent=percent, seed=seed, variant=variant)
+    config = from_dict({"profile": profile, "dataset": dataset, "percent": percent, "seed": seed,
+                        "variant": variant})
     overrides = overrides or {}
     for changes in (_values(profile, dataset, percent), VARIANTS[variant], overrides):
         config = override(config, changes)
