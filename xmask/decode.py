@@ -216,11 +216,20 @@ def stack_points(
     points: Sequence[Any], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The heads of a batch as one list: (points (N, 2) float64, image (N,) int64, first (B,)
-    int64, the number of heads before each image), on the device."""
-    parts = [to_tensor(p)[0].detach().to(device).double().reshape(-1, 2) for p in points]
+    int64, the number of heads before each image), on the device. ValueError for points that are
+    not finite (N, 2)."""
+    parts = [to_tensor(p)[0].detach().to(device).double() for p in points]
+    parts = [part if part.numel() else part.reshape(0, 2) for part in parts]
+    for part in parts:
+        if part.ndim != 2 or part.shape[1] != 2:
+            raise ValueError("points: expected an (N, 2) array of (x, y), found shape "
+                             f"{tuple(part.shape)}")
     sizes = torch.tensor([len(part) for part in parts])
     image = torch.repeat_interleave(torch.arange(len(parts)), sizes).to(device)
-    return torch.cat(parts), image, (torch.cumsum(sizes, 0) - sizes).to(device)
+    stacked = torch.cat(parts)
+    if not bool(torch.isfinite(stacked).all()):
+        raise ValueError("points: some coordinates are NaN or infinite; remove those points")
+    return stacked, image, (torch.cumsum(sizes, 0) - sizes).to(device)
 
 
 def points_from_logits(
