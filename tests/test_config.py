@@ -39,13 +39,13 @@ def test_the_paper_preset_holds_the_published_constants():
 @pytest.mark.parametrize(
     "dataset, percent, values",
     [
-        ("sha", 5, {"schedule.phase3": 2100, "loss.foreground": 0.005, "loss.point_mask": 10}),
+        ("sha", 5, {"schedule.phase3": 2100, "loss.foreground": 0.005, "loss.consistency": 10}),
         ("sha", 40, {"schedule.phase3": 2075, "loss.background": 0.1, "loss.foreground": 0.005,
-                     "loss.point_mask": 0, "pseudo.theta": 0.95,
+                     "loss.consistency": 0, "pseudo.theta": 0.95,
                      "pseudo.geometry_weight": 0.4}),
         ("qnrf", 5, {"schedule.phase3": 2050, "loss.background": 0.05,
                      "loss.foreground": 0.0025}),
-        ("qnrf", 10, {"schedule.phase3": 2500, "loss.one_point": 1, "loss.point_mask": 1}),
+        ("qnrf", 10, {"schedule.phase3": 2500, "loss.one_point": 1, "loss.consistency": 1}),
         ("qnrf", 40, {"schedule.phase3": 4000, "loss.background": 0.01,
                       "loss.one_point": 0.005}),
         ("jhu", 5, {"schedule.phase3": 2300, "loss.background": 0.05, "loss.one_point": 0.01}),

@@ -68,7 +68,7 @@ class Loss:
     differentiable_centers: bool = True
     nnec: bool = True
     ignore_radius: float = 16.0  # px around a low-confidence pseudo point
-    point_mask: float = 1.0  # point-mask term
+    consistency: float = 1.0  # point-mask term
     phase2_p2r: float = 0.0  # P2R on the labelled crops of phase 2 too (ours; the paper: none)
     background: float = 0.0  # mask constraint, three weights
     foreground: float = 0.0
@@ -311,7 +311,7 @@ _CPU = {
     "loss.foreground": 0.005,
     "loss.one_point": 0.01,
     # in a short phase 2 the point-mask term costs more counting than phase 3 can repair
-    "loss.point_mask": 0.0,
+    "loss.consistency": 0.0,
     # a random start and some thousand steps need larger rates than 2,000 epochs from ImageNet
     "optimisation.batch": 2,
     "optimisation.lr": 3e-3,
@@ -365,13 +365,13 @@ def _per_split(profile: str, dataset: str, percent: int) -> dict[str, object]:
 def _published(dataset: str, percent: int) -> dict[str, object]:
     """What the authors' configuration sets per dataset and percentage."""
     table: dict[tuple[str, int], dict[str, object]] = {
-        ("sha", 5): {"schedule.phase3": 2100, "loss.foreground": 0.005, "loss.point_mask": 10.0},
+        ("sha", 5): {"schedule.phase3": 2100, "loss.foreground": 0.005, "loss.consistency": 10.0},
         ("sha", 10): {"schedule.phase3": 2100, "loss.foreground": 0.005},
         ("sha", 40): {
             "schedule.phase3": 2075,
             "loss.background": 0.1,
             "loss.foreground": 0.005,
-            "loss.point_mask": 0.0,
+            "loss.consistency": 0.0,
             "pseudo.theta": 0.95,
             "pseudo.geometry_weight": 0.4,
         },
