@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from xmask import decode, features, files, losses, model, nnec
-from xmask.config import Config, Schedule
+from xmask.config import Config, Schedule, steps_per_epoch
 from xmask.data.sample import Sample
 from xmask.data.transforms import Batch, Crops, collate
 from xmask.provenance import digest
@@ -104,8 +104,8 @@ class Trainer:
                  "augmentation": config.augmentation}
         self.labelled = Crops(labelled, **crops, strong=False)
         self.unlabelled = Crops(unlabelled, **crops, strong=True) if len(unlabelled) else None
-        images = len(unlabelled) or len(labelled)
-        self.steps = config.schedule.steps_per_epoch or math.ceil(images / o.batch)
+        self.steps = steps_per_epoch(
+            config.schedule, o.batch, len(unlabelled) or len(labelled))
         self._batches: Iterator[tuple[Batch, Batch | None]] | None = None
 
     @property

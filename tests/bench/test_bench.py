@@ -260,7 +260,7 @@ def test_a_batch_gives_what_its_images_give(seed):
         (losses.exclusivity_losses(embedding, points, labels, ignore=ignore),
          [losses.exclusivity_loss(embedding[i], points[i], labels[i], ignore=ignore[i])
           for i in each]),
-        (losses.mask_constraints(logits, labels, points[::-1], **weights),
+        (losses.mask_constraints(logits, labels, points[::-1], Loss(**weights)),
          [losses.mask_constraint(logits[i], labels[i], points[::-1][i], **weights) for i in each]),
         (losses.point_mask_consistencies(logits, labels, ignore=ignore),
          [losses.point_mask_consistency(logits[i], labels[i], ignore=ignore[i]) for i in each]),

@@ -397,8 +397,7 @@ def training_terms(phase: int, batch: int, heads: int, crop: int = 256) -> Calla
         "network.weights": "random", "loss.point_mask": 1.0, "loss.one_point": 0.01,
         "machine.threads": torch.get_num_threads()})
     sample = Sample(np.zeros((crop, crop, 3), np.uint8), np.zeros((0, 2), np.float32))
-    trainer = Trainer(config, [sample], [sample], Path(tempfile.gettempdir()),
-                      device=torch.device("cpu"), progress=False)
+    trainer = Trainer(config, [sample], [sample], device=torch.device("cpu"))
     dots = [crowd(heads, shape, seed) for seed in range(2 * batch)]
     seen = [_network_output(d, cells) for d in dots]
     logits = torch.stack([s[0] for s in seen]).requires_grad_()
