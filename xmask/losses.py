@@ -24,13 +24,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from xmask import features
 from xmask.config import Loss
 from xmask.decode import stack_points
-from xmask.features import (
-    flat_features, full_precision, sample_at, smooth, upsample, upsample_smooth,
-)
 from xmask.nnec import exclusion_radii, incidence_rows, to_tensor
 
+_PAPER = Loss()  # published margins; the constraint's weights are 0
 PUSH_MARGINS = 4.0  # exclusivity (paper): others are pushed beyond tau + 4 * margin
 
 
@@ -61,11 +60,11 @@ def p2r_loss(
 
 
 def p2r_losses(
-    logits: torch.Tensor, points: Sequence[Any], stride: int, section: Loss = Loss(), *,
+    logits: torch.Tensor, points: Sequence[Any], stride: int, section: Loss = _PAPER, *,
     weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`p2r_loss` of a batch: logits (B, h, w), B sets of points, weight (B, h, w) -> (B,)."""
-    logits = full_precision(logits)
+    logits = features.full_precision(logits)
     target = p2r_targets(logits, points, stride, section)
     empty = torch.tensor([len(p) == 0 for p in points]).to(logits.device).view(-1, 1, 1)
     cell_weight = torch.where(empty, section.empty_weight, target + 1)
@@ -87,10 +86,10 @@ def p2r_target(
 
 @torch.no_grad()
 def p2r_targets(
-    logits: torch.Tensor, points: Sequence[Any], stride: int, section: Loss = Loss()
+    logits: torch.Tensor, points: Sequence[Any], stride: int, section: Loss = _PAPER
 ) -> torch.Tensor:
     """`p2r_target` of a batch, (B, h, w)."""
-    logits = full_precision(logits.detach())
+    logits = features.full_precision(logits.detach())
     shape = tuple(logits.shape[1:])
     points, image, _ = stack_points(points, logits.device)
     target = torch.zeros(logits.numel(), dtype=logits.dtype, device=logits.device)
@@ -221,14 +220,14 @@ def exclusivity_loss(
 
 def exclusivity_losses(
     embedding: torch.Tensor, points: Sequence[Any], label_maps: torch.Tensor,
-    section: Loss = Loss(), ignore: torch.Tensor | None = None,
+    section: Loss = _PAPER, ignore: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`exclusivity_loss` of a batch, all heads of all images on one incidence list.
 
     embedding: (B, D, h, w). points: B sets. label_maps: (B, H, W) int. ignore: (B, H, W) bool.
     Returns (B,); an image without a head on an instance gives 0.
     """
-    embedding = full_precision(embedding)
+    embedding = features.full_precision(embedding)
     device = embedding.device
     factor = max(label_maps.shape[-1] // embedding.shape[-1], 1)
     labels = _fitting("label_map", label_maps, embedding, factor).long()
@@ -262,12 +261,12 @@ def exclusivity_losses(
     same = labels.reshape(-1).index_select(0, pixel) == label.index_select(0, head)
 
     if embedding.shape[-2:] == labels.shape[1:]:
-        features = smooth(embedding, section.sigma)
+        fine = features.smooth(embedding, section.sigma)
     else:
-        features = upsample_smooth(embedding, (height, width), section.sigma)
-    flat = flat_features(features)
+        fine = features.upsample_smooth(embedding, (height, width), section.sigma)
+    flat = features.flat_features(fine)
     if section.differentiable_centers:
-        centres = sample_at(features, points, image)
+        centres = features.sample_at(fine, points, image)
     else:
         centres = flat[position[chosen]].detach()
     # The norm has gradient zero, not NaN, where a pixel is its own centre.
@@ -328,12 +327,12 @@ def mask_constraint(
 
 def mask_constraints(
     logits: torch.Tensor, label_maps: torch.Tensor,
-    confident_points: Sequence[Any] | None = None, section: Loss = Loss(), *,
+    confident_points: Sequence[Any] | None = None, section: Loss = _PAPER, *,
     stride: int = 4, visible: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`mask_constraint` of a batch: logits (B, h, w), label_maps (B, H, W) int, B sets of points,
     visible (B, H, W) bool -> (B,)."""
-    logits = full_precision(logits)
+    logits = features.full_precision(logits)
     labels = _fitting("label_map", label_maps, logits, stride).long()
     hidden = None if visible is None else ~_fitting("visible", visible, logits, stride).bool()
     count, cells = len(labels), tuple(logits.shape[1:])
@@ -347,7 +346,7 @@ def mask_constraints(
         return torch.where(counted, value.view(count, most), 0).sum(1) / instances
 
     if section.background or section.foreground:
-        fine = upsample(torch.relu(logits)[:, None], stride)[:, 0] / stride**2
+        fine = features.upsample(torch.relu(logits)[:, None], stride)[:, 0] / stride**2
         if section.background:
             outside = labels == 0 if hidden is None else (labels == 0) & ~hidden
             pixels = outside.sum((1, 2)).clamp(min=1)
@@ -392,7 +391,7 @@ def point_mask_consistencies(
 ) -> torch.Tensor:
     """`point_mask_consistency` of a batch: logits (B, h, w), label_maps (B, H, W), B sets of
     points or None, ignore (B, H, W) bool or None -> (B,)."""
-    logits = full_precision(logits)
+    logits = features.full_precision(logits)
     labels = _fitting("label_map", label_maps, logits, stride).long()
     count, cells = len(labels), tuple(logits.shape[1:])
     numbers, most = _numbered(labels)

@@ -10,23 +10,20 @@ business of `xmask.study.training`.
 from __future__ import annotations
 
 import copy
-import json
 import math
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
-import pandas as pd
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
-from xmask import decode, features, files, losses, model, nnec
+from xmask import decode, losses, model, nnec
 from xmask.config import Config, Schedule, steps_per_epoch
 from xmask.data.sample import Sample
 from xmask.data.transforms import Batch, Crops, collate
-from xmask.provenance import digest
+from xmask.features import upsample
+
+OWN_POINTS = 0.5  # the student's own points: cells with a logit above 0 (paper)
 
 
 def learning_rates(config: Config, phase: int) -> dict[str, float]:

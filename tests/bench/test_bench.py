@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tests import reference
 from xmask import bench, decode, features, losses, model
 from xmask.bench import dense, measure, report, rows, sam_image, sides
+from xmask.config import Loss
 from xmask.files import read_json
 
 SMALL = (64, 96)

@@ -8,10 +8,8 @@ only, not on what they show. Two sides of one comparison get the same inputs fro
 from __future__ import annotations
 
 import io
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np

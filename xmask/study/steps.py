@@ -19,13 +19,13 @@ import pandas as pd
 import torch
 
 from xmask import edp_sam, files, metrics, provenance, segmenters
-from xmask.study import evaluate as evaluation
 from xmask.config import Config, from_dict, preset
 from xmask.data import open_dataset
 from xmask.data.sample import Sample
 from xmask.data.splits import labelled_ids
-from xmask.synthetic import write_dataset
+from xmask.study import evaluate as evaluation
 from xmask.study import training
+from xmask.synthetic import write_dataset
 from xmask.trainer import Trainer
 
 _READING = ("xmask.data.readers", "xmask.data.splits")  # code through which every image comes

@@ -154,7 +154,7 @@ def _resume(
             return best
         except (OSError, MemoryError):  # the file may be whole: it could not be read now
             raise
-        except Exception as error:  # whatever a reader of pickles meets in a damaged file
+        except Exception as error:  # noqa: BLE001 a damaged file makes its reader raise anything
             _set_aside(path, error)
     return None
 
