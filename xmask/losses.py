@@ -127,8 +127,7 @@ def p2r_assign(
     Returns (owner (h*w,) int64, -1 for none; distance (h*w,) float64 pixels, inf for none), on
     the points' device. Of points equally far the lowest index owns the cell.
     """
-    points = to_tensor(points)[0]
-    points, image, _ = stack_points([points], points.device)
+    points, image, _ = stack_points([points], to_tensor(points)[0].device)
     return _nearest_heads(points, image, 1, cells_shape, stride, max_distance)
 
 
