@@ -87,6 +87,14 @@ class Decoding:
 
 
 @dataclass(frozen=True)
+class Evaluation(Decoding):
+    """Thresholds of predictions."""
+
+    count_threshold: float = 0.5  # probability above which a point is counted (paper: logit > 0)
+    weights: str = "teacher"  # or "student" (paper): which of the two is evaluated
+
+
+@dataclass(frozen=True)
 class Schedule:
     """Three phases, in epochs counted from 0; an epoch is `steps_per_epoch` steps."""
 
@@ -167,8 +175,8 @@ class Config:
     masks: Masks = field(default_factory=Masks)
     loss: Loss = field(default_factory=Loss)
     pseudo: Decoding = field(default_factory=Decoding)
-    evaluation: Decoding = field(
-        default_factory=lambda: Decoding(0.5, theta=1.1, geometry_weight=0.8, sigma=3.0)
+    evaluation: Evaluation = field(
+        default_factory=lambda: Evaluation(0.5, theta=1.1, geometry_weight=0.8, sigma=3.0)
     )
     schedule: Schedule = field(default_factory=Schedule)
     augmentation: Augmentation = field(default_factory=Augmentation)
@@ -237,7 +245,7 @@ _SECTIONS = {
     "masks": Masks,
     "loss": Loss,
     "pseudo": Decoding,
-    "evaluation": Decoding,
+    "evaluation": Evaluation,
     "schedule": Schedule,
     "augmentation": Augmentation,
     "optimisation": Optimisation,
