@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from tests.test_trainer import CPU, images, same, tiny, trainer
-from xmask import model
+from xmask import model, predict
 from xmask.config import override
-from xmask.study import evaluate, training
+from xmask.study import training
 from xmask.study.training import NOT_READ_IN_PHASE_1, NOT_READ_IN_WARMUP, fit, read_part
 from xmask.trainer import Trainer
 
@@ -74,7 +74,7 @@ def test_a_run_killed_before_its_model_is_written_writes_it(tmp_path, finished, 
     made = trainer()
     made.run_epoch = None  # nothing is left to train
     fit(made, tmp_path, progress=False)
-    one, other = (evaluate.load(folder / "model.safetensors")[0]
+    one, other = (predict.load_network(folder / "model.safetensors")[0]
                   for folder in (tmp_path, finished[1]))
     assert same(one, other)
 
@@ -90,7 +90,7 @@ def test_the_history_is_a_table_with_a_row_an_epoch(finished):
 @pytest.mark.parametrize("weights", ["student", "teacher"])
 def test_the_model_file_is_the_named_network_and_the_checkpoint_gone(tmp_path, weights):
     made = run(tmp_path, tiny(evaluation__weights=weights))
-    network, config, metadata = evaluate.load(tmp_path / "model.safetensors")
+    network, config, metadata = predict.load_network(tmp_path / "model.safetensors")
     assert same(network, getattr(made, weights)) and not same(made.student, made.teacher)
     assert config == made.config and metadata["backbone"] == "random"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["history.csv", "model.safetensors"]
@@ -130,7 +130,7 @@ def test_best_on_test_keeps_the_network_with_the_lowest_score(tmp_path):
     chosen = run(tmp_path, config, score=scored([2.0])).network
     assert len(states) == 3
     assert all(torch.equal(v, states[1][k]) for k, v in chosen.state_dict().items())
-    network, _, _ = evaluate.load(tmp_path / "model.safetensors")
+    network, _, _ = predict.load_network(tmp_path / "model.safetensors")
     assert same(network, chosen)
 
 
@@ -252,8 +252,8 @@ def test_a_damaged_checkpoint_is_named_set_aside_and_made_again(tmp_path, finish
 
 @pytest.mark.parametrize("content", [
     {}, [1, 2], {"fingerprint": None}, {"fingerprint": "key", "best": None},
-    {"fingerprint": "key", "best": None, "training": {"epoch": 1}},
-    {"fingerprint": "key", "best": (1.0, {"a": torch.ones(1)}), "training": {}}])
+    {"fingerprint": "key", "best": None, "epoch": 1},
+    {"fingerprint": "key", "best": (1.0, {"a": torch.ones(1)}), "epoch": 1}])
 def test_a_shared_state_with_wrong_keys_is_set_aside_and_made_again(tmp_path, content):
     shared = tmp_path / "phase1", "data"
     kill_at(tmp_path / "a", 4, shared=shared)

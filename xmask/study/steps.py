@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from xmask import edp_sam, files, metrics, provenance, segmenters
+from xmask import edp_sam, files, metrics, predict, provenance, segmenters
 from xmask.config import Config, from_dict, preset
 from xmask.data import open_dataset
 from xmask.data.sample import Sample
@@ -371,7 +371,7 @@ def evaluate(config: Config, data: str = "", *, progress: bool = True) -> dict:
     folder, stamp = train(config, data, progress=progress), stamp_of("evaluate", config)
     fingerprint = evaluation_fingerprint(config, data)
     if not provenance.is_done(stamp, fingerprint):
-        network, _, _ = evaluation.load(folder / "model.safetensors", device())
+        network, _, _ = predict.load_network(folder / "model.safetensors", device())
         if config.machine.threads:
             torch.set_num_threads(config.machine.threads)
         test = open_test(config.profile, config.dataset, data, config.max_side)
