@@ -61,7 +61,7 @@ def test_a_run_folder_holds_everything_a_number_traces_to(inside):
     assert config["synthetic"] is True and config["selection"] == "last"
     assert config["backbone"] == {"name": "slim", "initialisation": "random"}
     assert config["segmenter"]["kind"] == "classical"
-    assert len(config["data"]["labelled"]) == 2 and config["data"]["unlabelled"] == 3
+    assert len(config["data"]["labelled"]) == 2 and config["data"]["unlabelled"] == 5
     assert set(config["versions"]) >= {"python", "torch", "numpy", "xmask"}
     metrics = files.read_json(folder / "metrics.json")
     assert metrics["images"] == 3 and metrics["run"] == folder.name

@@ -18,12 +18,13 @@ import numpy as np
 import pandas as pd
 import torch
 
-from xmask import edp_sam, files, metrics, provenance, segmenters
-from xmask.study import evaluate as evaluation
+from xmask import edp_sam, files, metrics, predict, provenance, segmenters
 from xmask.config import Config, from_dict, preset
 from xmask.data import open_dataset
 from xmask.data.sample import Sample
 from xmask.data.splits import labelled_ids
+from xmask.study import evaluate as evaluation
+from xmask.study import training
 from xmask.synthetic import write_dataset
 from xmask.trainer import Trainer
 
@@ -188,7 +189,7 @@ class MaskedImages(Sequence):
 
 
 class BareImages(Sequence):
-    """The unlabelled images: no points and no masks, so that none can leak into training."""
+    """Images as unlabelled ones: no points and no masks, so that none can leak into training."""
 
     def __init__(self, dataset, indices: list[int], keep: bool):
         self.dataset, self.indices = dataset, indices
@@ -275,7 +276,7 @@ def train_fingerprint(config: Config, data: str = "") -> str:
     dataset = open_train(config, data)
     segmenter = segmenters.open_segmenter(config.masks.segmenter, "cpu").describe()
     return provenance.digest(
-        provenance.code("xmask.trainer", "xmask.edp_sam", *_READING), provenance.versions(),
+        provenance.code("xmask.study.training", "xmask.edp_sam", *_READING), provenance.versions(),
         config.to_dict(), segmenter, dataset.checksum(), labelled(config, data), device().type,
         _weights(config),
     )
@@ -314,7 +315,6 @@ def train(config: Config, data: str = "", *, progress: bool = True) -> Path:
     dataset = open_train(config, data)
     chosen = labelled(config, data)
     masks = make_masks(config, chosen, data, progress=progress)
-    rest = sorted(set(range(len(dataset))) - set(chosen))
     keep = config.machine.cache_images
     score = None
     if config.selection == "best-on-test":
@@ -328,13 +328,8 @@ def train(config: Config, data: str = "", *, progress: bool = True) -> Path:
     trainer = Trainer(
         config,
         MaskedImages(dataset, chosen, masks, keep),
-        BareImages(dataset, rest, keep),
-        folder,
+        BareImages(dataset, list(range(len(dataset))), keep),  # the labelled ones too
         device=device(),
-        fingerprint=fingerprint,
-        cache=(work_folder(config.profile) / "phase1", data_part),
-        score=score,
-        progress=progress,
     )
     for stale in ("metrics.json", "model.safetensors"):  # of an earlier configuration or code
         (folder / stale).unlink(missing_ok=True)
@@ -357,12 +352,13 @@ def train(config: Config, data: str = "", *, progress: bool = True) -> Path:
                 "checksum": dataset.checksum(),
                 "settings": dataset.settings,
                 "labelled": [dataset.ids[i] for i in chosen],
-                "unlabelled": len(rest) if config.schedule.unlabelled else 0,
+                "unlabelled": len(dataset) if config.schedule.unlabelled else 0,
             },
             "config": config.to_dict(),
         },
     )
-    trainer.fit()
+    training.fit(trainer, folder, fingerprint=fingerprint, score=score, progress=progress,
+                 shared=(work_folder(config.profile) / "phase1", data_part))
     provenance.write_stamp(
         stamp, fingerprint,
         [folder / name for name in ("config.json", "history.csv", "model.safetensors")],
@@ -375,7 +371,7 @@ def evaluate(config: Config, data: str = "", *, progress: bool = True) -> dict:
     folder, stamp = train(config, data, progress=progress), stamp_of("evaluate", config)
     fingerprint = evaluation_fingerprint(config, data)
     if not provenance.is_done(stamp, fingerprint):
-        network, _, _ = evaluation.load(folder / "model.safetensors", device())
+        network, _, _ = predict.load_network(folder / "model.safetensors", device())
         if config.machine.threads:
             torch.set_num_threads(config.machine.threads)
         test = open_test(config.profile, config.dataset, data, config.max_side)
