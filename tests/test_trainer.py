@@ -176,8 +176,8 @@ def test_the_teacher_follows_parameters_and_batchnorm_statistics(tmp_path):
             continue
         expected = keep * start[name] + (1 - keep) * run.student.state_dict()[name]
         assert torch.allclose(mine, expected, atol=1e-6), name
-    assert not torch.equal(run.teacher.encoder.to_fine[0][1].running_mean,
-                           start["encoder.to_fine.0.1.running_mean"])
+    assert not torch.equal(run.teacher.encoder.body.features_1.running_mean,
+                           start["encoder.body.features_1.running_mean"])
 
 
 def test_the_history_names_every_term_of_every_phase(finished):

@@ -38,10 +38,11 @@ VARIANTS = {"xmask": {}, "supervised-only": {"schedule.unlabelled": False}, **AB
 class Network:
     """Paper section on the network."""
 
-    backbone: str = "vgg16_bn"  # or "slim": the same layers at 1/8 of the width
+    backbone: str = "vgg16_bn"  # or another of timm; or "slim": VGG16-BN at 1/8 of the width
     channels: int = 256  # of fusion, density decoder and mask head
     embedding: int = 16
-    weights: str = "imagenet"  # "imagenet", "random", or the path of a VGG16-BN state dict
+    weights: str = "imagenet"  # "imagenet", "random", or the path of the backbone's state dict
+    freeze_norm: bool = False  # the encoder's BatchNorm keeps its statistics: for small batches
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,6 @@ class Config:
         _one_of("profile", self.profile, PROFILES)
         _one_of("dataset", self.dataset, (*DATASETS, "shb", "synthetic"))
         _one_of("selection", self.selection, ("last", "best-on-test"))
-        _one_of("network.backbone", self.network.backbone, ("vgg16_bn", "slim"))
         for name in ("percent", "seed"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
