@@ -80,14 +80,15 @@ class Section(BaseModel):
 class Network(Section):
     """Paper section on the network."""
 
-    # a name that timm knows, or "slim": the layers of VGG16-BN at 1/8 of the width
+    # a name that timm knows, or "slim": VGG16-BN at 1/8 of the width
     backbone: Annotated[
         str, Field(pattern=r"^[A-Za-z0-9_.]+$", description="a backbone's name")] = "vgg16_bn"
     channels: Size = 256  # of fusion, density decoder and mask head
     embedding: Size = 16
-    # "imagenet", "random", or the path of a VGG16-BN state dict
+    # "imagenet", "random", or the path of the backbone's state dict
     weights: Annotated[
         Text, Field(description="imagenet, random or a file's path")] = "imagenet"
+    freeze_norm: bool = False  # the encoder's BatchNorm keeps its statistics: for small batches
 
 
 class Masks(Section):
