@@ -83,7 +83,7 @@ def test_a_backbone_that_cannot_be_used_is_refused(backbone, message):
 @pytest.mark.parametrize("config", [SLIM, LITE])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_frozen_batchnorm_keeps_its_statistics_and_the_weights_learn(config, frozen):
-    config = Network(config.backbone, 16, weights="random", freeze_norm=frozen)
+    config = Network(backbone=config.backbone, channels=16, weights="random", freeze_norm=frozen)
     network = model.XMask(config)
     for part in network.children():
         part.train(True)

@@ -98,7 +98,7 @@ def test_a_state_dict_without_the_counters_of_batchnorm_is_taken(tmp_path):
 
 def test_the_packaged_file_may_also_be_given_by_its_path():
     path, _ = pretrained.packaged_weights()
-    network, record = model.build(Network(LITE.backbone, 16, weights=str(path)))
+    network, record = model.build(Network(backbone=LITE.backbone, channels=16, weights=str(path)))
     assert record.startswith("efficientnet-lite0-57934424.pth (sha256 57934424")
     assert torch.equal(network.encoder.body.conv_stem.weight,
                        model.build(LITE)[0].encoder.body.conv_stem.weight)
