@@ -18,7 +18,8 @@ from xmask.data.sample import Sample
 from xmask.edp_sam import (
     COLUMNS, check_label_map, generate_masks, local_head_radius, mask_dataset, read_masks,
     source_names)
-from xmask.segmenters import ClassicalSegmenter, SamSegmenter
+from xmask.segmenting.classical import ClassicalSegmenter
+from xmask.segmenting.sam_segmenter import SamSegmenter
 
 
 def picture(shape, seed=0):

@@ -15,7 +15,7 @@ from pycocotools.coco import COCO
 from tests.test_edp_sam import masks
 from xmask.tools import coco
 from xmask.edp_sam import read_masks, source_names
-from xmask.segmenters import ClassicalSegmenter
+from xmask.segmenting.classical import ClassicalSegmenter
 
 
 @settings(max_examples=60, deadline=None)

@@ -13,7 +13,7 @@ from tests.test_edp_sam import Dataset, check_label_map, masks
 from xmask import files, nnec
 from xmask.tools import correct
 from xmask.edp_sam import read_masks
-from xmask.segmenters import ClassicalSegmenter
+from xmask.segmenting.classical import ClassicalSegmenter
 
 
 @pytest.fixture

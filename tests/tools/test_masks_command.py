@@ -20,7 +20,7 @@ from xmask import edp_sam, files
 from xmask.tools import contact_sheet
 from xmask.cli import main
 from xmask.edp_sam import generate_masks
-from xmask.segmenters import ClassicalSegmenter
+from xmask.segmenting.classical import ClassicalSegmenter
 
 CLASSICAL = ["--segmenter", "classical"]
 

@@ -60,7 +60,8 @@ from xmask import edp_sam, files, nnec, provenance
 from xmask.data.sample import Sample
 from xmask.synthetic import draw_scene
 from xmask.edp_sam import generate_masks, local_head_radius
-from xmask.segmenters import POSITIVE, Prompts, SamSegmenter, Segmenter, open_segmenter
+from xmask.segmenters import POSITIVE, Prompts, Segmenter, describe, open_segmenter
+from xmask.segmenting.sam_segmenter import SamSegmenter
 
 SEED = 3_700_000  # of the first scene; nothing else uses seeds from here to 3.8 million
 RADII = (3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20)  # px, tried for fixed discs
@@ -222,7 +223,7 @@ def run(out: str | os.PathLike, *, scenes: int = 18, seed: int = SEED,
     if scenes < 3:
         raise ValueError(f"scenes: {scenes}; give 3 or more, one for each density third")
     out, segmenters = Path(out), tuple(segmenters)
-    described = {spec: open_segmenter(spec).describe() for spec in segmenters}
+    described = {spec: describe(spec) for spec in segmenters}
     # Scenes are kept, so that a stopped comparison goes on, and a larger one starts from it.
     kept = Path("work") / "edp_study" / provenance.digest(
         seed, described, provenance.code("xmask.study.edp_study"), provenance.versions())[:16]
