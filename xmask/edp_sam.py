@@ -186,10 +186,8 @@ def _within_reach(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The incidences in which masks are looked for: head, pixel, squared distance (px^2), (M,)."""
     reach = np.minimum(limit, np.maximum(REACH * scale, 3.0))
-    head, pixel = circles.incidence(points, reach, shape)
-    kept = circles.split_coincident(points, head, pixel, shape)
-    head, pixel = head[kept], pixel[kept]
-    return head, pixel, _squared_distance(points, head, pixel, shape)
+    found = circles.circles(points, reach, shape)
+    return found.head, found.pixel, found.squared
 
 
 def _point_candidates(

@@ -19,8 +19,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from xmask.decode import (
-    flat_features, full_precision, sample_at, smooth, stack_points, upsample, upsample_smooth,
+from xmask.decode import stack_points
+from xmask.features import (
+    flat_features, full_precision, sample_at, smooth, upsample, upsample_smooth,
 )
 from xmask.nnec import exclusion_radii, incidence_rows, to_tensor
 

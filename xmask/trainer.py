@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from xmask import decode, files, losses, model, nnec
+from xmask import decode, features, files, losses, model, nnec
 from xmask.config import Config, Schedule
 from xmask.data.sample import Sample
 from xmask.data.transforms import Batch, Crops, collate
@@ -358,7 +358,7 @@ class Trainer:
         p = self.config.pseudo
         density = None
         if p.density_gate:
-            density = decode.upsample(torch.sigmoid(logits)[:, None], tuple(shape))[:, 0]
+            density = features.upsample(torch.sigmoid(logits)[:, None], tuple(shape))[:, 0]
         return decode.instance_maps(embedding, points, stride=model.STRIDE, shape=tuple(shape),
                                     threshold=p.theta, geometry_weight=p.geometry_weight,
                                     sigma=p.sigma, density=density)

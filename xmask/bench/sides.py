@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from xmask import decode, losses, metrics, model, nnec
+from xmask import decode, features, losses, metrics, model, nnec
 from xmask.bench import dense
 
 DEPTH = 16  # channels of the embedding (paper)
@@ -76,7 +76,7 @@ def decode_dense(heads: int, shape: Shape, only: int | None = None) -> Callable[
     radii = nnec.exclusion_radii(points, shape, lone=decode.LONE_RADIUS)[:only]
     points = points[:only]
     return lambda: dense.instance_map(
-        decode.upsample(embedding, model.STRIDE), points, radius_of=radii).numpy()
+        features.upsample(embedding, model.STRIDE), points, radius_of=radii).numpy()
 
 
 # -- losses -------------------------------------------------------------------------------------
