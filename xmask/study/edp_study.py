@@ -97,10 +97,8 @@ def draw_evaluation_scene(number: int, seed: int = SEED) -> Sample:
 
 def discs(points: np.ndarray, radii: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """Discs around heads, a pixel in several to the nearest head: label map (H, W) int32."""
-    head, pixel = nnec.incidence(points, radii, shape)
-    y, x = np.divmod(pixel, shape[1])
-    squared = (x - points[head, 0]) ** 2 + (y - points[head, 1]) ** 2
-    return nnec.lowest_wins(squared, head, pixel, shape)
+    inside = nnec.circles(points, radii, shape, split=False)
+    return inside.lowest_wins(inside.squared)
 
 
 def watershed_masks(image: np.ndarray, points: np.ndarray) -> np.ndarray:
@@ -126,24 +124,19 @@ def prompted_masks(
 
     points: (N, 2) px. prompts: "point", "superpixel" or both. radius: px, of every head.
     """
-    shape, scale = image.shape[:2], np.full(len(points), float(radius))
-    head, pixel = nnec.incidence(points, edp_sam.REACH * scale, shape)
-    y, x = np.divmod(pixel, shape[1])
-    squared = (x - points[head, 0]) ** 2 + (y - points[head, 1]) ** 2
+    scale = np.full(len(points), float(radius))
+    near = nnec.circles(points, edp_sam.REACH * scale, image.shape[:2], split=False)
     dots = Prompts(points[:, None], np.full((len(points), 1), POSITIVE), sizes=scale)
     segmenter.set_image(image)
     candidates, region = [], None
     if "point" in prompts:
-        logits, trust = segmenter.predict(dots, head, pixel)
-        candidates += [("point", *one) for one in zip(logits, trust.T)]
+        candidates += edp_sam.ask(segmenter, "point", dots, near)
     if "superpixel" in prompts:
-        region = edp_sam.superpixel_regions(image, points, scale, head, pixel)
-        boxed = edp_sam.superpixel_prompts(dots, head[region], pixel[region], shape)
-        logits, trust = segmenter.predict(boxed, head, pixel)
-        candidates += [("superpixel", *one) for one in zip(logits, trust.T)]
-    logit, _, _ = edp_sam.choose(candidates, region, None, head, squared)
-    labels = nnec.lowest_wins(-logit, head, pixel, shape, threshold=0.0)
-    return edp_sam.keep_connected(labels, points)
+        region = edp_sam.superpixel_regions(image, points, scale, near)
+        boxed = edp_sam.superpixel_prompts(dots, near.select(region))
+        candidates += edp_sam.ask(segmenter, "superpixel", boxed, near)
+    logit, _, _ = edp_sam.fuse_candidates(candidates, region, None, near)
+    return edp_sam.keep_connected(near.lowest_wins(-logit, threshold=0.0), points)
 
 
 def simple_methods() -> Iterator[tuple[dict[str, Any], Callable[[Sample], np.ndarray]]]:
