@@ -7,6 +7,7 @@ import torch
 
 from tests.data.test_transforms import scene
 from xmask import model
+from xmask.predict import load_network
 from xmask.study import evaluate
 from xmask.config import Schedule, override, preset
 from xmask.data.sample import Sample
@@ -192,7 +193,7 @@ def test_the_history_names_every_term_of_every_phase(finished):
 
 
 def test_the_model_file_is_complete_and_the_checkpoint_gone(finished):
-    network, config, metadata = evaluate.load(finished.folder / "model.safetensors")
+    network, config, metadata = load_network(finished.folder / "model.safetensors")
     assert same(network, finished.teacher)
     assert config == finished.config and metadata["backbone"] == "random"
     assert not (finished.folder / "checkpoint.pt").exists()
