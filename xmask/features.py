@@ -66,8 +66,8 @@ def upsample_smooth(
 
     Both are linear and separable, so each axis is one small matrix, in blocks along its diagonal:
     for crops of 128 and 256 px at stride 4, with the gradient, less than a quarter of the time of
-    interpolation and convolution (measured). Where nothing is upsampled and images are large, `smooth`
-    is faster. Differentiable in the maps.
+    interpolation and convolution (measured). Where nothing is upsampled and images are large,
+    `smooth` is faster. Differentiable in the maps.
     """
     x = full_precision(maps).permute(0, 2, 3, 1)
     with _no_autocast(maps):

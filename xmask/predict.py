@@ -285,8 +285,8 @@ def check_side(max_side: int | None) -> None:
 def export(run: str | os.PathLike, out: str | os.PathLike) -> Path:
     """Write the model of a run folder as one safetensors file that `load` takes.
 
-    The weights that evaluation uses (`evaluation.weights`); configuration and record go into the file's
-    metadata. Raises FileNotFoundError or ValueError for a folder that is no run.
+    The weights that evaluation uses (`evaluation.weights`); configuration and record go into the
+    file's metadata. Raises FileNotFoundError or ValueError for a folder that is no run.
     """
     network, config, record = _read_run(Path(run))
     state = {name: value.contiguous().cpu() for name, value in network.state_dict().items()}
