@@ -392,14 +392,10 @@ def _report(o: argparse.Namespace) -> int:
 
 
 def _check(o: argparse.Namespace) -> int:
-    import pandas as pd
-
-    from xmask.data.check import check_dataset
+    from xmask.data.check import as_text, check_dataset
 
     table = check_dataset(o.dataset, o.root)
-    with pd.option_context("display.width", 200, "display.max_colwidth", 80,
-                           "display.max_rows", None):
-        print(table.to_string(index=False))
+    print(as_text(table))
     return 1 if (table["status"] == "error").any() else 0
 
 
