@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--boxes", action="store_true",
                       help="use the head sizes that the dataset has (JHU-CROWD++) as well")
     made.add_argument("--limit", type=int, help="only the first images")
+    made.add_argument("--overwrite", action="store_true")
 
     made = command("sam-weights", _sam_weights, "download a checkpoint of the original SAM, its "
                    "checksum verified, and say where it lies")
@@ -191,8 +192,9 @@ def _reproduce(o: argparse.Namespace) -> int:
 
 
 def _masks(o: argparse.Namespace) -> int:
+    from xmask import files
     from xmask.data import masks, open_dataset
-    from xmask.data.one_image import OneImage
+    from xmask.data.own_photos import OwnPhotos
     from xmask.segmenters import open_segmenter
     from xmask.study import steps
     from xmask.tools import coco, contact_sheet
@@ -204,18 +206,21 @@ def _masks(o: argparse.Namespace) -> int:
     if o.image and o.points is None:
         raise ValueError("--points: give a CSV with columns x and y, one row per head")
     dataset = (open_dataset(o.dataset, o.root, o.split) if o.dataset
-               else OneImage(o.image, o.points))
+               else OwnPhotos([(o.image, o.points)]))
     indices = list(range(len(dataset)))[: o.limit]
+    files.OutputFolder(o.out, overwrite=o.overwrite).check()
     segmenter = open_segmenter(str(o.checkpoint or o.segmenter), steps.device())
     failure = None
-    try:
-        masks.mask_dataset(dataset, indices, segmenter, o.out, workers=o.workers,
-                           threads=o.threads, **({"boxes": True} if o.boxes else {}))
-    except masks.MasksFailed as error:
-        failure = error
-    names = {dataset.ids[i]: dataset.image_path(i).name for i in indices}
-    written = [coco.write(o.out, names, o.out / "coco.json"),
-               contact_sheet.write(dataset, o.out, o.out / "worst.png")]
+    with files.OutputFolder(o.out, overwrite=o.overwrite):
+        try:
+            masks.mask_dataset(dataset, indices, segmenter, o.out, workers=o.workers,
+                               threads=o.threads, anew=o.overwrite, overwrite=o.overwrite,
+                               **({"boxes": True} if o.boxes else {}))
+        except masks.MasksFailed as error:
+            failure = error
+        names = {dataset.ids[i]: dataset.image_path(i).name for i in indices}
+        written = [coco.write(o.out, names, o.out / "coco.json"),
+                   contact_sheet.write(dataset, o.out, o.out / "worst.png")]
     print(masks.summary(o.out, list(names)))
     print("\n".join(str(path) for path in (o.out / "manifest.json", *written) if path))
     if failure:
