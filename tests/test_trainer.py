@@ -159,7 +159,7 @@ def test_only_the_parts_of_a_phase_learn(tmp_path, phase, changes):
     changed = {k.split(".")[0] for k, v in run.student.state_dict().items()
                if not torch.equal(v, before[k])}
     expected = set(learning_rates(run.config, phase))
-    if phase == 2 and not run.config.loss.consistency and not run.config.loss.phase2_p2r:
+    if phase == 2 and not run.config.loss.point_mask and not run.config.loss.phase2_p2r:
         expected.discard("decoder")  # only the point-mask term reaches it, and weight decay
         changed.discard("decoder")
     assert changed == expected

@@ -9,7 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
-from xmask.config import ABLATIONS, DATASETS, PERCENTS, PROFILES, VARIANTS
+from xmask.presets import ABLATIONS, DATASETS, PERCENTS, PROFILES, VARIANTS
 
 
 def main(arguments: list[str] | None = None) -> int:
