@@ -191,12 +191,11 @@ def _reproduce(o: argparse.Namespace) -> int:
 
 
 def _masks(o: argparse.Namespace) -> int:
-    from xmask import edp_sam
-    from xmask.study import steps
-    from xmask.tools import coco, contact_sheet
-    from xmask.data import open_dataset
+    from xmask.data import masks, open_dataset
     from xmask.data.one_image import OneImage
     from xmask.segmenters import open_segmenter
+    from xmask.study import steps
+    from xmask.tools import coco, contact_sheet
 
     if (o.dataset is None) == (o.image is None):
         raise ValueError("give either --dataset and --root, or --image and --points")
@@ -210,14 +209,14 @@ def _masks(o: argparse.Namespace) -> int:
     segmenter = open_segmenter(str(o.checkpoint or o.segmenter), steps.device())
     failure = None
     try:
-        edp_sam.mask_dataset(dataset, indices, segmenter, o.out, workers=o.workers,
-                             threads=o.threads, **({"boxes": True} if o.boxes else {}))
-    except edp_sam.MasksFailed as error:
+        masks.mask_dataset(dataset, indices, segmenter, o.out, workers=o.workers,
+                           threads=o.threads, **({"boxes": True} if o.boxes else {}))
+    except masks.MasksFailed as error:
         failure = error
     names = {dataset.ids[i]: dataset.image_path(i).name for i in indices}
     written = [coco.write(o.out, names, o.out / "coco.json"),
                contact_sheet.write(dataset, o.out, o.out / "worst.png")]
-    print(edp_sam.summary(o.out, list(names)))
+    print(masks.summary(o.out, list(names)))
     print("\n".join(str(path) for path in (o.out / "manifest.json", *written) if path))
     if failure:
         raise failure

@@ -13,6 +13,7 @@ import pytest
 
 from tests.test_trainer import TINY
 from xmask import edp_sam, files, provenance
+from xmask.data.masks import read_masks
 from xmask.study import reproduce, steps
 from xmask.config import from_dict, override
 from xmask.presets import ABLATIONS
@@ -156,10 +157,10 @@ def test_a_killed_mask_step_leaves_no_half_file(inside):
     assert not list(folder.glob(".partial-*"))
     (folder / f"{names[0]}.png").write_bytes(b"\x89PNG half")
     with pytest.raises(ValueError, match=names[0]):
-        edp_sam.read_masks(folder, names[0])
+        read_masks(folder, names[0])
     (folder / f"{names[0]}.png").unlink()
     steps.make_masks(config, chosen, "data", progress=False)
-    assert edp_sam.read_masks(folder, names[0]).max() > 0
+    assert read_masks(folder, names[0]).max() > 0
 
 
 def test_tables_are_compared_with_the_committed_ones(tmp_path, monkeypatch):

@@ -12,9 +12,10 @@ from hypothesis.extra import numpy as hnp
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from tests.test_edp_sam import masks
+from tests.data.test_masks import masks
 from xmask.tools import coco
-from xmask.edp_sam import read_masks, source_names
+from xmask.data.masks import read_masks
+from xmask.edp_sam import source_names
 from xmask.segmenters import ClassicalSegmenter
 
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from skimage.measure import label as connected_components
 
-from tests.test_edp_sam import Dataset, check_label_map, masks
+from tests.data.test_masks import Dataset, masks
 from xmask import files, nnec
 from xmask.tools import correct
-from xmask.edp_sam import read_masks
+from xmask.data.masks import read_masks
+from xmask.edp_sam import check_label_map
 from xmask.segmenters import ClassicalSegmenter
 
 

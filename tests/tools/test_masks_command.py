@@ -16,9 +16,10 @@ import torch
 from PIL import Image
 from scipy.io import savemat
 
-from xmask import edp_sam, files
+from xmask import files
 from xmask.tools import contact_sheet
 from xmask.cli import main
+from xmask.data.masks import read_masks
 from xmask.edp_sam import generate_masks
 from xmask.segmenters import ClassicalSegmenter
 
@@ -134,7 +135,7 @@ def test_bad_input_gets_a_repair_or_an_error_and_the_rest_goes_on(tmp_path, caps
     assert "repairs: 2 clipped, 1 duplicates, 1 grey, 1 16_bit_grey, 1 palette" in captured.out
     for k in range(2, 8):
         table = pd.read_csv(out / f"IMG_{k}.csv")
-        assert (table["area"] > 0).all() and len(np.unique(edp_sam.read_masks(
+        assert (table["area"] > 0).all() and len(np.unique(read_masks(
             out, f"IMG_{k}"))) == len(table) + 1
 
 
@@ -162,7 +163,7 @@ def test_a_panorama_of_8000_px_gets_a_mask_for_every_head(segmenter, tmp_path):
                  "--segmenter", segmenter]) == 0
     table = pd.read_csv(tmp_path / "out" / "wide.csv")
     assert len(table) == 31 and (table["area"] > 0).all() and (table["source"] != "disc").any()
-    labels = edp_sam.read_masks(tmp_path / "out", "wide")
+    labels = read_masks(tmp_path / "out", "wide")
     assert labels.shape == (120, 8000)
     # Most are about as large as what was drawn (113 px), from the first to the last.
     right = table["area"].between(60, 230)
@@ -175,7 +176,7 @@ def test_one_image_and_a_table_of_points(tmp_path, capsys):
     arguments = ["masks", "--image", str(tmp_path / "photo.png"), "--points",
                  str(tmp_path / "dots.csv"), "--out", str(tmp_path / "out"), *CLASSICAL]
     assert main(arguments) == 0
-    assert set(np.unique(edp_sam.read_masks(tmp_path / "out", "photo"))) == {0, 1, 2}
+    assert set(np.unique(read_masks(tmp_path / "out", "photo"))) == {0, 1, 2}
     assert files.read_json(tmp_path / "out" / "manifest.json")["images"]["photo"]["repairs"] == {
         "clipped": 1}
     for content, found in (("a,b\n1,2\n", "expected a table with columns x and y"),

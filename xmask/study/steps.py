@@ -22,6 +22,7 @@ from xmask import edp_sam, files, metrics, provenance, segmenters
 from xmask.study import evaluate as evaluation
 from xmask.config import Config, from_dict, preset
 from xmask.data import open_dataset
+from xmask.data.masks import mask_dataset, read_masks
 from xmask.data.sample import Sample
 from xmask.data.splits import labelled_ids
 from xmask.synthetic import write_dataset
@@ -178,7 +179,7 @@ class MaskedImages(Sequence):
     def _read(self, position: int) -> Sample:
         index = self.indices[position]
         sample = self.dataset[index]
-        mask = edp_sam.read_masks(self.masks, self.dataset.ids[index])
+        mask = read_masks(self.masks, self.dataset.ids[index])
         if mask.shape != sample.image.shape[:2]:
             raise ValueError(
                 f"{self.masks / self.dataset.ids[index]}.png: {mask.shape[1]} x "
@@ -234,11 +235,10 @@ def make_masks(config: Config, indices: list[int], data: str = "", *,
                progress: bool = True) -> Path:
     """EDP-SAM masks of training images; images done by the same code are kept."""
     segmenter = segmenters.open_segmenter(config.masks.segmenter, device())
-    return edp_sam.mask_dataset(open_train(config, data), indices, segmenter,
-                                mask_folder(config), progress=progress,
-                                depends={"code": provenance.code("xmask.edp_sam"),
-                                         "versions": provenance.versions()},
-                                **mask_options(config))
+    return mask_dataset(open_train(config, data), indices, segmenter, mask_folder(config),
+                        progress=progress, depends={"code": provenance.code("xmask.edp_sam"),
+                                                    "versions": provenance.versions()},
+                        **mask_options(config))
 
 
 def labelled(config: Config, data: str = "") -> list[int]:
@@ -261,7 +261,7 @@ def mask_summary(config: Config, indices: list[int], data: str = "") -> pd.DataF
         row |= {source: shares.get(source, 0.0) for source in edp_sam.SOURCES}
         row["mean_iou"] = None
         if sample.instances is not None and len(heads):
-            mask = edp_sam.read_masks(folder, name)
+            mask = read_masks(folder, name)
             row["mean_iou"] = metrics.segmentation(mask, sample.instances)["mean_iou"]
         rows.append(row)
     return pd.DataFrame(rows)

@@ -73,7 +73,7 @@ def write(folder: str | os.PathLike, names: dict[str, str], path: str | os.PathL
 
     names: image id -> file name. Ids of images count from 1 in that order.
     """
-    from xmask.edp_sam import is_complete, read_masks
+    from xmask.data.masks import is_complete, read_masks
 
     folder, path = Path(folder), Path(path)
     images, number = [], 1

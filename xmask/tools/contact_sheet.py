@@ -43,7 +43,7 @@ def write(dataset: Any, folder: str | os.PathLike, path: str | os.PathLike) -> P
 
     dataset: the one the masks were made of. It shows photographs: mind their licence.
     """
-    from xmask.edp_sam import read_masks
+    from xmask.data.masks import read_masks
     from xmask.study.figures import overlay
 
     worst = confidence(folder)

@@ -17,7 +17,8 @@ import pandas as pd
 from PIL import Image, ImageDraw
 
 from xmask import files, nnec
-from xmask.edp_sam import keep_connected, point_prompts, read_masks
+from xmask.data.masks import read_masks
+from xmask.edp_sam import keep_connected, point_prompts
 from xmask.segmenters import Prompts, Segmenter
 
 ACTIONS = ("drop", "disc", "prompt")

@@ -1,0 +1,302 @@
+"""The masks of a whole data set: complete or absent, made once, and nothing else touched."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from tests.test_edp_sam import picture
+from xmask import files
+from xmask.data import masks as store
+from xmask.data.masks import MasksFailed, mask_dataset, read_masks, summary
+from xmask.data.sample import Sample
+from xmask.edp_sam import generate_masks
+from xmask.segmenters import ClassicalSegmenter
+
+
+# -- a whole data set ------------------------------------------------------------------------
+
+class Dataset:
+    """Five small pictures; the readers' interface, as far as masks need it."""
+
+    settings = {"max_side": None}
+
+    def __init__(self, broken=(), mended=()):
+        self.ids = [f"IMG_{k}" for k in range(5)]
+        self.broken, self.mended = broken, mended
+
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, i):
+        if i in self.broken:
+            raise OSError(f"IMG_{i}.jpg is truncated")
+        points = np.random.default_rng(i).uniform(0, 23, (i * 2, 2)).astype(np.float32)
+        repairs = {"clipped": i} if i else {}
+        return Sample(picture((24, 24), i), points, None, self.ids[i], repairs=repairs)
+
+    def image_checksum(self, i):
+        return f"{i}, {'mended' if i in self.mended else 'as it was'}"
+
+
+class Counting(ClassicalSegmenter):
+    """Counts the images it is shown, and can be stopped like a killed process."""
+
+    def __init__(self, stop_after=None):
+        super().__init__()
+        self.images, self.stop_after = 0, stop_after
+
+    def set_image(self, image):
+        if self.images == self.stop_after:
+            raise KeyboardInterrupt
+        self.images += 1
+        super().set_image(image)
+
+
+def masks(out, segmenter, indices=range(5), broken=(), mended=(), **options):
+    return mask_dataset(
+        Dataset(broken, mended), indices, segmenter, out, progress=False, **options)
+
+
+def test_masks_of_a_data_set_can_be_read_back(tmp_path):
+    out = masks(tmp_path / "masks", ClassicalSegmenter())
+    assert {p.name for p in out.iterdir()} == {
+        "manifest.json", "times.csv", *(f"IMG_{k}.{kind}" for k in range(5) for kind in ("png", "csv"))}
+    sample = Dataset()[4]
+    labels, table = generate_masks(sample.image, sample.points, ClassicalSegmenter())
+    stored = read_masks(out, "IMG_4")
+    assert stored.dtype == np.int32 and (stored == labels).all()
+    read = pd.read_csv(out / "IMG_4.csv", keep_default_na=False)
+    pd.testing.assert_frame_equal(read, table, rtol=1e-5, check_dtype=False)
+    assert not read_masks(out, "IMG_0").any()  # an image without heads
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["failed"] == {} and manifest["segmenter"]["kind"] == "classical"
+    assert list(manifest["images"]) == [f"IMG_{k}" for k in range(5)]
+    found = manifest["images"]["IMG_4"]
+    assert found["heads"] == 8 and sum(found["sources"].values()) == 8
+    assert list(found["sources"]) == [
+        "classical-point", "classical-superpixel", "merged", "disc"]
+    assert found["sources"] == {
+        name: (table["source"] == name).sum() for name in found["sources"]}
+    lines = summary(out, Dataset().ids).splitlines()
+    assert lines[0] == "5 of 5 images have masks, 0 failed"
+    assert lines[1].startswith("20 heads: ") and " classical-point, " in lines[1]
+    assert lines[-1] == "repairs: 10 clipped"
+    assert found["score"] == pytest.approx(table["score"].mean(), abs=1e-4)
+    assert found["repairs"] == {"clipped": 4}
+    assert manifest["images"]["IMG_0"]["heads"] == 0
+    assert pd.read_csv(out / "times.csv")["image"].tolist() == [f"IMG_{k}" for k in range(5)]
+
+
+def test_a_stopped_run_goes_on_where_it_stopped(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        masks(tmp_path, Counting(stop_after=2))  # image 0 has no heads: 0, 1 and 2 are complete
+    (tmp_path / "IMG_3.png").write_bytes(b"half")  # killed between the two files of an image
+    segmenter = Counting()
+    masks(tmp_path, segmenter)
+    assert segmenter.images == 2
+    whole = masks(tmp_path / "at once", ClassicalSegmenter())
+    assert (tmp_path / "manifest.json").read_text() == (whole / "manifest.json").read_text()
+    for k in range(5):
+        for kind in ("png", "csv"):
+            name = f"IMG_{k}.{kind}"
+            assert files.sha256(tmp_path / name) == files.sha256(whole / name)
+    masks(tmp_path, segmenter)
+    assert segmenter.images == 2  # nothing left to do
+
+
+def test_any_number_of_workers_gives_the_same_folder(tmp_path):
+    alone = masks(tmp_path / "1", ClassicalSegmenter())
+    together = masks(tmp_path / "3", ClassicalSegmenter(), workers=3)
+    for path in alone.iterdir():
+        if path.name != "times.csv":
+            assert files.sha256(path) == files.sha256(together / path.name)
+    with pytest.raises(ValueError, match="workers, threads: 0, 1"):
+        masks(tmp_path / "0", ClassicalSegmenter(), workers=0)
+
+
+def test_workers_go_on_when_an_image_fails(tmp_path):
+    with pytest.raises(MasksFailed, match="failed for 2 of 5 images, the first IMG_1"):
+        masks(tmp_path, ClassicalSegmenter(), broken=(3, 1), workers=2)
+    manifest = files.read_json(tmp_path / "manifest.json")
+    assert list(manifest["failed"]) == ["IMG_1", "IMG_3"]
+    assert list(manifest["images"]) == ["IMG_0", "IMG_2", "IMG_4"]
+
+
+class Deadly(ClassicalSegmenter):
+    """Takes its process down with the picture that begins with the value `victim`."""
+
+    victim = -1
+
+    def set_image(self, image):
+        if image[0, 0, 0] == self.victim:
+            os._exit(9)
+        super().set_image(image)
+
+
+def test_an_image_over_which_a_worker_dies_is_named_and_the_others_get_masks(tmp_path):
+    segmenter = Deadly()
+    segmenter.victim = int(Dataset()[3].image[0, 0, 0])
+    others = [i for i in range(5) if Dataset()[i].image[0, 0, 0] != segmenter.victim]
+    assert len(others) == 4
+    with pytest.raises(MasksFailed, match=r"IMG_3 \(a process died over it"):
+        masks(tmp_path, segmenter, workers=2)
+    manifest = files.read_json(tmp_path / "manifest.json")
+    assert list(manifest["failed"]) == ["IMG_3"] and len(manifest["images"]) == 4
+
+
+def test_workers_that_cannot_even_start_are_not_started_for_every_image(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "_start_worker", _die)
+    with pytest.raises(RuntimeError, match="3 worker processes in a row died"):
+        masks(tmp_path, ClassicalSegmenter(), workers=2)
+
+
+def _die(job):
+    os._exit(9)
+
+
+def test_masks_of_other_settings_are_made_anew(tmp_path):
+    masks(tmp_path, ClassicalSegmenter())
+    segmenter = Counting()
+    masks(tmp_path, segmenter, indices=[1, 2], nnec=False)
+    assert segmenter.images == 2
+    with pytest.raises(FileNotFoundError, match="no complete masks of image IMG_4"):
+        read_masks(tmp_path, "IMG_4")
+    masks(tmp_path, segmenter, indices=[1, 2], nnec=False, depends={"code": "new"})
+    assert segmenter.images == 4
+    assert files.read_json(tmp_path / "manifest.json")["depends"] == {"code": "new"}
+    masks(tmp_path, segmenter, indices=[1, 2], nnec=False)  # the other facts count no longer
+    assert segmenter.images == 6 and "depends" not in files.read_json(tmp_path / "manifest.json")
+
+
+def test_the_manifest_names_every_option_and_a_default_is_no_other_request(tmp_path):
+    masks(tmp_path, ClassicalSegmenter(), indices=[1])
+    options = files.read_json(tmp_path / "manifest.json")["options"]
+    assert options == {
+        "nnec": True, "point_prompt": True, "superpixel_prompt": True, "negatives": True,
+        "neighbours": [4, 3.0], "size_agreement": True, "boxes": False, "compactness": 10.0}
+    segmenter = Counting()
+    masks(tmp_path, segmenter, indices=[1], boxes=False, compactness=10.0)
+    assert segmenter.images == 0
+
+
+def test_an_image_that_was_mended_is_made_anew_and_no_other(tmp_path):
+    masks(tmp_path, ClassicalSegmenter())
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("IMG_*")}
+    segmenter = Counting()
+    masks(tmp_path, segmenter, mended=[3])
+    assert segmenter.images == 1
+    assert {p.stem for p in before if p.stat().st_mtime_ns != before[p]} == {"IMG_3"}
+    images = files.read_json(tmp_path / "manifest.json")["images"]
+    assert images["IMG_3"]["checksum"] == "3, mended" and len(images) == 5
+    masks(tmp_path, segmenter, indices=[1], mended=[3, 4])  # nobody asked for 4, but it is stale
+    assert segmenter.images == 1 and not (tmp_path / "IMG_4.png").exists()
+    assert "IMG_4" not in files.read_json(tmp_path / "manifest.json")["images"]
+
+
+@pytest.mark.parametrize("mended,made", [([], 0), ([2], 1)])
+def test_masks_that_a_killed_process_did_not_note_count_if_their_image_is_the_same(
+        tmp_path, mended, made):
+    masks(tmp_path, ClassicalSegmenter())
+    manifest = files.read_json(tmp_path / "manifest.json")
+    manifest["todo"]["IMG_2"] = manifest["images"].pop("IMG_2")["checksum"]
+    files.write_json(tmp_path / "manifest.json", manifest)
+    segmenter = Counting()
+    masks(tmp_path, segmenter, mended=mended)
+    assert segmenter.images == made
+    after = files.read_json(tmp_path / "manifest.json")
+    assert len(after["images"]) == 5 and after["todo"] == {}
+
+
+def test_only_masks_that_the_manifest_lists_are_removed(tmp_path):
+    masks(tmp_path, ClassicalSegmenter(), indices=[1, 2])
+    with pytest.raises(KeyboardInterrupt):
+        masks(tmp_path, Counting(stop_after=0), indices=[3])
+    for name in ("IMG_3.png", "IMG_3.csv", "mine.png", "mine.csv"):  # 3 was begun by us
+        (tmp_path / name).write_text("x")
+    masks(tmp_path, ClassicalSegmenter(), indices=[1], nnec=False)
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "IMG_1.png", "IMG_1.csv", "mine.png", "mine.csv", "manifest.json", "times.csv"}
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", '{"name": "app", "version": "1"}', "{broken"])
+def test_a_manifest_that_is_not_ours_is_refused_and_nothing_removed(tmp_path, content):
+    (tmp_path / "manifest.json").write_text(content)
+    files.write_png(tmp_path / "IMG_1.png", np.zeros((4, 4, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"manifest\.json: not .*give a new or empty folder"):
+        masks(tmp_path, ClassicalSegmenter())
+    assert (tmp_path / "IMG_1.png").is_file()
+    assert (tmp_path / "manifest.json").read_text() == content
+
+
+def test_an_unreadable_manifest_alone_is_written_anew(tmp_path):
+    (tmp_path / "manifest.json").write_text("{broken")
+    masks(tmp_path, ClassicalSegmenter(), indices=[1])
+    assert list(files.read_json(tmp_path / "manifest.json")["images"]) == ["IMG_1"]
+
+
+def test_half_written_files_are_removed_once_they_are_old(tmp_path):
+    young, old = tmp_path / ".partial-young.png", tmp_path / ".partial-old.png"
+    for path in (young, old):
+        path.write_bytes(b"half")
+    os.utime(old, (time.time() - 7200,) * 2)
+    masks(tmp_path, ClassicalSegmenter(), indices=[1])
+    assert young.is_file() and not old.exists()
+
+
+def test_failures_of_images_that_nobody_asked_for_this_time_stay_listed(tmp_path):
+    with pytest.raises(MasksFailed):
+        masks(tmp_path, ClassicalSegmenter(), broken=(1, 3))
+    masks(tmp_path, ClassicalSegmenter(), indices=[2, 3])
+    assert list(files.read_json(tmp_path / "manifest.json")["failed"]) == ["IMG_1"]
+    with pytest.raises(MasksFailed, match="for 1 of 1 images, the first IMG_3"):
+        masks(tmp_path, ClassicalSegmenter(), indices=[3], broken=(3,), mended=[3])
+
+
+@pytest.mark.parametrize("name", ["worst", "times", "coco", "manifest", "Worst"])
+def test_an_image_with_the_name_of_our_own_files_is_refused(tmp_path, name):
+    dataset = Dataset()
+    dataset.ids[2] = name
+    with pytest.raises(ValueError, match=f"image {name}: .*rename the image"):
+        mask_dataset(dataset, [1, 2], ClassicalSegmenter(), tmp_path, progress=False)
+    assert not list(tmp_path.iterdir())
+    mask_dataset(dataset, [1], ClassicalSegmenter(), tmp_path, progress=False)
+
+
+def test_one_broken_image_does_not_cost_the_others(tmp_path):
+    with pytest.raises(RuntimeError, match="failed for 1 of 5 images, the first IMG_2"):
+        masks(tmp_path, ClassicalSegmenter(), broken=(2,))
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["failed"] == {"IMG_2": "OSError: IMG_2.jpg is truncated"}
+    assert read_masks(tmp_path, "IMG_4").any()
+    segmenter = Counting()
+    masks(tmp_path, segmenter)  # mended: only the broken one is made
+    assert segmenter.images == 1
+
+
+def test_a_folder_of_somebody_elses_pictures_is_left_alone(tmp_path):
+    files.write_png(tmp_path / "IMG_1.png", np.zeros((4, 4, 3), np.uint8))
+    with pytest.raises(ValueError, match="holds IMG_1.png but no manifest.json"):
+        masks(tmp_path, ClassicalSegmenter())
+    assert (tmp_path / "IMG_1.png").is_file()
+
+
+def test_unusable_mask_files_are_named(tmp_path):
+    masks(tmp_path, ClassicalSegmenter(), indices=[1])
+    (tmp_path / "IMG_1.png").write_bytes(b"half a file")
+    with pytest.raises(ValueError, match=r"IMG_1\.png: not a readable PNG"):
+        read_masks(tmp_path, "IMG_1")
+    files.write_png(tmp_path / "IMG_1.png", np.zeros((4, 4, 3), np.uint8))
+    with pytest.raises(ValueError, match="expected a 16-bit grey label map"):
+        read_masks(tmp_path, "IMG_1")
+
+
+def test_a_label_map_holds_65535_heads_at_most(tmp_path):
+    table = pd.DataFrame({"head": np.arange(65536)})
+    with pytest.raises(ValueError, match="65536 heads do not fit"):
+        store._write_masks(tmp_path, "x", np.zeros((2, 2), np.int32), table)
