@@ -1,7 +1,6 @@
 """Fingerprints follow what code says; stamps that are damaged say that nothing is done."""
 
 import json
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -82,45 +81,6 @@ def test_the_code_of_a_step_may_be_fingerprinted_in_many_threads():
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(provenance.code, ["xmask.trainer"] * 8))
     assert len(set(found)) == 1 and found[0] != provenance.code("xmask.study.tables")
-
-
-# -- commits -------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def clone(tmp_path, monkeypatch):
-    """Four commits of a package: A, the same with a comment, B, A again."""
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t@t"]
-    (tmp_path / "xmask").mkdir()
-    subprocess.run([*git, "init", "-q"], check=True)
-    for subject, text in (("A", "x = 1"), ("A, said", "x = 1  # one"), ("B", "x = 2"),
-                          ("A again", "x = 1")):
-        (tmp_path / "xmask" / "a.py").write_text(text)
-        subprocess.run([*git, "add", "."], check=True)
-        subprocess.run([*git, "commit", "-qm", subject], check=True)
-    monkeypatch.setattr(provenance, "ROOT", tmp_path)
-    provenance._installed.cache_clear()
-    yield tmp_path
-    provenance._installed.cache_clear()
-
-
-def test_a_digest_names_the_commits_that_carry_it(clone):
-    wanted = provenance.code("xmask.a")
-    found = [line.split(" ", 2)[2] for line in provenance.commits_of(wanted, ["xmask.a"])]
-    assert found == ["A again", "A, said", "A"]
-    assert len(list(provenance.commits_of(wanted[:10], ["xmask.a"], limit=2))) == 1
-    assert not list(provenance.commits_of("0" * 64, ["xmask.a"]))
-    assert provenance.commit()["changed"] is False
-    (clone / "xmask" / "a.py").write_text("x = 3")
-    assert provenance.commit()["changed"] is True
-
-
-def test_outside_a_clone_that_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(provenance, "ROOT", tmp_path)
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    with pytest.raises(ValueError, match="run this in a clone of the repository"):
-        list(provenance.commits_of("0", ["xmask.a"]))
-    assert provenance.commit() == {}
 
 
 # -- stamps --------------------------------------------------------------------------------

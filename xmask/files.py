@@ -6,11 +6,14 @@ import hashlib
 import json
 import os
 import tempfile
+import platform
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock, Timeout
 from PIL import Image
 
 
@@ -70,3 +73,31 @@ def sha256(path: str | os.PathLike) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+@contextmanager
+def lock(folder: str | os.PathLike, wait: float = 0.0) -> Iterator[None]:
+    """Hold a folder, made if need be, as the only process; the system frees it when we die.
+
+    wait: seconds to wait for another process.
+    Raises ValueError, naming who holds the folder, if another one still does.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    holder, held = folder / ".holder.json", FileLock(folder / ".lock", timeout=wait)
+    try:
+        held.acquire()
+    except Timeout:
+        try:
+            who = " ".join(f"{name} {value}" for name, value in read_json(holder).items())
+        except (OSError, ValueError, AttributeError):
+            who = "of which nothing is noted"
+        raise ValueError(f"{folder}: another process works in it ({who}); wait for it or end it, "
+                         "then run the same command again") from None
+    try:
+        write_json(holder, {"pid": os.getpid(), "on": platform.node(),
+                            "since": time.strftime("%F %T")})
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        held.release()

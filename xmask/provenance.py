@@ -15,7 +15,7 @@ import platform
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -49,33 +49,11 @@ def code(*modules: str) -> str:
     Comments, docstrings, blank lines and formatting do not count: the syntax tree does. The same
     code has the same digest under Python 3.10 to 3.13.
     """
-    return _code(modules, _installed)
+    return code_in(_installed, modules)
 
 
-def commits_of(wanted: str, modules: Sequence[str], limit: int = 200) -> Iterator[str]:
-    """The commits, latest first, in which `code(*modules)` is the digest `wanted` or begins so.
-
-    Yields lines "<commit> <date> <subject>". limit: how many commits are looked at.
-    Raises ValueError where the package does not lie in a git clone.
-    """
-    for line in _git("log", f"-n{limit}", "--format=%H %cs %s").splitlines():
-        blobs = _blobs(line.split()[0])
-        if _code(modules, lambda path: _blob(blobs[path]) if path in blobs else None
-                 ).startswith(wanted):
-            yield line
-
-
-def commit() -> dict[str, Any]:
-    """The git commit of the code and whether files were changed since; {} outside a clone."""
-    try:
-        return {"commit": _git("rev-parse", "HEAD").strip(),
-                "changed": bool(_git("status", "--porcelain", "--", "xmask"))}
-    except ValueError:
-        return {}
-
-
-def _code(modules: Sequence[str], read: Callable[[str], str | None]) -> str:
-    """read: gives the source at a path such as "xmask/nnec.py", None where there is none."""
+def code_in(read: Callable[[str], str | None], modules: Sequence[str]) -> str:
+    """`code` of another tree; read: its source at a path such as "xmask/nnec.py", or None."""
     said: dict[str, str] = {}
     waiting = list(modules)
     while waiting:
@@ -133,7 +111,8 @@ def _installed(path: str) -> str | None:
     return file.read_text(encoding="utf-8") if file.is_file() else None
 
 
-def _git(*arguments: str) -> str:
+def git(*arguments: str) -> str:
+    """What git says in the folder of the package; ValueError outside a clone."""
     try:
         return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True,
                               check=True, encoding="utf-8").stdout
@@ -143,16 +122,13 @@ def _git(*arguments: str) -> str:
                          "clone of the repository") from None
 
 
-def _blobs(revision: str) -> dict[str, str]:
-    """Path -> id of each source file of a commit."""
-    listed = _git("ls-tree", "-r", revision, "--", "xmask").splitlines()
-    entries = (line.split("\t") for line in listed if line.endswith(".py"))
-    return {path: entry.split()[2] for entry, path in entries}
-
-
-@cache
-def _blob(blob: str) -> str:
-    return _git("cat-file", "blob", blob)
+def commit() -> dict[str, Any]:
+    """The git commit of the code and whether files were changed since; {} outside a clone."""
+    try:
+        return {"commit": git("rev-parse", "HEAD").strip(),
+                "changed": bool(git("status", "--porcelain", "--", "xmask"))}
+    except ValueError:
+        return {}
 
 
 # -- steps ---------------------------------------------------------------------------------
