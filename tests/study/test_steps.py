@@ -154,9 +154,9 @@ def test_runs_see_test_images_and_masks_of_their_own_size(inside):
         override(config, {"max_side": None}), "data")
     chosen = steps.labelled(config, "data")
     masks = steps.mask_folder(override(config, {"max_side": None}))
-    assert MaskedImages(large, chosen, masks)[0].instances.any()
+    assert MaskedImages(large, chosen, masks, large.ids)[0].instances.any()
     with pytest.raises(ValueError, match="delete .* and run the masks step again"):
-        MaskedImages(small, chosen, masks)[0]
+        MaskedImages(small, chosen, masks, small.ids)[0]
 
 
 def test_code_that_reads_images_and_weights_on_disk_are_part_of_a_training(

@@ -16,18 +16,18 @@ class MaskedImages(Sequence):
     """The labelled images: points from the dataset, masks from a folder of `mask_dataset`; true
     masks, where the dataset has them, are not read.
 
-    dataset: a `xmask.data` dataset. indices: which of its images.
+    images: all images of a dataset. indices: the labelled ones. ids: names of all.
     """
 
-    def __init__(self, dataset, indices: list[int], masks: Path):
-        self.dataset, self.indices, self.masks = dataset, indices, masks
+    def __init__(self, images: Sequence[Sample], indices: list[int], masks: Path, ids: list[str]):
+        self.images, self.indices, self.masks, self.ids = images, indices, masks, ids
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, position: int) -> Sample:
         index = self.indices[position]
-        sample, name = self.dataset[index], self.dataset.ids[index]
+        sample, name = self.images[index], self.ids[index]
         mask = read_masks(self.masks, name)
         if mask.shape != sample.shape:
             raise ValueError(
@@ -41,14 +41,14 @@ class BareImages(Sequence):
     """The unlabelled images: every image of a dataset, the labelled ones too (as in the release),
     without points and masks, so that none can leak into training."""
 
-    def __init__(self, dataset):
-        self.dataset = dataset
+    def __init__(self, images: Sequence[Sample]):
+        self.images = images
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.images)
 
     def __getitem__(self, position: int) -> Sample:
-        sample = self.dataset[position]
+        sample = self.images[position]
         return Sample(sample.image, np.zeros((0, 2), np.float32), name=sample.name)
 
 

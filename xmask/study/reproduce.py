@@ -74,7 +74,7 @@ def plan(
         return steps.configure(profile, dataset, percent, seed, variant=variant, sam=sam,
                                overrides=overrides)
 
-    steps: list[Step] = []
+    planned: list[Step] = []
     runs: list[Config] = [config(d, p, s) for d in datasets for p in percents for s in seeds]
     extra: list[Config] = []
     if extras:
@@ -93,7 +93,7 @@ def plan(
     results = steps.results_folder(profile)
     for folder, users in by_masks.items():
         percents_used = sorted({user.percent for user in users})
-        steps.append(
+        planned.append(
             Step(
                 f"masks {folder.name}",
                 "10_masks.ipynb",
@@ -109,7 +109,7 @@ def plan(
         folder = steps.run_folder(run)
         arguments = common | settings | {"dataset": run.dataset, "percent": run.percent,
                                          "seed": run.seed, "variant": variant}
-        steps.append(
+        planned.append(
             Step(
                 f"train {run.run}", "11_train.ipynb", arguments,
                 [f"masks {steps.mask_folder(run).name}"]
@@ -118,7 +118,7 @@ def plan(
                 partial(_in, folder, ("config.json", "history.csv", "model.safetensors")),
             )
         )
-        steps.append(
+        planned.append(
             Step(
                 f"evaluate {run.run}", "12_evaluate.ipynb", arguments, [f"train {run.run}"],
                 partial(steps.evaluation_fingerprint, run, data),
@@ -139,12 +139,12 @@ def plan(
         # runs with changed fields are named after them: none is the full method to compare with
         if title == "ablations" and (not extras or runs[0].variant != "xmask"):
             continue
-        steps.append(
+        planned.append(
             Step(title, notebook, parameters, evaluated,
                  partial(_report_fingerprint, inputs),
                  partial(_all_in, folder) if folder else list)
         )
-    return steps
+    return planned
 
 
 def _masks_fingerprint(users: list[Config], data: str) -> str:
@@ -184,24 +184,24 @@ def run(profile: str, *, data: str = "", jobs: int | None = None, **narrowed) ->
     jobs: steps at a time; by default as many as runs fit on the CPU cores, one on CUDA.
     Returns False if a step failed; the others that do not need it still run.
     """
-    steps = plan(profile, data=data, **narrowed)
+    planned = plan(profile, data=data, **narrowed)
     config = preset(profile, "sha", 5)
     if jobs is None:
         threads = config.machine.threads
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         jobs = 1 if steps.device().type == "cuda" or not threads else max(1, cores // threads)
-    for dataset in dict.fromkeys(s.parameters["dataset"] for s in steps
+    for dataset in dict.fromkeys(s.parameters["dataset"] for s in planned
                                  if "dataset" in s.parameters):
         steps.data_root(profile, dataset, data, jobs=jobs)
     begun = time.time()
-    failed = Runner(profile, jobs, config.machine.threads).run(steps)
+    failed = Runner(profile, jobs, config.machine.threads).run(planned)
     minutes = (time.time() - begun) / 60
     if failed:
-        print(f"\n{len(failed)} of {len(steps)} steps failed or could not start after "
+        print(f"\n{len(failed)} of {len(planned)} steps failed or could not start after "
               f"{minutes:.1f} min: {', '.join(failed)}.\nWhat finished is kept; the same command "
               "goes on from here.")
         return False
-    print(f"\nAll {len(steps)} steps are done ({minutes:.1f} min).")
+    print(f"\nAll {len(planned)} steps are done ({minutes:.1f} min).")
     print(compare_with_committed(steps.results_folder(profile)))
     return True
 

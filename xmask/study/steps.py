@@ -22,6 +22,7 @@ from xmask.data.masks import mask_dataset
 from xmask.data.splits import labelled_ids
 from xmask.data.training_images import BareImages, Kept, MaskedImages
 from xmask.study import evaluate as evaluation
+from xmask.study import training
 from xmask.synthetic import write_dataset
 from xmask.trainer import Trainer
 
@@ -198,7 +199,7 @@ def labelled(config: Config, data: str = "") -> list[int]:
 
 _READING = ("xmask.data.readers", "xmask.data.splits")  # code through which every image comes
 _MASKING = ("xmask.data.masks", *_READING)
-CODE = {"training": ("xmask.trainer", "xmask.data.training_images", *_MASKING),
+CODE = {"training": ("xmask.study.training", "xmask.data.training_images", *_MASKING),
         "evaluation": ("xmask.study.evaluate", *_READING)}  # step -> modules it starts from
 
 
@@ -281,11 +282,8 @@ def _fit(config: Config, data: str, masks: Path, fingerprint: str, progress: boo
 
     keep = Kept if config.machine.cache_images else (lambda images: images)
     images = keep(dataset)
-    data_part = provenance.fingerprint(("xmask.trainer",), dataset.checksum(), chosen)
-    trainer = Trainer(config, keep(MaskedImages(dataset, chosen, masks)), BareImages(images),
-                      folder, device=device(), fingerprint=fingerprint,
-                      cache=(work_folder(config.profile) / "phase1", data_part),
-                      score=score, progress=progress)
+    trainer = Trainer(config, keep(MaskedImages(images, chosen, masks, dataset.ids)),
+                      BareImages(images), device=device())
     for stale in ("metrics.json", "model.safetensors"):  # of an earlier configuration or code
         (folder / stale).unlink(missing_ok=True)
     files.write_json(folder / "config.json", {
@@ -309,7 +307,9 @@ def _fit(config: Config, data: str, masks: Path, fingerprint: str, progress: boo
         },
         "config": config.to_dict(),
     })
-    trainer.fit()
+    phase1 = provenance.fingerprint(("xmask.trainer", *_READING), dataset.checksum(), chosen)
+    training.fit(trainer, folder, fingerprint=fingerprint, score=score, progress=progress,
+                 shared=(work_folder(config.profile) / "phase1", phase1))
 
 
 def evaluate(config: Config, data: str = "", *, progress: bool = True) -> dict:
