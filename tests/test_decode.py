@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xmask.decode import (
-    instance_map, points_from_logits, predict, sample_at, smooth, upsample, upsample_smooth,
-)
+from xmask.decode import instance_map, points_from_logits, predict
+from xmask.features import sample_at, smooth, upsample, upsample_smooth
 from xmask.nnec import exclusion_radii, incidence
 
 

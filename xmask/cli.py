@@ -9,7 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
-from xmask.config import ABLATIONS, DATASETS, PERCENTS, PROFILES, VARIANTS
+from xmask.presets import ABLATIONS, DATASETS, PERCENTS, PROFILES, VARIANTS
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -138,6 +138,10 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("--profile", choices=PROFILES, default="demo")
         made.add_argument("--data", default="", help="folder of the real datasets")
 
+    made = command("code", _code, "which commits carry the code that made a result")
+    made.add_argument("wanted", metavar="RUN_FOLDER_OR_DIGEST",
+                      help="a run folder, or a digest of code from its config.json")
+    made.add_argument("--limit", type=int, default=200, help="how many commits to look at")
     made = command("bench", _bench, "measure what the method costs beside dense code and libraries")
     made.add_argument("--only", type=_names, default=(), metavar="GROUPS",
                       help="e.g. decode,losses; default: all")
@@ -355,6 +359,14 @@ def _figures(o: argparse.Namespace) -> int:
     )
     for path in paths:
         print(path)
+    return 0
+
+
+def _code(o: argparse.Namespace) -> int:
+    from xmask.study import commits
+
+    for line in commits.find(o.wanted, o.limit):
+        print(line)
     return 0
 
 

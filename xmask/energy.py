@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from xmask import decode, nnec
+from xmask.features import flat_features
 
 _PAIRS_AT_ONCE = 1 << 15  # pairs whose features are gathered at once: a few MB
 
@@ -29,7 +30,7 @@ def pair_terms(
     which may lie outside of this H x W piece of an image; radii: (N,) px; head, pixel: (M,)
     int64, an incidence list.
     """
-    flat, width = decode.flat_features(features), features.shape[-1]
+    flat, width = flat_features(features), features.shape[-1]
     points = points.double().reshape(-1, 2)
     distance = torch.empty(len(head), dtype=flat.dtype, device=flat.device)
     spread = torch.empty_like(distance)

@@ -153,39 +153,50 @@ def _check_space(folder: Path) -> None:
 # -- output folders --------------------------------------------------------------------------
 
 
-class FolderInUse(RuntimeError):
+class FolderInUse(ValueError):
     """Another process is writing into the folder."""
 
 
-@contextmanager
-def lock(folder: str | os.PathLike) -> Iterator[None]:
-    """Hold a folder for this process; it is free again when the process ends, however it ends.
+_held: set[Path] = set()  # folders that this process holds
 
-    Raises FolderInUse, saying who holds it, where another process does.
+
+@contextmanager
+def lock(folder: str | os.PathLike, wait: float = 0.0) -> Iterator[None]:
+    """Hold a folder, made if need be, as the only process; it is free again when the process
+    ends, however it ends. Within itself it does nothing.
+
+    wait: seconds to wait for another process.
+    Raises FolderInUse, saying who holds the folder, if another one still does.
     """
-    place = Path(folder) / HIDDEN
+    place, key = Path(folder) / HIDDEN, Path(folder).resolve()
+    if key in _held:
+        yield
+        return
     place.mkdir(parents=True, exist_ok=True)
     holder, held = place / "holder.json", FileLock(place / "lock")
     try:
-        held.acquire(timeout=0)
+        held.acquire(timeout=wait)
     except Timeout:
         try:
             who = read_json(holder)
         except (OSError, ValueError):  # it has only just begun, or just ended
             who = {}
         raise FolderInUse(
-            f"{folder}: process {who.get('pid', '?')} on {who.get('host', '?')} has been writing "
-            f"here since {who.get('since', '?')}. Wait for it, stop it, or give another folder"
+            f"{folder}: another process works in it (pid {who.get('pid', '?')} on "
+            f"{who.get('host', '?')}, since {who.get('since', '?')}). Wait for it or end it, then "
+            "run the same command again"
         ) from None
     except NotImplementedError:  # a file system without locks
         yield
         return
+    _held.add(key)
     try:
-        holder.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(),
-                                      "since": time.strftime("%Y-%m-%d %H:%M:%S")}))
+        write_json(holder, {"pid": os.getpid(), "host": socket.gethostname(),
+                            "since": time.strftime("%Y-%m-%d %H:%M:%S")})
         yield
-        holder.unlink(missing_ok=True)
     finally:
+        _held.discard(key)
+        holder.unlink(missing_ok=True)
         held.release()
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from xmask import decode, energy, model, nnec
 from xmask.config import Decoding
 from xmask.data.transforms import to_tensor
+from xmask.features import sample_at, smooth, upsample
 
 # px around a piece that its cells may see. The receptive field reaches 138 px beyond a cell: 106
 # through the encoder and the bilinear upsampling, 32 through four 3x3 convolutions at stride 8.
@@ -92,7 +93,7 @@ def decode_maps(logits: Tensor, embedding: Tensor, shape: tuple[int, int], decod
         if not len(here):
             continue
         features, top, left = _features(embedding, shape, (y0, y1, x0, x1), decoding.sigma)
-        centres[here] = decode.sample_at(features, points[here] - points.new_tensor([left, top]))
+        centres[here] = sample_at(features, points[here] - points.new_tensor([left, top]))
     labels = np.zeros(shape, np.int32)
     for y0, y1, x0, x1 in windows:
         near = torch.nonzero(
@@ -120,16 +121,16 @@ def _features(embedding: Tensor, shape: tuple[int, int], window: tuple[int, int,
     y0, y1, x0, x1 = window
     top, bottom = max(y0 - _HALO, 0), min(y1 + _HALO, shape[0])
     left, right = max(x0 - _HALO, 0), min(x1 + _HALO, shape[1])
-    return decode.smooth(_upsampled(embedding, (top, bottom, left, right)), sigma), top, left
+    return smooth(_upsampled(embedding, (top, bottom, left, right)), sigma), top, left
 
 
 def _upsampled(maps: Tensor, window: tuple[int, int, int, int]) -> Tensor:
-    """The window (y0, y1, x0, x1), px, of `decode.upsample` of all of `maps` (D, h, w)."""
+    """The window (y0, y1, x0, x1), px, of `xmask.features.upsample` of all of `maps` (D, h, w)."""
     stride = model.STRIDE
     y0, y1, x0, x1 = window
     top, left = max(y0 // stride - 1, 0), max(x0 // stride - 1, 0)
     part = maps[:, top:-(-y1 // stride) + 1, left:-(-x1 // stride) + 1]
-    return decode.upsample(part, stride)[
+    return upsample(part, stride)[
         :, y0 - top * stride:y1 - top * stride, x0 - left * stride:x1 - left * stride]
 
 

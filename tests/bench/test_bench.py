@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import reference
-from xmask import bench, decode, losses, model
+from xmask import bench, decode, features, losses, model
 from xmask.bench import dense, measure, report, rows, sam_image, sides
+from xmask.config import Loss
 from xmask.files import read_json
 
 SMALL = (64, 96)
@@ -260,7 +261,7 @@ def test_a_batch_gives_what_its_images_give(seed):
         (losses.exclusivity_losses(embedding, points, labels, ignore=ignore),
          [losses.exclusivity_loss(embedding[i], points[i], labels[i], ignore=ignore[i])
           for i in each]),
-        (losses.mask_constraints(logits, labels, points[::-1], **weights),
+        (losses.mask_constraints(logits, labels, points[::-1], Loss(**weights)),
          [losses.mask_constraint(logits[i], labels[i], points[::-1][i], **weights) for i in each]),
         (losses.point_mask_consistencies(logits, labels, ignore=ignore),
          [losses.point_mask_consistency(logits[i], labels[i], ignore=ignore[i]) for i in each]),
@@ -280,7 +281,7 @@ def test_a_batch_gives_what_its_images_give(seed):
     shape = tuple(labels.shape[1:])
     maps = decode.instance_maps(embedding, points, stride=4, shape=shape)
     for i in each:
-        whole = decode.upsample(embedding[i], 4)
+        whole = features.upsample(embedding[i], 4)
         assert torch.equal(maps[i], decode.instance_map(whole, points[i]))
 
 
@@ -321,16 +322,16 @@ def test_nearest_heads_equal_all_distances_ties_included(seed, heads, rows_, col
 def test_bands_and_centres_are_upsampling_then_smoothing(stride, shape, sigma):
     cells = [-(-side // stride) for side in shape]
     embedding = torch.randn(2, 3, *cells, generator=torch.Generator().manual_seed(0)).double()
-    whole = decode.smooth(decode.upsample(embedding, stride)[:, :, :shape[0], :shape[1]], sigma)
+    whole = features.smooth(features.upsample(embedding, stride)[:, :, :shape[0], :shape[1]], sigma)
     flat = embedding.permute(0, 3, 2, 1).contiguous()
-    wide = decode._stretch(flat, stride, shape[1], sigma)
-    bands = torch.cat([band for *_, band in decode._bands(wide, stride, shape[0], sigma)])
-    torch.testing.assert_close(bands, decode.flat_features(whole))
+    wide = features.smooth_rows(flat, stride, shape[1], sigma)
+    bands = torch.cat([band for *_, band in features.feature_bands(wide, stride, shape[0], sigma)])
+    torch.testing.assert_close(bands, features.flat_features(whole))
     points = torch.rand(20, 2, dtype=torch.float64) * torch.tensor([shape[1], shape[0]])
     image = torch.arange(20) % 2
     torch.testing.assert_close(
-        decode._smooth_at(flat, points, image, stride, shape, sigma),
-        decode.sample_at(whole, points, image))
+        features.smooth_at(flat, points, image, stride, shape, sigma),
+        features.sample_at(whole, points, image))
 
 
 def test_lowest_energy_wins_for_any_float():

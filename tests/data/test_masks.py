@@ -297,7 +297,7 @@ def test_a_second_process_is_told_who_holds_the_folder(tmp_path):
     holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
     try:
         assert holder.stdout.readline() == b"in\n"
-        with pytest.raises(files.FolderInUse, match=f"process {holder.pid} on .* since 20"):
+        with pytest.raises(files.FolderInUse, match=f"pid {holder.pid} on .* since 20"):
             masks(tmp_path, ClassicalSegmenter(), indices=[1])
     finally:
         holder.kill()

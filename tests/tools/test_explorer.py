@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import xmask
-from xmask import decode
+from xmask import decode, features
 from xmask.tools import explorer
 from xmask.synthetic import draw_scene
 from xmask.tools.explorer import Scene, View
@@ -32,7 +32,7 @@ def small(model):
 @pytest.mark.parametrize("theta, weight", [(1.1, 0.8), (0.8, 0.6), (0.3, 0.0), (2.0, 2.0)])
 def test_the_masks_are_those_of_the_decoding(model, small, sigma, theta, weight):
     view = View(theta, weight, sigma)
-    full = decode.upsample(model.maps(small.image)[1], 4)[:, :150, :200]
+    full = features.upsample(model.maps(small.image)[1], 4)[:, :150, :200]
     expected = decode.instance_map(full, small.points, threshold=theta, geometry_weight=weight,
                                    sigma=sigma)
     differ = (small.label_map(view) != expected.numpy()).mean()

@@ -13,7 +13,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from xmask.decode import LONE_RADIUS, sample_at, smooth
+from xmask.decode import LONE_RADIUS
+from xmask.features import sample_at, smooth
 from xmask.losses import PUSH_MARGINS
 
 

@@ -8,10 +8,8 @@ only, not on what they show. Two sides of one comparison get the same inputs fro
 from __future__ import annotations
 
 import io
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from xmask import decode, losses, metrics, model, nnec
+from xmask import decode, features, losses, metrics, model, nnec
 from xmask.bench import dense
 
 DEPTH = 16  # channels of the embedding (paper)
@@ -76,7 +74,7 @@ def decode_dense(heads: int, shape: Shape, only: int | None = None) -> Callable[
     radii = nnec.exclusion_radii(points, shape, lone=decode.LONE_RADIUS)[:only]
     points = points[:only]
     return lambda: dense.instance_map(
-        decode.upsample(embedding, model.STRIDE), points, radius_of=radii).numpy()
+        features.upsample(embedding, model.STRIDE), points, radius_of=radii).numpy()
 
 
 # -- losses -------------------------------------------------------------------------------------
@@ -394,11 +392,10 @@ def training_terms(phase: int, batch: int, heads: int, crop: int = 256) -> Calla
 
     shape, cells = (crop, crop), (crop // model.STRIDE,) * 2
     config = override(preset("paper", "sha", 40), {
-        "network.weights": "random", "loss.consistency": 1.0, "loss.one_point": 0.01,
+        "network.weights": "random", "loss.point_mask": 1.0, "loss.one_point": 0.01,
         "machine.threads": torch.get_num_threads()})
     sample = Sample(np.zeros((crop, crop, 3), np.uint8), np.zeros((0, 2), np.float32))
-    trainer = Trainer(config, [sample], [sample], Path(tempfile.gettempdir()),
-                      device=torch.device("cpu"), progress=False)
+    trainer = Trainer(config, [sample], [sample], device=torch.device("cpu"))
     dots = [crowd(heads, shape, seed) for seed in range(2 * batch)]
     seen = [_network_output(d, cells) for d in dots]
     logits = torch.stack([s[0] for s in seen]).requires_grad_()

@@ -29,7 +29,7 @@ from skimage.segmentation import find_boundaries
 
 from xmask import files
 from xmask.study import tables
-from xmask.config import VARIANTS
+from xmask.presets import VARIANTS
 
 BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION, GREY = (  # Okabe and Ito, 2008
     "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7F7F7F")

@@ -117,7 +117,7 @@ def coverage_table(annotated: Iterable[tuple[np.ndarray, tuple[int, int]]]) -> p
 class WatchedTrainer(Trainer):
     """A trainer that keeps teacher and student as they were when epochs of `keep` began.
 
-    After `fit`, `teachers` and `students` map each of these epochs, and the last one, to a
+    At the end, `teachers` and `students` map each of these epochs, and the last one, to a
     network in evaluation mode. Other arguments: of `xmask.trainer.Trainer`.
     """
 
@@ -127,16 +127,14 @@ class WatchedTrainer(Trainer):
         self.teachers: dict[int, nn.Module] = {}
         self.students: dict[int, nn.Module] = {}
 
-    def fit(self) -> nn.Module:
-        """Train to the end, see `Trainer.fit`."""
-        super().fit()
-        self._keep()
-        return self.teacher
-
-    def _set_rate(self, phase: int) -> None:  # the trainer calls this as an epoch begins
+    def run_epoch(self) -> dict[str, float]:
+        """See `Trainer.run_epoch`."""
         if self.epoch in self.keep:
             self._keep()
-        super()._set_rate(phase)
+        row = super().run_epoch()
+        if self.finished:
+            self._keep()
+        return row
 
     def _keep(self) -> None:
         for kept, network in ((self.teachers, self.teacher), (self.students, self.student)):

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from xmask import decode, energy, nnec
+from xmask.features import sample_at, smooth, upsample
 from xmask.study.figures import INSTANCES
 from xmask.predict import Predictor
 
@@ -68,12 +69,12 @@ class Scene:
         order, self._layers = _layers(pixel.numpy())
         head, pixel = head[order], pixel[order]
         self._owner, self._pixel = (head + 1).to(torch.int32).numpy(), pixel.numpy()
-        full = decode.upsample(embedding.cpu(), 4)[:, :shape[0], :shape[1]]
+        full = upsample(embedding.cpu(), 4)[:, :shape[0], :shape[1]]
         self._distance: dict[float, np.ndarray] = {}
         for sigma in sigmas:
-            features = decode.smooth(full, sigma)
+            features = smooth(full, sigma)
             distance, spread = energy.pair_terms(
-                features, decode.sample_at(features, heads), heads, self.radii, head, pixel)
+                features, sample_at(features, heads), heads, self.radii, head, pixel)
             self._distance[sigma], self._spread = distance.numpy(), spread.numpy()
         # pictures are painted as one number a pixel: four times fewer steps than by channel
         self._image = _packed(image)

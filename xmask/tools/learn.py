@@ -21,6 +21,7 @@ from xmask.config import Config
 from xmask.data.annotations import clip_points
 from xmask.data.images import read_image
 from xmask.data.sample import Sample
+from xmask.study import training
 from xmask.trainer import Trainer
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp")
@@ -55,11 +56,11 @@ def read_folder(folder: str | os.PathLike) -> tuple[list[Sample], list[Sample]]:
 
 
 def configure(overrides: dict[str, object] | None = None, *, seed: int = 1) -> Config:
-    """The configuration of a training on own photos: that of profile `reduced`, slim network.
+    """The configuration of a training on own photos: that of profile `photo`, slim network.
 
     overrides: fields by dotted name. The configuration names no dataset of the study.
     """
-    return config.preset("reduced", "synthetic", 100, seed=seed, overrides=overrides)
+    return config.preset("photo", "synthetic", 100, seed=seed, overrides=overrides)
 
 
 def learn(dotted: Sequence[Sample], bare: Sequence[Sample], out: str | os.PathLike,
@@ -87,8 +88,7 @@ def learn(dotted: Sequence[Sample], bare: Sequence[Sample], out: str | os.PathLi
         masked.append(replace(one, instances=masks))
     checksum = provenance.digest(*([one.name, hashlib.sha256(
         one.image.tobytes() + one.points.tobytes()).hexdigest()] for one in (*dotted, *bare)))
-    trainer = Trainer(settings, masked, bare, out, device=device, progress=progress,
-                      fingerprint=provenance.digest(checksum, opened.describe(), start))
+    trainer = Trainer(settings, masked, [*masked, *bare], device=device)
     initialisation = trainer.initialisation
     if start:
         shipped = predict.load(device="cpu")
@@ -104,7 +104,8 @@ def learn(dotted: Sequence[Sample], bare: Sequence[Sample], out: str | os.PathLi
         "data": {"checksum": checksum, "labelled": [one.name for one in dotted],
                  "unlabelled": len(bare)},
         "config": settings.to_dict()})
-    trainer.fit()
+    training.fit(trainer, out, progress=progress,
+                 fingerprint=provenance.digest(checksum, opened.describe(), start))
     return out
 
 
