@@ -157,21 +157,15 @@ class FolderInUse(ValueError):
     """Another process is writing into the folder."""
 
 
-_held: set[Path] = set()  # folders that this process holds
-
-
 @contextmanager
 def lock(folder: str | os.PathLike, wait: float = 0.0) -> Iterator[None]:
     """Hold a folder, made if need be, as the only process; it is free again when the process
-    ends, however it ends. Within itself it does nothing.
+    ends, however it ends.
 
     wait: seconds to wait for another process.
     Raises FolderInUse, saying who holds the folder, if another one still does.
     """
-    place, key = Path(folder) / HIDDEN, Path(folder).resolve()
-    if key in _held:
-        yield
-        return
+    place = Path(folder) / HIDDEN
     place.mkdir(parents=True, exist_ok=True)
     holder, held = place / "holder.json", FileLock(place / "lock")
     try:
@@ -189,13 +183,11 @@ def lock(folder: str | os.PathLike, wait: float = 0.0) -> Iterator[None]:
     except NotImplementedError:  # a file system without locks
         yield
         return
-    _held.add(key)
     try:
         write_json(holder, {"pid": os.getpid(), "host": socket.gethostname(),
                             "since": time.strftime("%Y-%m-%d %H:%M:%S")})
         yield
     finally:
-        _held.discard(key)
         holder.unlink(missing_ok=True)
         held.release()
 
@@ -211,6 +203,7 @@ class OutputFolder:
     content and before it renamed the file. Entering it again within it is fine.
 
     overwrite: write beside the user's files, and replace those whose names are needed.
+    wait: seconds to wait for another process that is writing there.
     Raises, before anything is written: NotADirectoryError for a file, FileExistsError for a
     folder with other files and no record, ValueError for a damaged record, OSError where nothing
     can be written or the disk is full, FolderInUse where another process is writing.
@@ -218,8 +211,9 @@ class OutputFolder:
 
     _open: dict[Path, OutputFolder] = {}
 
-    def __init__(self, path: str | os.PathLike, *, overwrite: bool = False) -> None:
-        self.path, self.overwrite = Path(path), overwrite
+    def __init__(self, path: str | os.PathLike, *, overwrite: bool = False,
+                 wait: float = 0.0) -> None:
+        self.path, self.overwrite, self.wait = Path(path), overwrite, wait
         self._stack, self._key, self._made = ExitStack(), self.path.resolve(), False
         self._known: dict[str, set[str]] = {}
 
@@ -243,7 +237,7 @@ class OutputFolder:
         self.check()
         self._made = not self.path.exists()
         (self.path / HIDDEN).mkdir(parents=True, exist_ok=True)
-        self._stack.enter_context(lock(self.path))
+        self._stack.enter_context(lock(self.path, self.wait))
         _begin_record(self.path)
         return self.join()
 

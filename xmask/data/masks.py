@@ -57,7 +57,7 @@ def mask_dataset(
     dataset: Any, indices: Iterable[int], segmenter: Segmenter, out: str | os.PathLike, *,
     workers: int = 1, threads: int = 1, progress: bool = True,
     depends: dict[str, Any] | None = None, anew: bool = True, overwrite: bool = False,
-    **options: Any,
+    wait: float = 0.0, **options: Any,
 ) -> Path:
     """Masks of many images as a folder; run again after an interruption, it goes on.
 
@@ -69,7 +69,7 @@ def mask_dataset(
     depends: further facts that the masks depend on (JSON values, such as versions): masks made
     under other ones are made anew. They are stored as "depends".
     anew: False refuses, instead, where the folder's masks were made under another request.
-    overwrite: as of `files.OutputFolder`, which `out` is.
+    overwrite, wait: as of `files.OutputFolder`, which `out` is.
 
     Writes into `out`, per image, <id>.png (label map, 16-bit grey) and then <id>.csv (table),
     each in one move, so that an image with both is complete whenever the process is stopped.
@@ -84,15 +84,16 @@ def mask_dataset(
     Raises MasksFailed at the end if any failed, and at once what `files.OutputFolder` does, or
     ValueError if an image has the name of a file that this package writes beside the masks.
     """
-    if workers < 1 or threads < 1:
-        raise ValueError(f"workers, threads: {workers}, {threads}; each has to be 1 or more")
+    if not (1 <= workers <= 1024 and 1 <= threads <= 1024):
+        raise ValueError(f"workers, threads: {workers}, {threads}; each has to be 1 or more, and "
+                         "at most 1024")
     out, indices = Path(out), list(indices)
     _check_names([dataset.ids[i] for i in indices], out)
     request = json.loads(json.dumps({
         "algorithm": ALGORITHM, "segmenter": segmenter.describe(),
         "options": {**_DEFAULTS, **options}, "dataset": dataset.settings,
         **({} if depends is None else {"depends": depends})}))
-    with files.OutputFolder(out, overwrite=overwrite) as folder:
+    with files.OutputFolder(out, overwrite=overwrite, wait=wait) as folder:
         manifest = _Manifest(folder, request, dataset, segmenter, anew)
         todo = [i for i in indices if manifest.begins(i)]
         _make(_Job(dataset, segmenter, out, threads, options, overwrite), todo, workers, manifest,
@@ -417,6 +418,15 @@ def summary(out: str | os.PathLike, names: list[str]) -> str:
             lines.append(f"{title}: " + ", ".join(f"{n} {word}" for word, n in total.items()))
     lines += [f"failed: {name}: {manifest['failed'][name]}" for name in failed]
     return "\n".join(lines)
+
+
+def file_names(out: str | os.PathLike, dataset: Any) -> dict[str, str]:
+    """Image name -> file name of all images with masks in a folder, `dataset` the last to come."""
+    path = Path(out) / "manifest.json"
+    known = {name: dataset.image_path(i).name for i, name in enumerate(dataset.ids)}
+    images = _check_manifest(files.read_json(path), path)["images"]
+    return {name: Path(one["file"]).name if "file" in one else known.get(name, name)
+            for name, one in images.items()}
 
 
 def read_masks(out: str | os.PathLike, name: str) -> np.ndarray:
