@@ -26,6 +26,7 @@ from xmask.study import training
 from xmask.synthetic import write_dataset
 from xmask.trainer import Trainer
 
+TRAINED = ("config.json", "history.csv", "model.safetensors")  # what a training leaves
 DRAWN = {"train": 100, "test": 16, "seed": 2024}  # images per synthetic dataset of the demo
 
 
@@ -268,8 +269,7 @@ def train(config: Config, data: str = "", *, progress: bool = True) -> Path:
     with files.lock(folder):
         masks = make_masks(config, labelled(config, data), data, progress=progress)
         _fit(config, data, masks, fingerprint, progress)
-        provenance.write_stamp(stamp, fingerprint, [
-            folder / name for name in ("config.json", "history.csv", "model.safetensors")])
+        provenance.write_stamp(stamp, fingerprint, [folder / name for name in TRAINED])
     return folder
 
 
