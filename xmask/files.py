@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import platform
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager

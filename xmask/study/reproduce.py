@@ -23,9 +23,9 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from xmask import files, provenance
-from xmask.study import steps
 from xmask.config import Config, preset
 from xmask.presets import ABLATIONS, DATASETS, PERCENTS
+from xmask.study import steps
 
 NOTEBOOKS = Path("notebooks")
 # bytes: the C library (glibc; others ignore it) keeps freed memory for the next step instead of
@@ -287,7 +287,7 @@ def compare_with_committed(results: Path) -> str:
     folder = results / "tables"
     try:
         listed = subprocess.run(["git", "ls-tree", "--name-only", "HEAD", f"{folder.as_posix()}/"],
-                                capture_output=True, encoding="utf-8")
+                                capture_output=True, check=False, encoding="utf-8")
     except OSError:
         return "reproduced: no git here to ask for the committed tables"
     committed = {Path(line) for line in listed.stdout.splitlines() if line.endswith(".csv")}
@@ -301,7 +301,8 @@ def compare_with_committed(results: Path) -> str:
 
 
 def _difference(path: Path) -> str:
-    shown = subprocess.run(["git", "show", f"HEAD:./{path.as_posix()}"], capture_output=True)
+    shown = subprocess.run(["git", "show", f"HEAD:./{path.as_posix()}"], capture_output=True,
+                           check=True)
     if shown.stdout == path.read_bytes():
         return ""
     ours, theirs = path.read_text().splitlines(), shown.stdout.decode().splitlines()

@@ -238,9 +238,7 @@ def evaluation_fingerprint(config: Config, data: str = "") -> str:
                                   _test_of(config, data).checksum())
 
 
-@cache
-def _segmenter(spec: str) -> dict:
-    return segmenters.open_segmenter(spec, "cpu").describe()
+_segmenter = cache(segmenters.describe)  # a checkpoint of gigabytes is read once
 
 
 def _test_of(config: Config, data: str):
