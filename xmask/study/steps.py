@@ -26,6 +26,7 @@ from xmask.study import training
 from xmask.synthetic import write_dataset
 from xmask.trainer import Trainer
 
+TRAINED = ("config.json", "history.csv", "model.safetensors")  # what a training leaves
 DRAWN = {"train": 100, "test": 16, "seed": 2024}  # images per synthetic dataset of the demo
 
 
@@ -236,9 +237,7 @@ def evaluation_fingerprint(config: Config, data: str = "") -> str:
                                   _test_of(config, data).checksum())
 
 
-@cache
-def _segmenter(spec: str) -> dict:
-    return segmenters.open_segmenter(spec, "cpu").describe()
+_segmenter = cache(segmenters.describe)  # a checkpoint of gigabytes is read once
 
 
 def _test_of(config: Config, data: str):
@@ -267,8 +266,7 @@ def train(config: Config, data: str = "", *, progress: bool = True) -> Path:
     with files.lock(folder):
         masks = make_masks(config, labelled(config, data), data, progress=progress)
         _fit(config, data, masks, fingerprint, progress)
-        provenance.write_stamp(stamp, fingerprint, [
-            folder / name for name in ("config.json", "history.csv", "model.safetensors")])
+        provenance.write_stamp(stamp, fingerprint, [folder / name for name in TRAINED])
     return folder
 
 
