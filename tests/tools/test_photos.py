@@ -30,10 +30,9 @@ def model():
 
 
 @pytest.fixture
-def folder(tmp_path, scene):
+def folder(tmp_path_factory, scene):
     """Good images and bad ones."""
-    folder = tmp_path / "mine"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("mine")
     picture = Image.fromarray(scene)
     picture.save(folder / "plain.png")
     picture.convert("L").save(folder / "grey.png")

@@ -251,7 +251,14 @@ def read_true_masks(path: Path, shape: tuple[int, int], people: int) -> np.ndarr
 def read_marker(folder: Path) -> dict | None:
     """Generator settings of a drawn data set; None for a real one."""
     marker = folder / MARKER
-    return files.read_json(marker) if marker.exists() else None
+    if not marker.exists():
+        return None
+    settings = files.read_json(marker)
+    counts = settings.get("images", {})
+    if not isinstance(counts, dict) or not all(type(n) is int for n in counts.values()):
+        raise ValueError(f"{marker}: field images should say how many images each split has, found "
+                         f"{str(counts)[:60]}. Delete the drawn data set and draw it again.")
+    return settings
 
 
 def expected_images(layout: Layout, generator: dict | None, split: str) -> int | None:

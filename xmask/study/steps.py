@@ -182,13 +182,12 @@ def mask_folder(config: Config) -> Path:
 def make_masks(config: Config, indices: list[int], data: str = "", *,
                progress: bool = True) -> Path:
     """EDP-SAM masks of training images; images done by the same code are kept."""
-    folder = mask_folder(config)
-    with files.lock(folder, wait=3600):  # trainings share masks: the second finds them made
-        segmenter = segmenters.open_segmenter(config.masks.segmenter, device())
-        return mask_dataset(open_train(config, data), indices, segmenter, folder,
-                            progress=progress, depends={"code": provenance.code(*_MASKING),
-                                                        "versions": provenance.versions()},
-                            **mask_options(config))
+    segmenter = segmenters.open_segmenter(config.masks.segmenter, device())
+    return mask_dataset(open_train(config, data), indices, segmenter, mask_folder(config),
+                        wait=3600,  # trainings share masks: the second finds them made
+                        progress=progress, depends={"code": provenance.code(*_MASKING),
+                                                    "versions": provenance.versions()},
+                        **mask_options(config))
 
 
 def labelled(config: Config, data: str = "") -> list[int]:
