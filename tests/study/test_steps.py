@@ -83,6 +83,7 @@ def test_a_segmenter_is_described_and_not_loaded_to_see_what_is_stale(inside, mo
 def test_one_process_works_in_a_run_folder_and_the_second_says_who(inside, monkeypatch, step):
     config = from_dict(files.read_json(the_run(inside) / "config.json")["config"])
     monkeypatch.setattr(provenance, "is_done", lambda stamp, print: f"{step}-" not in stamp.name)
+    monkeypatch.setattr(steps, "PATIENCE", 0.1)
     wanted = rf"another process .*pid {os.getpid()}"
     with files.lock(the_run(inside)), pytest.raises(ValueError, match=wanted):
         steps.evaluate(config, "data", progress=False)

@@ -165,6 +165,7 @@ def run(profile: str, *, data: str = "", jobs: int | None = None, **narrowed) ->
 
     jobs: steps at a time; by default as many as runs fit on the CPU cores, one on CUDA.
     Returns False if a step failed; the others that do not need it still run.
+    Raises ValueError, naming the other process, where one reproduces the same profile.
     """
     planned = plan(profile, data=data, **narrowed)
     config = preset(profile, "sha", 5)
@@ -172,11 +173,11 @@ def run(profile: str, *, data: str = "", jobs: int | None = None, **narrowed) ->
         threads = config.machine.threads
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         jobs = 1 if steps.device().type == "cuda" or not threads else max(1, cores // threads)
-    for dataset in dict.fromkeys(s.parameters["dataset"] for s in planned
-                                 if "dataset" in s.parameters):
-        steps.data_root(profile, dataset, data, jobs=jobs)
     begun = time.time()
-    failed = Runner(profile, jobs, config.machine.threads).run(planned)
+    with files.lock(steps.work_folder(profile)):
+        for dataset in {s.parameters["dataset"]: 0 for s in planned if "dataset" in s.parameters}:
+            steps.data_root(profile, dataset, data, jobs=jobs)
+        failed = Runner(profile, jobs, config.machine.threads).run(planned)
     minutes = (time.time() - begun) / 60
     if failed:
         print(f"\n{len(failed)} of {len(planned)} steps failed or could not start after "
@@ -202,10 +203,10 @@ class Runner:
         self.processes: set[subprocess.Popen] = set()
         self.lock, self.stopping = threading.Lock(), False
 
-    def run(self, steps: list[Step]) -> list[str]:
+    def run(self, planned: list[Step]) -> list[str]:
         """Names of the steps that failed or whose inputs failed."""
-        waiting, done, failed = list(steps), set(), []
-        bar = tqdm(total=len(steps), unit="step", desc=f"reproduce {self.profile}")
+        waiting, done, failed = list(planned), set(), []
+        bar = tqdm(total=len(planned), unit="step", desc=f"reproduce {self.profile}")
         running: dict = {}
         with ThreadPoolExecutor(self.jobs) as pool:
             try:

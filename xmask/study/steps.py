@@ -27,6 +27,7 @@ from xmask.synthetic import write_dataset
 from xmask.trainer import Trainer
 
 TRAINED = ("config.json", "history.csv", "model.safetensors")  # what a training leaves
+PATIENCE = 5.0  # seconds to wait for a run folder: within these a killed study's notebooks end
 DRAWN = {"train": 100, "test": 16, "seed": 2024}  # images per synthetic dataset of the demo
 
 
@@ -263,7 +264,7 @@ def train(config: Config, data: str = "", *, progress: bool = True) -> Path:
     fingerprint = train_fingerprint(config, data)
     if provenance.is_done(stamp, fingerprint):
         return folder
-    with files.lock(folder):
+    with files.lock(folder, wait=PATIENCE):
         masks = make_masks(config, labelled(config, data), data, progress=progress)
         _fit(config, data, masks, fingerprint, progress)
         provenance.write_stamp(stamp, fingerprint, [folder / name for name in TRAINED])
@@ -314,7 +315,7 @@ def evaluate(config: Config, data: str = "", *, progress: bool = True) -> dict:
     folder, stamp = train(config, data, progress=progress), stamp_of("evaluate", config)
     fingerprint = evaluation_fingerprint(config, data)
     if not provenance.is_done(stamp, fingerprint):
-        with files.lock(folder):
+        with files.lock(folder, wait=PATIENCE):
             network, _, _ = predict.load_network(folder / "model.safetensors", device())
             if config.machine.threads:
                 torch.set_num_threads(config.machine.threads)
