@@ -26,6 +26,7 @@ from PIL import Image
 from xmask import files
 from xmask.study import figures, tables
 from xmask.study.runs import DATASETS, UNKNOWN, VARIANTS
+from xmask.tools.overlay import overlay
 
 #: Pictures of one run: those with the largest error.
 MOST_PICTURES = 48
@@ -298,8 +299,8 @@ def _picture(split, run: pd.Series, name: str) -> str:
     labels, points = figures.read_prediction(Path(run["path"]), name, sample.image.shape[:2])
     truth = (sample.instances if sample.instances is not None
              else np.zeros(sample.image.shape[:2], np.int32))
-    pair = [figures.overlay(sample.image, truth, sample.points),
-            figures.overlay(sample.image, labels, points)]
+    pair = [overlay(sample.image, truth, sample.points),
+            overlay(sample.image, labels, points)]
     height = round(_WIDE * pair[0].shape[0] / pair[0].shape[1])
     both = Image.new("RGB", (2 * _WIDE + 6, height), "white")
     for place, half in zip((0, _WIDE + 6), pair):

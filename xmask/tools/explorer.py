@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from xmask import decode, energy, nnec
-from xmask.study.figures import INSTANCES
+from xmask.tools.overlay import INSTANCES
 from xmask.predict import Predictor
 
 if TYPE_CHECKING:
