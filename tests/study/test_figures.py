@@ -94,7 +94,7 @@ def test_every_figure_names_all_its_runs_and_no_date(written):
     for name, path in written.items():
         text = Image.open(path).text
         assert set(text) == {"Description"}
-        assert "synthetic crowds, profile demo, selection last, runs:" in text["Description"]
+        assert "drawn crowds, profile demo, selection last, runs:" in text["Description"]
         assert "sha-40-s1" in text["Description"], name
     assert "sha-5-s1-supervised-only" in Image.open(written["mean_iou.png"]).text["Description"]
     assert "without-nnec" not in Image.open(written["counts_sha.png"]).text["Description"]
@@ -128,7 +128,7 @@ def test_pictures_of_real_people_never_enter_the_figures_folder(tmp_path):
 
 def test_a_run_on_drawn_crowds_is_not_pictured_on_photographs(tmp_path):
     DrawnSplit().predict_into(write_run(tmp_path))
-    with pytest.raises(ValueError, match="measured on synthetic images, but the sha test set"):
+    with pytest.raises(ValueError, match="measured on drawn images, but the sha test set"):
         figures.write_figures(tmp_path, tmp_path / "out", lambda name: DrawnSplit(synthetic=False))
 
 

@@ -1,15 +1,13 @@
 """Run folders in, pictures out: learning curves, counts, masks (paper: its figures).
 
-Like the tables of `xmask.study.tables`, every figure is a function of run folders: it names its runs in
-a line at its foot and in the PNG's Description, holds no date, and comes out the same byte for
-byte. Colours are those of Okabe and Ito, which colour-blind readers can tell apart; the
-background is white, also on a dark page.
+Like the tables of `xmask.study.tables`, every figure is a function of run folders: it names its
+runs in a line at its foot and in the PNG's Description, holds no date, and comes out the same byte
+for byte. Colours are those of `xmask.tools.overlay`; the background is white, also on a dark page.
 """
 
 from __future__ import annotations
 
 import functools
-import re
 import textwrap
 import warnings
 from collections.abc import Callable, Sequence
@@ -74,8 +72,7 @@ def learning_curves(runs: pd.DataFrame, dataset: str) -> DescribedFigure:
     line a seed, a running mean over 1/50 of a phase; phases are shaded.
     Raises FileNotFoundError if a run has no history.csv, ValueError without a run.
     """
-    runs = _some(_full(runs[runs["dataset"] == dataset]),
-                 f"no XMask run of {dataset}")
+    runs = _some(_full(runs[runs["dataset"] == dataset]), f"no XMask run of {dataset}")
     percents = sorted(runs["percent"].unique())
     figure, axes = _grid(2, len(percents), width=3.6, height=2.2, sharex="col")
     for column, percent in enumerate(percents):
@@ -95,8 +92,7 @@ def count_scatter(runs: pd.DataFrame, dataset: str) -> DescribedFigure:
 
     Axes are logarithmic above 10 people and linear below (symlog), so that empty images show.
     """
-    runs = _some(_full(runs[runs["dataset"] == dataset]),
-                 f"no XMask run of {dataset}")
+    runs = _some(_full(runs[runs["dataset"] == dataset]), f"no XMask run of {dataset}")
     percents = sorted(runs["percent"].unique())
     figure, axes = _grid(1, len(percents), width=3.0, height=3.0, sharex=True, sharey=True)
     images = {run.run: _per_image(Path(run.path)) for run in runs.itertuples()}
@@ -217,7 +213,7 @@ def ablation_bars(runs: pd.DataFrame, dataset: str, percent: float) -> Described
     return _finish(figure, title, used)
 
 
-# DescribedFigures of predictions
+# Pictures of predictions
 
 
 def sparse_middle_dense(dataset) -> list[str]:
@@ -311,12 +307,12 @@ def write_figures(results: str | Path, out: str | Path,
 
     datasets: gives the test split of a run by its folder, or None where it is not at hand; without
     it no predictions are drawn. only: names of the runs to read; empty for all. Runs of selection
-    `best-on-test` get figures of their own, and so do real runs beside synthetic ones: neither
+    `best-on-test` get figures of their own, and so do real runs beside drawn ones: neither
     shares a figure with the others.
 
     `out` belongs to the repository, so only drawn crowds are pictured there: photographs of
     people belong to their datasets, whose terms rarely allow copies, and the people in them were
-    not asked. DescribedFigures of a dataset that is not synthetic therefore go to
+    not asked. Pictures of a dataset that is not drawn therefore go to
     `<run folder>/pictures/`, which Git ignores. Plots of an earlier call that these runs no
     longer support are removed.
     """
@@ -332,10 +328,8 @@ def write_figures(results: str | Path, out: str | Path,
                 paths.append(make().write(out / f"{name}{ending}"))
             if datasets is not None:
                 paths += _write_predictions(part, out, ending, datasets)
-    name = r"(learning_.+|counts_.+|mae_versus_percent|mean_iou|ablation_.+)\.png"
-    for path in sorted(out.iterdir()) if out.is_dir() else ():
-        if path not in paths and re.fullmatch(name, path.name):
-            path.unlink()
+    tables.remove_others(
+        out, r"(learning_.+|counts_.+|mae_versus_percent|mean_iou|ablation_.+)\.png", paths)
     return paths
 
 
@@ -395,7 +389,7 @@ def _some(runs: pd.DataFrame, complaint: str) -> pd.DataFrame:
         raise ValueError(f"{complaint}: nothing to draw. Train and evaluate one, or name another "
                          "dataset.")
     if runs["selection"].nunique() > 1 or runs["synthetic"].nunique() > 1:
-        raise ValueError("runs of several selections, or real and synthetic runs, in one figure: "
+        raise ValueError("runs of several selections, or real and drawn runs, in one figure: "
                          "filter `selection` and `synthetic` first.")
     return runs
 
@@ -413,14 +407,15 @@ def _legend(axis: Axes, **options) -> None:
 
 
 def _name(dataset: str, runs: pd.DataFrame) -> str:
-    return tables.title(dataset) + (" (synthetic)" if runs["synthetic"].iloc[0] else "")
+    name = tables.title(dataset, runs["synthetic"].iloc[0])
+    return name[0].upper() + name[1:]
 
 
 def _finish(figure: DescribedFigure, title: str, runs: pd.DataFrame) -> DescribedFigure:
     """Title above, provenance below: the kind of images, profile, selection, runs."""
     first = runs.iloc[0]
-    crowds = "synthetic crowds" if first["synthetic"] else "real photographs"
-    head = f"{crowds}, profile {first['profile']}, selection {first['selection']}, runs: "
+    head = (f"{tables.crowds_of(runs['synthetic'])}, profile {first['profile']}, "
+            f"selection {first['selection']}, runs: ")
     names = list(dict.fromkeys(runs["run"]))
     shown = names if len(names) <= 6 else [*names[:5], f"... and {len(names) - 5} more"]
     width = int(figure.get_figwidth() * 17)  # characters of 6-point text on the line
