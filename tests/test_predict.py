@@ -88,10 +88,10 @@ def test_a_path_and_its_pixels_give_the_same(bundled, scene, tmp_path):
 
 
 def test_changed_thresholds_are_used(bundled, scene):
-    from dataclasses import replace
+    from xmask.config import override
 
     mine = xmask.load(device="cpu")
-    mine.decoding = replace(mine.decoding, theta=0.2)
+    mine.decoding = override(mine.decoding, {"theta": 0.2})
     few, usual = mine.predict(scene.image), bundled.predict(scene.image)
     assert few.count == usual.count
     assert 0 < (few.instances > 0).sum() < (usual.instances > 0).sum()

@@ -9,7 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
-from xmask.config import ABLATIONS, DATASETS, PERCENTS, PROFILES, VARIANTS
+from xmask.presets import ABLATIONS, DATASETS, PERCENTS, PROFILES, VARIANTS
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -141,8 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--only", type=_names, default=(), metavar="GROUPS",
                       help="e.g. decode,losses; default: all")
     made.add_argument("--threads", type=int, default=2)
-    made = command("docs", _docs, "for maintainers: write docs/api.md and README.md's results "
-                   "table anew")
+    made = command("docs", _docs, "for maintainers: write README.md's results table anew")
     made.add_argument("--walkthroughs", nargs="*", metavar="NAME",
                       help="instead, run these walkthroughs (e.g. 01; default: all) and store "
                            "their outputs")
@@ -373,7 +372,7 @@ def _docs(o: argparse.Namespace) -> int:
 
     root = steps.enter_root()
     if o.walkthroughs is None:
-        made = pages.refresh(root)
+        made = [pages.refresh(root)]
     else:
         made = map(walkthroughs.execute, walkthroughs.walkthroughs(only=o.walkthroughs))
     for path in made:

@@ -330,8 +330,8 @@ class Trainer:
                 differentiable_centers=c.differentiable_centers,
             ).mean()
         }
-        if c.consistency:
-            terms["consistency"] = c.consistency * losses.point_mask_consistencies(
+        if c.point_mask:
+            terms["consistency"] = c.point_mask * losses.point_mask_consistencies(
                 logits, instances, stride=model.STRIDE, ignore=ignored
             ).mean()
         return terms

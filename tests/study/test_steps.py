@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import nbformat
@@ -15,7 +14,8 @@ import pytest
 from tests.test_trainer import TINY
 from xmask import edp_sam, files, provenance
 from xmask.study import reproduce, steps
-from xmask.config import ABLATIONS, from_dict
+from xmask.config import from_dict, override
+from xmask.presets import ABLATIONS
 from xmask.synthetic import write_dataset
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +40,7 @@ NARROW = {"data": "data", "datasets": ("sha",), "percents": (40,), "extras": Fal
 def done(clone):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(clone)
-        assert reproduce.run("reduced", **NARROW)
+        assert reproduce.run("photo", **NARROW)
     return clone
 
 
@@ -52,7 +52,7 @@ def inside(done, monkeypatch):
 
 
 def the_run(root: Path) -> Path:
-    return next((root / "results" / "reduced" / "runs").iterdir())
+    return next((root / "results" / "photo" / "runs").iterdir())
 
 
 def test_a_run_folder_holds_everything_a_number_traces_to(inside):
@@ -72,22 +72,22 @@ def test_a_run_folder_holds_everything_a_number_traces_to(inside):
 
 
 def test_tables_and_figures_are_made_and_say_synthetic(inside):
-    tables = inside / "results" / "reduced" / "tables"
+    tables = inside / "results" / "photo" / "tables"
     text = (tables / "counting.md").read_text()
     assert "synthetic" in text and the_run(inside).name in text
-    assert list((inside / "figures" / "reduced").glob("*.png"))
+    assert list((inside / "figures" / "photo").glob("*.png"))
 
 
 def test_the_second_time_nothing_is_run(inside, capsys):
-    assert reproduce.run("reduced", **NARROW)
+    assert reproduce.run("photo", **NARROW)
     shown = capsys.readouterr()
     assert (shown.out + shown.err).count("unchanged") == 5
 
 
 def test_a_changed_notebook_or_a_lost_file_is_made_again(inside):
-    steps = {step.name.split()[0]: step for step in reproduce.plan("reduced", **{
+    steps = {step.name.split()[0]: step for step in reproduce.plan("photo", **{
         k: v for k, v in NARROW.items() if k != "jobs"})}
-    runner = reproduce.Runner("reduced", 1, 1)
+    runner = reproduce.Runner("photo", 1, 1)
     assert runner._step(steps["evaluate"]) == "unchanged"
     metrics = the_run(inside) / "metrics.json"
     before = metrics.read_bytes()
@@ -97,10 +97,10 @@ def test_a_changed_notebook_or_a_lost_file_is_made_again(inside):
 
 
 def test_another_setting_makes_a_step_stale(inside):
-    config = steps.configure("reduced", "sha", 40, 1, overrides=TINY)
+    config = steps.configure("photo", "sha", 40, 1, overrides=TINY)
     base = steps.train_fingerprint(config, "data")
     assert base == steps.train_fingerprint(config, "data")
-    other = steps.configure("reduced", "sha", 40, 1, overrides=TINY | {"loss.tau": 0.5})
+    other = steps.configure("photo", "sha", 40, 1, overrides=TINY | {"loss.tau": 0.5})
     assert steps.train_fingerprint(other, "data") != base
     stamp = steps.stamp_of("train", config)
     assert provenance.is_done(stamp, base) and not provenance.is_done(stamp, "other")
@@ -114,12 +114,12 @@ def papermill(root: Path, notebook: str, parameters: dict) -> subprocess.Complet
 
 
 def test_a_train_notebook_works_alone_and_makes_its_masks(clone):
-    parameters = {"profile": "reduced", "dataset": "sha", "percent": 20, "seed": 3,
+    parameters = {"profile": "photo", "dataset": "sha", "percent": 20, "seed": 3,
                   "data": "data", "overrides": TINY}
     result = papermill(clone, "11_train.ipynb", parameters)
     assert result.returncode == 0, result.stderr[-2000:]
-    run = steps.configure("reduced", "sha", 20, 3, overrides=TINY).run
-    assert (clone / "results" / "reduced" / "runs" / run / "model.safetensors").is_file()
+    run = steps.configure("photo", "sha", 20, 3, overrides=TINY).run
+    assert (clone / "results" / "photo" / "runs" / run / "model.safetensors").is_file()
 
 
 def test_an_unknown_parameter_stops_a_notebook_with_a_hint(clone):
@@ -137,7 +137,7 @@ def test_check_parameters_accepts_what_the_notebook_has():
 def test_a_failing_step_is_named_its_log_kept_and_the_rest_runs(clone, monkeypatch, capsys):
     monkeypatch.chdir(clone)
     steps._open.cache_clear()
-    ok = reproduce.run("reduced", **NARROW | {
+    ok = reproduce.run("photo", **NARROW | {
         "overrides": TINY | {"optimisation.lr": 1e30, "optimisation.encoder_lr": 1e30,
                              "schedule.warmup": 3}})
     shown = capsys.readouterr()
@@ -149,8 +149,8 @@ def test_a_failing_step_is_named_its_log_kept_and_the_rest_runs(clone, monkeypat
 
 
 def test_a_killed_mask_step_leaves_no_half_file(inside):
-    folder = inside / "work" / "reduced" / "masks" / "sha"
-    config = steps.configure("reduced", "sha", 40, 1, overrides=TINY)
+    folder = inside / "work" / "photo" / "masks" / "sha"
+    config = steps.configure("photo", "sha", 40, 1, overrides=TINY)
     chosen = steps.labelled(config, "data")
     names = [steps.open_train(config, "data").ids[index] for index in chosen]
     assert not list(folder.glob(".partial-*"))
@@ -213,9 +213,9 @@ def test_runs_see_test_images_and_masks_of_their_own_size(inside):
     config = from_dict(record["config"])
     assert steps.mask_folder(config).name == "sha-max-64"
     small, large = steps.open_train(config, "data"), steps.open_train(
-        replace(config, max_side=None), "data")
+        override(config, {"max_side": None}), "data")
     chosen = steps.labelled(config, "data")
-    masks = steps.mask_folder(replace(config, max_side=None))
+    masks = steps.mask_folder(override(config, {"max_side": None}))
     assert steps.MaskedImages(large, chosen, masks, keep=False)[0].instances.any()
     with pytest.raises(ValueError, match="delete .* and run the masks step again"):
         steps.MaskedImages(small, chosen, masks, keep=False)[0]
@@ -231,7 +231,7 @@ def test_code_that_reads_images_and_weights_on_disk_are_part_of_a_training(
     assert steps.train_fingerprint(config, "data") != before
     monkeypatch.undo()
     weights, prints = tmp_path / "vgg.pth", []
-    config = replace(config, network=replace(config.network, weights=str(weights)))
+    config = override(config, {"network.weights": str(weights)})
     monkeypatch.chdir(inside)
     for content in (b"one", b"two"):
         weights.write_bytes(content)
@@ -256,7 +256,7 @@ def test_outside_a_clone_the_notebooks_say_so(tmp_path, monkeypatch):
 
 
 def test_the_mask_summary_says_where_masks_come_from(inside):
-    table = pd.read_csv(next((inside / "results" / "reduced" / "masks").rglob("masks.csv")))
+    table = pd.read_csv(next((inside / "results" / "photo" / "masks").rglob("masks.csv")))
     assert table[list(edp_sam.SOURCES)].sum(axis=1).round(3).eq(1).all()
     assert table["mean_iou"].between(0.2, 1).all()
 

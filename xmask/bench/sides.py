@@ -394,7 +394,7 @@ def training_terms(phase: int, batch: int, heads: int, crop: int = 256) -> Calla
 
     shape, cells = (crop, crop), (crop // model.STRIDE,) * 2
     config = override(preset("paper", "sha", 40), {
-        "network.weights": "random", "loss.consistency": 1.0, "loss.one_point": 0.01,
+        "network.weights": "random", "loss.point_mask": 1.0, "loss.one_point": 0.01,
         "machine.threads": torch.get_num_threads()})
     sample = Sample(np.zeros((crop, crop, 3), np.uint8), np.zeros((0, 2), np.float32))
     trainer = Trainer(config, [sample], [sample], Path(tempfile.gettempdir()),

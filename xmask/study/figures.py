@@ -22,7 +22,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from PIL import Image
 
 from xmask import files
-from xmask.config import VARIANTS
+from xmask.presets import VARIANTS
 from xmask.study import tables
 from xmask.tools.described_figure import DPI, DescribedFigure
 from xmask.tools.overlay import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, overlay

@@ -25,7 +25,8 @@ from tqdm.auto import tqdm
 
 from xmask import files, provenance
 from xmask.study import steps
-from xmask.config import ABLATIONS, DATASETS, PERCENTS, VARIANTS, Config, preset
+from xmask.config import Config, preset
+from xmask.presets import ABLATIONS, DATASETS, PERCENTS, VARIANTS
 
 NOTEBOOKS = Path("notebooks")
 # bytes: the C library (glibc; others ignore it) keeps freed memory for the next step instead of

@@ -131,7 +131,7 @@ def data_root(profile: str, dataset: str, data: str = "", *, jobs: int = 1) -> P
     if data:
         raise ValueError(
             f"data: profile 'demo' draws its own synthetic crowds and would ignore {data}; use "
-            "PROFILE=reduced or PROFILE=paper for real photographs"
+            "PROFILE=photo or PROFILE=paper for real photographs"
         )
     root = work_folder(profile) / "data"
     write_dataset(dataset, root, **DRAWN, jobs=jobs)

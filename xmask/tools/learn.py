@@ -55,11 +55,11 @@ def read_folder(folder: str | os.PathLike) -> tuple[list[Sample], list[Sample]]:
 
 
 def configure(overrides: dict[str, object] | None = None, *, seed: int = 1) -> Config:
-    """The configuration of a training on own photos: that of profile `reduced`, slim network.
+    """The configuration of a training on own photos: that of profile `photo`, slim network.
 
     overrides: fields by dotted name. The configuration names no dataset of the study.
     """
-    return config.preset("reduced", "synthetic", 100, seed=seed, overrides=overrides)
+    return config.preset("photo", "synthetic", 100, seed=seed, overrides=overrides)
 
 
 def learn(dotted: Sequence[Sample], bare: Sequence[Sample], out: str | os.PathLike,

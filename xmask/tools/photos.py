@@ -129,7 +129,7 @@ def run(photos: Sequence[Photo], model: Predictor, out: str | os.PathLike, *,
             message = " ".join(str(error).split()) or type(error).__name__
             rows.append(Row(str(photo.path), photo.name, error=message))
     files.write_json(out / "model.json",
-                     model.record | {"decoding": dataclasses.asdict(model.decoding),
+                     model.record | {"decoding": model.decoding.model_dump(),
                                      "max_side": max_side})
     table = pd.DataFrame(rows).astype({name: "Int64" for name in ("count", "width", "height")})
     files.write_text(out / "counts.csv", table.to_csv(index=False, lineterminator="\n"))
@@ -147,7 +147,7 @@ def _one(photo: Photo, model: Predictor, out: Path, max_side: int | None) -> Row
                               ("points.csv", "masks.png", "overlay.png"))
     stamp = out / ".done" / f"{photo.name}.json"
     fingerprint = provenance.digest(
-        files.sha256(photo.path), model.record["sha256"], dataclasses.asdict(model.decoding),
+        files.sha256(photo.path), model.record["sha256"], model.decoding.model_dump(),
         model.device.type, max_side, provenance.code("xmask.tools.photos"))
     noted = out / ".done" / f"{photo.name}.row.json"
     if provenance.is_done(stamp, fingerprint):
