@@ -13,6 +13,7 @@ import importlib.metadata
 import importlib.util
 import json
 import platform
+import re
 import threading
 from functools import cache
 from pathlib import Path
@@ -32,7 +33,9 @@ def versions() -> dict[str, str]:
     """Versions of Python, of this package and of the libraries that decide numbers."""
     import xmask
 
-    found = {"python": platform.python_version(), "xmask": xmask.__version__}
+    # the release alone: a commit more must not change what a rerun writes
+    release = re.match(r"[\d.]*\d", xmask.__version__)[0]
+    found = {"python": platform.python_version(), "xmask": release}
     return found | {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
