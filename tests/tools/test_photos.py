@@ -198,7 +198,7 @@ def test_a_failure_names_its_file_once(folder, tmp_path, capsys):
 
 
 def test_an_overlay_painted_in_strips_has_no_seam(model, monkeypatch, scene):
-    from xmask.study.figures import overlay
+    from xmask.tools.overlay import overlay
 
     found = model.predict(scene)
     whole = overlay(scene, found.instances, found.points)

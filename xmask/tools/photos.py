@@ -285,8 +285,8 @@ def _read(path: Path) -> tuple[np.ndarray, str]:
 
 
 def paint(image: np.ndarray, label_map: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """`figures.overlay` of images of any size, in strips: (H, W, 3) uint8."""
-    from xmask.study.figures import overlay
+    """`tools.overlay` of images of any size, in strips: (H, W, 3) uint8."""
+    from xmask.tools.overlay import overlay
 
     painted, points = np.empty_like(image), np.rint(points)  # first: half pixels round to even
     for top in range(0, len(image), _STRIP):
