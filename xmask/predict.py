@@ -375,8 +375,7 @@ def _device(device: str | torch.device | None) -> torch.device:
     except RuntimeError:
         raise ValueError(f"device: {device!r} is unknown; give cpu or cuda") from None
     if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: no CUDA device is there (or this torch was built without CUDA); "
-                         "give cpu")
+        raise ValueError("device: no CUDA device is there (or this torch lacks CUDA); give cpu")
     return chosen
 
 
