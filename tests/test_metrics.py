@@ -229,7 +229,8 @@ def test_overlapping_masks_of_no_heads_or_no_instances_reach_nothing():
     true = np.eye(5, dtype=int)
     assert overlapping_iou_sum(pairs(nothing, nothing, true), true) == 0.0
     assert overlapping_iou_sum(pairs(nothing, nothing, true), 0 * true) == 0.0
-    assert overlapping_iou_sum(pairs(np.array([0, 0, 1]), np.array([0, 6, 6]), true), 0 * true) == 0.0
+    some = pairs(np.array([0, 0, 1]), np.array([0, 6, 6]), true)
+    assert overlapping_iou_sum(some, 0 * true) == 0.0
 
 
 def test_tensors_and_any_integer_type_are_accepted():

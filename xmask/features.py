@@ -59,9 +59,8 @@ def smooth(embedding: torch.Tensor, sigma: float | None) -> torch.Tensor:
     return x.reshape(embedding.shape) if embedding.ndim != 3 else x[0]
 
 
-def upsample_smooth(
-    maps: torch.Tensor, shape: tuple[int, int], sigma: float | None
-) -> torch.Tensor:
+def upsample_smooth(maps: torch.Tensor, shape: tuple[int, int], sigma: float | None
+                    ) -> torch.Tensor:
     """`smooth(upsample(maps, shape), sigma)` of (B, D, h, w) at once: (B, D, H, W).
 
     Both are linear and separable, so each axis is one small matrix, in blocks along its diagonal:
@@ -82,9 +81,8 @@ def upsample_smooth(
     return x.permute(0, 3, 1, 2)
 
 
-def sample_at(
-    features: torch.Tensor, points: Any, image: torch.Tensor | None = None
-) -> torch.Tensor:
+def sample_at(features: torch.Tensor, points: Any, image: torch.Tensor | None = None
+              ) -> torch.Tensor:
     """Bilinear samples (N, D) of features (D, H, W) at points (N, 2) (x, y).
 
     Of a batch (B, D, H, W), `image` (N,) int64 says where each point lies. Differentiable in the
@@ -102,15 +100,13 @@ def sample_at(
     corner = top.long() * width + left.long()
     if image is not None:
         corner = corner + image * (height * width)
-    right = 1 if width > 1 else 0
-    down = width if height > 1 else 0
+    right, down = int(width > 1), width * int(height > 1)
 
-    def at(index: torch.Tensor) -> torch.Tensor:
-        return flat.index_select(0, index)
+    def along_row(index: torch.Tensor) -> torch.Tensor:
+        return (flat.index_select(0, index) * (1 - fx)
+                + flat.index_select(0, index + right) * fx)
 
-    upper = at(corner) * (1 - fx) + at(corner + right) * fx
-    lower = at(corner + down) * (1 - fx) + at(corner + down + right) * fx
-    return upper * (1 - fy) + lower * fy
+    return along_row(corner) * (1 - fy) + along_row(corner + down) * fy
 
 
 def flat_features(features: torch.Tensor) -> torch.Tensor:
@@ -168,9 +164,8 @@ def feature_bands(
                 yield images, top, bottom, band.view(-1, depth)
 
 
-def _smooth_rows(
-    embedding: torch.Tensor, stride: int, width: int, sigma: float | None
-) -> torch.Tensor:
+def _smooth_rows(embedding: torch.Tensor, stride: int, width: int, sigma: float | None
+                 ) -> torch.Tensor:
     """(B, h, W, D) from (B, D, h, w): upsampled and smoothed along the rows only."""
     count, depth, down, across = embedding.shape
     cells = embedding.permute(0, 2, 3, 1).contiguous().transpose(1, 2).contiguous()
@@ -279,12 +274,10 @@ def _extend(x: torch.Tensor, dim: int, reach: int) -> torch.Tensor:
     """
     length = x.shape[dim]
     if length > reach:
-        before = x.narrow(dim, 1, reach).flip(dim)
-        after = x.narrow(dim, length - 1 - reach, reach).flip(dim)
+        before, after = (x.narrow(dim, at, reach).flip(dim) for at in (1, length - 1 - reach))
     else:
         repeat = [reach if d == dim else -1 for d in range(x.ndim)]
-        before = x.narrow(dim, 0, 1).expand(repeat)
-        after = x.narrow(dim, length - 1, 1).expand(repeat)
+        before, after = (x.narrow(dim, at, 1).expand(repeat) for at in (0, length - 1))
     return torch.cat([before, x, after], dim=dim)
 
 

@@ -382,8 +382,7 @@ def _device(device: str | torch.device | None) -> torch.device:
         raise ValueError(f"device: {device!r} is not there; there are "
                          f"{torch.cuda.device_count()}, counted from 0")
     if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: no CUDA device is there (or this torch was built without CUDA); "
-                         "give cpu")
+        raise ValueError("device: no CUDA device is there (or this torch lacks CUDA); give cpu")
     return chosen
 
 

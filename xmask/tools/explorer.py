@@ -282,8 +282,7 @@ def _dots(picture: np.ndarray, points: np.ndarray) -> None:
     height, width = picture.shape
     place = np.rint(points).astype(np.int64)
     for reach, value in ((1, _BLACK), (0, _WHITE)):
-        for dy in range(-reach, reach + 1):
-            for dx in range(-reach, reach + 1):
-                x = np.clip(place[:, 0] + dx, 0, width - 1)
-                y = np.clip(place[:, 1] + dy, 0, height - 1)
-                picture[y, x] = value
+        for dy, dx in np.ndindex(2 * reach + 1, 2 * reach + 1):
+            x = np.clip(place[:, 0] + dx - reach, 0, width - 1)
+            y = np.clip(place[:, 1] + dy - reach, 0, height - 1)
+            picture[y, x] = value
