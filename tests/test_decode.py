@@ -159,8 +159,9 @@ def test_smoothing_and_sampling_have_true_gradients():
 
 
 @pytest.mark.parametrize("sigma", [None, 1.5, 3.0])
-@pytest.mark.parametrize("cells, shape", [((8, 10), (32, 40)), ((5, 40), (7, 160)), ((1, 2), (4, 8)),
-                                          ((150, 9), (150, 9)), ((33, 20), (130, 81))])
+@pytest.mark.parametrize("cells, shape", [
+    ((8, 10), (32, 40)), ((5, 40), (7, 160)), ((1, 2), (4, 8)), ((150, 9), (150, 9)),
+    ((33, 20), (130, 81))])
 def test_upsample_smooth_is_upsampling_and_then_smoothing(cells, shape, sigma):
     x = torch.randn(2, 3, *cells, dtype=torch.float64, generator=torch.Generator().manual_seed(4),
                     requires_grad=True)
