@@ -173,7 +173,7 @@ def _nearest_heads(
         best = torch.full((images * down * across,), math.inf, dtype=far.dtype, device=device)
         best.scatter_reduce_(0, square, far, "amin")
         # a hair's breadth more than exact: rounding must not lose the nearest point
-        limit = best.index_select(0, square) * (1 + 1e-12) if level else best.index_select(0, square)
+        limit = best.index_select(0, square) * (1 + 1e-12 if level else 1)
         kept = torch.nonzero((near <= limit) & (near < max_distance**2 * (1 + 1e-12))).squeeze(1)
         point, where, top, left = (v.index_select(0, kept) for v in (point, where, top, left))
     # Squares of one cell: near and far are one number, and only equal distances are left.

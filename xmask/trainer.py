@@ -135,8 +135,8 @@ class Trainer:
         except torch.cuda.OutOfMemoryError as error:
             o = self.config.optimisation
             raise RuntimeError(
-                f"{self.config.run}: out of GPU memory in epoch {self.epoch}; lower "
-                f"optimisation.batch (now {o.batch}) or optimisation.crop (now {o.crop})") from error
+                f"{self.config.run}: out of GPU memory in epoch {self.epoch}; lower optimisation."
+                f"batch (now {o.batch}) or optimisation.crop (now {o.crop})") from error
         row = {"step": (self.epoch + 1) * self.steps, "epoch": self.epoch, "phase": phase}
         row |= {name: sum(r[name] for r in rows) / len(rows) for name in rows[0]}
         self.history.append(row | {"weight": weight})
