@@ -13,8 +13,8 @@ from tests import browser
 from tests.study.test_figures import DrawnSplit
 from tests.study.test_tables import write_run
 from xmask import files
-from xmask.study import figures, report, tables
 from xmask.cli import main
+from xmask.study import figures, report, tables
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 

@@ -122,11 +122,8 @@ def mae_versus_percent(runs: pd.DataFrame) -> DescribedFigure:
     count. Published numbers are of real photographs and do not stand here.
     """
     runs = _some(runs[runs["variant"].isin(SERIES)], "no run of XMask or supervised only")
-    datasets = tables.ordered(runs["dataset"], tables.DATASETS)
-    figure, axes = _grid(1, len(datasets), width=3.0, height=2.7)
-    for axis, dataset in zip(axes[0], datasets):
-        part = runs[runs["dataset"] == dataset]
-        percents = sorted(part["percent"].unique())
+    figure, panels = _percent_panels(runs, "MAE (people)", height=2.7)
+    for axis, part, percents in panels:
         place = {percent: index for index, percent in enumerate(percents)}
         constant = part.groupby("percent")["constant_mae"].mean()
         axis.plot([place[percent] for percent in constant.index], constant, color=GREY, ls="--",
@@ -136,13 +133,9 @@ def mae_versus_percent(runs: pd.DataFrame) -> DescribedFigure:
             axis.errorbar([place[percent] + shift for percent in group.mean().index],
                           group.mean(), yerr=group.std(ddof=1), color=SERIES[variant],
                           marker="o", ms=5, capsize=3, label=tables.VARIANTS[variant])
-        axis.set_xticks(range(len(percents)), [f"{percent:g}" for percent in percents])
-        axis.set(xlabel="labelled images (%)", title=_name(dataset, runs),
-                 xlim=(-0.4, len(percents) - 0.6))
+        axis.set(xlim=(-0.4, len(percents) - 0.6))
         axis.set_ylim(bottom=0)
-        axis.grid(axis="x", visible=False)
-    axes[0, 0].set_ylabel("MAE (people)")
-    _legend(axes[0, 0])
+    _legend(panels[0][0])
     return _finish(figure, "Counting error against labelled images", runs)
 
 
@@ -156,17 +149,14 @@ def iou_bars(runs: pd.DataFrame) -> DescribedFigure:
     """
     runs = _some(runs[runs["variant"].isin(SERIES) & runs["mean_iou"].notna()],
                  "no run with a mean IoU (truth masks are needed)")
-    datasets = tables.ordered(runs["dataset"], tables.DATASETS)
     bars = [bar for variant in tables.ordered(runs["variant"], tuple(SERIES)) for bar in (
         (variant, "disc_mean_iou", DISCS[variant], f"discs at {tables.VARIANTS[variant]} points"),
         (variant, "exclusive_disc_mean_iou", EXCLUSIVE_DISCS[variant],
          f"discs, exclusive, at {tables.VARIANTS[variant]} points"),
         (variant, "mean_iou", SERIES[variant], tables.VARIANTS[variant]))]
     width = 0.84 / len(bars)
-    figure, axes = _grid(1, len(datasets), width=3.0, height=3.0, sharey=True)
-    for axis, dataset in zip(axes[0], datasets):
-        part = runs[runs["dataset"] == dataset]
-        percents = sorted(part["percent"].unique())
+    figure, panels = _percent_panels(runs, "mean IoU (%)", height=3.0, sharey=True)
+    for axis, part, percents in panels:
         for index, (variant, column, colour, label) in enumerate(bars):
             values = 100 * part[part["variant"] == variant].set_index("percent")[column]
             groups = values.groupby(level=0)
@@ -174,12 +164,9 @@ def iou_bars(runs: pd.DataFrame) -> DescribedFigure:
                      groups.mean().reindex(percents), width * 0.94, color=colour, label=label,
                      yerr=groups.std(ddof=1).reindex(percents),
                      error_kw={"capsize": 2, "lw": 1})
-        axis.set_xticks(range(len(percents)), [f"{percent:g}" for percent in percents])
-        axis.set(xlabel="labelled images (%)", title=_name(dataset, runs))
-        axis.grid(axis="x", visible=False)
-    axes[0, 0].set_ylim(top=axes[0, 0].get_ylim()[1] * (1.08 + 0.1 * len(bars)))  # for the legend
-    axes[0, 0].set_ylabel("mean IoU (%)")
-    _legend(axes[0, 0], loc="upper left", fontsize=7)
+    first = panels[0][0]
+    first.set_ylim(top=first.get_ylim()[1] * (1.08 + 0.1 * len(bars)))  # for the legend
+    _legend(first, loc="upper left", fontsize=7)
     return _finish(figure, "Instance segmentation against fixed discs", runs)
 
 
@@ -256,7 +243,7 @@ def figure_predictions(dataset, run_folder: str | Path,
                                     overlay(sample.image, predicted, points)], len(points)))
     heights = [3.0 * row[1].image.shape[0] / row[1].image.shape[1] for row in rows]
     figure = DescribedFigure(figsize=(9.2, sum(heights) + 0.28 * len(rows) + 0.75), dpi=DPI,
-                    layout="constrained")
+                             layout="constrained")
     axes = figure.subplots(len(rows), 3, squeeze=False, gridspec_kw={"height_ratios": heights})
     for (name, sample, pictures, count), line in zip(rows, axes):
         truth = "truth" if sample.instances is not None else "true heads (no truth masks)"
@@ -399,6 +386,23 @@ def _grid(rows: int, columns: int, *, width: float, height: float, **options
     size = (max(width * columns, 4.6) + 0.3, height * rows + 0.9)
     figure = DescribedFigure(figsize=size, dpi=DPI, layout="constrained", facecolor="white")
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def _percent_panels(runs: pd.DataFrame, label: str, **options
+                    ) -> tuple[DescribedFigure, list[tuple[Axes, pd.DataFrame, list[float]]]]:
+    """A figure with one panel a dataset: (axis, its runs, its percentages from the left)."""
+    datasets = tables.ordered(runs["dataset"], tables.DATASETS)
+    figure, axes = _grid(1, len(datasets), width=3.0, **options)
+    axes[0, 0].set_ylabel(label)
+    panels = []
+    for axis, dataset in zip(axes[0], datasets):
+        part = runs[runs["dataset"] == dataset]
+        percents = sorted(part["percent"].unique())
+        axis.set_xticks(range(len(percents)), [f"{percent:g}" for percent in percents])
+        axis.set(xlabel="labelled images (%)", title=_name(dataset, runs))
+        axis.grid(axis="x", visible=False)
+        panels.append((axis, part, percents))
+    return figure, panels
 
 
 def _legend(axis: Axes, **options) -> None:
