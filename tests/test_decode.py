@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tests import reference
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests import reference
 from xmask import decode, features, metrics
 from xmask.config import Evaluation
 from xmask.decode import instance_map, points_from_logits

@@ -6,12 +6,12 @@ import math
 
 import numpy as np
 import pytest
-from tests import reference
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests import reference
 from xmask.losses import (
     exclusivity_loss,
     mask_constraint,

@@ -6,11 +6,11 @@ import json
 
 import numpy as np
 import pytest
-from tests import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests import reference
 from xmask.metrics import (
     counting,
     localization,
@@ -208,7 +208,7 @@ def test_masks_that_do_not_overlap_score_as_their_label_map(seed, count):
 
 def test_overlapping_masks_worked_by_hand():
     true = np.array([[0, 5, 5, 5, 9, 9, 9, 0]])
-    masks = [range(0, 4), range(1, 6), range(3, 8)]
+    masks = [range(4), range(1, 6), range(3, 8)]
     head = np.repeat([0, 1, 2], [4, 5, 5])
     pixel = np.concatenate(masks)
     # IoU with 5: 3/4, 3/5, 1/7; with 9: 0, 2/6, 3/5. Best: first with 5, third with 9.

@@ -23,7 +23,12 @@ import torch.nn.functional as F
 from xmask.config import Evaluation
 from xmask.features import feature_bands, flat_features, full_precision, smooth_at, upsample
 from xmask.nnec import (
-    Incidence, Spans, exclusion_radii, lowest_wins, point_tensor, row_spans,
+    Incidence,
+    Spans,
+    exclusion_radii,
+    lowest_wins,
+    point_tensor,
+    row_spans,
 )
 
 # A lone head's radius in decoding, as a share of the shorter side (paper).

@@ -16,7 +16,6 @@ from scipy.spatial import cKDTree
 
 from xmask.nnec import Incidence, point_tensor
 
-
 # What `segmentation` adds up, in this order.
 _SUMS = ("iou_sum", "n_true", "n_pred", "tp50", "pq_iou_sum", "pq_tp", "aji_intersection",
          "aji_union")

@@ -6,13 +6,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.test_trainer import tiny
 from tests.data.test_transforms import scene
+from tests.test_trainer import tiny
 from xmask import files, model
 from xmask.config import override
+from xmask.data.sample import Sample
 from xmask.predict import load_network, predict_image
 from xmask.study import evaluate
-from xmask.data.sample import Sample
 
 
 class Images(list):

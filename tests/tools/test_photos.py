@@ -13,10 +13,10 @@ from pycocotools.coco import COCO
 
 import xmask
 from xmask import files
-from xmask.tools import photos
 from xmask.cli import main
 from xmask.data.images import read_labels
 from xmask.synthetic import draw_scene
+from xmask.tools import photos
 
 
 @pytest.fixture(scope="module")

@@ -249,7 +249,7 @@ class _Results:
                 rows[path.stem] = Row(**note["row"])
         rows = [rows[name] for name in sorted(rows)]
         table = pd.DataFrame(rows, columns=[field.name for field in dataclasses.fields(Row)])
-        table = table.astype({name: "Int64" for name in ("count", "width", "height")})
+        table = table.astype(dict.fromkeys(("count", "width", "height"), "Int64"))
         files.write_text(self.folder.path / "counts.csv",
                          table.to_csv(index=False, lineterminator="\n"))
         record = self.model.record
