@@ -29,7 +29,7 @@ space := $(empty) $(empty)
 list = $(subst $(space),$(comma),$(strip $(subst $(comma),$(space),$(1))))
 option = $(if $(strip $(2)),--$(1) "$(2)")
 
-.PHONY: help setup reproduce test bench report walkthroughs docs lab clean lock
+.PHONY: help setup reproduce test bench report walkthroughs docs lab soak clean lock
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
@@ -53,6 +53,10 @@ reproduce: setup
 
 test: setup
 	$(BIN)/python -m pytest -q
+
+# hours: kills, hostile files and memory; writes its numbers into docs/reliability.md
+soak: setup
+	$(BIN)/python -m tests.soak
 
 bench: setup
 	$(BIN)/xmask bench
