@@ -11,8 +11,9 @@ from skimage.measure import label as connected_components
 
 from xmask import edp_sam, nnec
 from xmask.edp_sam import (
-    COLUMNS, check_label_map, generate_masks, local_head_radius, source_names)
-from xmask.segmenters import ClassicalSegmenter, SamSegmenter
+    COLUMNS, Candidate, check_label_map, generate_masks, local_head_radius, source_names)
+from xmask.segmenting.classical import ClassicalSegmenter
+from xmask.segmenting.sam_segmenter import SamSegmenter
 
 
 def picture(shape, seed=0):
@@ -210,34 +211,33 @@ class ByHand:
     """One head at (20, 20) of an image of 41 x 41 px, looked at within 14 px, and its candidates."""
 
     def __init__(self, region_radius=5.0):
-        self.head, self.pixel = nnec.incidence(np.array([[20.0, 20.0]]), np.array([14.0]), (41, 41))
-        self.y, self.x = np.divmod(self.pixel, 41)
-        self.squared = (self.x - 20.0) ** 2 + (self.y - 20.0) ** 2
-        self.region = self.squared <= region_radius**2
+        self.near = nnec.circles(np.array([[20.0, 20.0]]), np.array([14.0]), (41, 41))
+        self.y, self.x = np.divmod(self.near.pixel, 41)
+        self.region = self.near.squared <= region_radius**2
 
     def disc(self, radius, right=0):
         """Logits (M,) of a disc whose middle lies `right` px beside the head."""
         away = np.hypot(self.x - 20 - right, self.y - 20)
         return np.clip(radius + 0.5 - away, -5, 5)
 
-    def choose(self, *candidates, scale=5.0, superpixels=True):
+    def fuse(self, *candidates, scale=5.0, superpixels=True):
         """Logits (M,), score and source of the head. candidates: source, logits, predicted IoU."""
-        logit, score, source = edp_sam.choose(
-            [(name, logits, np.array([quality])) for name, logits, quality in candidates],
+        logit, score, source = edp_sam.fuse_candidates(
+            [Candidate(name, logits, np.array([quality])) for name, logits, quality in candidates],
             self.region if superpixels else None,
-            None if scale is None else np.array([scale]), self.head, self.squared)
+            None if scale is None else np.array([scale]), self.near)
         return logit, score[0], source[0]
 
 
 def test_two_prompts_that_agree_are_merged_and_the_superpixels_vote():
     one = ByHand()
     first, second = one.disc(5), one.disc(5, right=1)
-    logit, score, source = one.choose(("point", first, 0.8), ("superpixel", second, 0.6))
+    logit, score, source = one.fuse(("point", first, 0.8), ("superpixel", second, 0.6))
     assert source == "merged"
     vote = np.where(one.region, edp_sam._VOTE, -edp_sam._VOTE)
     np.testing.assert_allclose(logit, (first + second) / 2 + vote + edp_sam._DOUBT)
     # The score is the better one's; the more they agree, the higher.
-    closer = one.choose(("point", first, 0.8), ("superpixel", first, 0.6))[1]
+    closer = one.fuse(("point", first, 0.8), ("superpixel", first, 0.6))[1]
     assert 0.4 * 0.8 < score <= closer <= 0.8
 
 
@@ -245,7 +245,7 @@ def test_of_two_prompts_that_disagree_the_better_one_stands_as_it_is():
     one = ByHand()
     large, small = one.disc(6), one.disc(3)  # IoU 1/4
     for qualities, found, kept in (((0.9, 0.3), "point", large), ((0.3, 0.9), "superpixel", small)):
-        logit, _, source = one.choose(
+        logit, _, source = one.fuse(
             ("point", large, qualities[0]), ("superpixel", small, qualities[1]), scale=None)
         assert source == found
         np.testing.assert_allclose(logit, kept + edp_sam._DOUBT)
@@ -253,7 +253,7 @@ def test_of_two_prompts_that_disagree_the_better_one_stands_as_it_is():
 
 def test_the_point_candidate_is_merged_that_agrees_best_with_the_superpixels():
     one = ByHand()
-    logit, _, source = one.choose(
+    logit, _, source = one.fuse(
         ("point", one.disc(12), 0.7), ("point", one.disc(5), 0.7), ("point", one.disc(2), 0.7),
         ("superpixel", one.disc(5), 0.7), scale=None)
     assert source == "merged" and ((logit > 0) == (one.disc(5) > 0)).mean() > 0.95
@@ -262,7 +262,7 @@ def test_the_point_candidate_is_merged_that_agrees_best_with_the_superpixels():
 @pytest.mark.parametrize("scale,radius", [(5.0, 5), (10.0, 10), (None, 10)])
 def test_a_mask_of_a_size_that_no_head_has_loses(scale, radius):
     one = ByHand()
-    logit, _, source = one.choose(("point", one.disc(5), 0.8), ("point", one.disc(10), 0.9),
+    logit, _, source = one.fuse(("point", one.disc(5), 0.8), ("point", one.disc(10), 0.9),
                                   scale=scale, superpixels=False)
     assert source == "point"
     np.testing.assert_allclose(logit, one.disc(radius) + edp_sam._DOUBT)
@@ -271,21 +271,21 @@ def test_a_mask_of_a_size_that_no_head_has_loses(scale, radius):
 def test_a_mask_beside_its_head_loses_to_a_much_less_certain_one_that_holds_it():
     one = ByHand()
     beside, around = one.disc(4, right=9), one.disc(4)
-    logit, score, _ = one.choose(("point", beside, 0.9), ("point", around, 0.3),
+    logit, score, _ = one.fuse(("point", beside, 0.9), ("point", around, 0.3),
                                  scale=4.0, superpixels=False)
     np.testing.assert_allclose(logit, around + edp_sam._DOUBT)
     assert score == pytest.approx(0.3, rel=0.1)
-    alone = one.choose(("point", beside, 0.9), scale=4.0, superpixels=False)[1]
+    alone = one.fuse(("point", beside, 0.9), scale=4.0, superpixels=False)[1]
     assert alone == pytest.approx(0.09, rel=0.1)  # a tenth of what it would score on its head
 
 
 def test_a_candidate_below_the_floor_is_not_merged_and_an_empty_one_scores_nothing():
     one = ByHand()
     disc = one.disc(5)
-    logit, _, source = one.choose(("point", disc, 0.8), ("superpixel", disc, 0.01))
+    logit, _, source = one.fuse(("point", disc, 0.8), ("superpixel", disc, 0.01))
     assert source == "point"
     np.testing.assert_allclose(logit, disc + edp_sam._DOUBT)
-    assert one.choose(("point", disc * 0 - 1, 1.0), superpixels=False)[1] == 0
+    assert one.fuse(("point", disc * 0 - 1, 1.0), superpixels=False)[1] == 0
 
 
 @pytest.mark.parametrize("quality,failed", [(0.5 * edp_sam._FLOOR, True), (0.5, False)])

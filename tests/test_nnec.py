@@ -9,9 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xmask.nnec import (
-    exclusion_radii, expand, incidence, incidence_spans, lowest_wins, split_coincident, split_spans,
-)
+from xmask.nnec import circles, exclusion_radii, incidence, incidence_rows, lowest_wins, row_spans
 
 SHAPES = st.tuples(st.integers(1, 40), st.integers(1, 40))
 
@@ -130,23 +128,23 @@ def test_coincident_heads_share_their_circle_without_rest_or_overlap(place, coun
     points = np.array([(5.0, 25.0)] + [place] * count + [(25.0, 26.0)], dtype=np.float32)
     radii = exclusion_radii(points, shape)
     head, pixel = incidence(points, radii, shape)
-    keep = split_coincident(points, head, pixel, shape)
+    kept = circles(points, radii, shape)
     circle = set(pixel[head == 1])
-    parts = [pixel[keep & (head == 1 + k)] for k in range(count)]
+    parts = [kept.pixel[kept.head == 1 + k] for k in range(count)]
     assert set(np.concatenate(parts)) == circle
     assert sum(map(len, parts)) == len(circle)
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
-    assert keep[(head == 0) | (head == count + 1)].all()
+    for k in (0, count + 1):  # with a place of their own
+        np.testing.assert_array_equal(kept.pixel[kept.head == k], pixel[head == k])
     if place == (15.0, 15.0):
         assert 15 * 30 + 15 in parts[0]
 
 
 def test_shares_of_coincident_heads_are_angular_sectors_in_index_order():
     points = np.array([(15.0, 15.0)] * 2)
-    head, pixel = incidence(points, [8.0, 8.0], (31, 31))
-    keep = split_coincident(points, head, pixel, (31, 31))
+    kept = circles(points, [8.0, 8.0], (31, 31))
     # Angles count from +x towards +y, which is downwards: the first head gets the lower half.
-    rows = [pixel[keep & (head == k)] // 31 for k in (0, 1)]
+    rows = [kept.pixel[kept.head == k] // 31 for k in (0, 1)]
     assert (rows[0] > 15).mean() > 0.9
     assert not (rows[1] > 15).any()
 
@@ -157,23 +155,55 @@ def test_spans_of_rows_hold_the_pixels_of_the_list_and_coincident_heads_share_th
     points, shape = torch.from_numpy(rng.uniform(-2, 42, (20, 2))), (30, 41)
     points[10:10 + doubled] = points[2:2 + doubled]
     radii = exclusion_radii(points, shape)
+    kept, whole = circles(points, radii, shape), circles(points, radii, shape, split=False)
+    spans = row_spans(points, radii, shape)
+    assert (spans.first <= spans.last).all() and (spans.head.diff() >= 0).all()
+    got = [(k, row * shape[1] + column) for k, row, first, last in zip(*map(torch.Tensor.tolist,
+           spans)) for column in range(first, last + 1)]
+    assert got == list(zip(kept.head.tolist(), kept.pixel.tolist()))
+    assert set(got) <= set(zip(whole.head.tolist(), whole.pixel.tolist()))
+    assert (doubled > 0) == (len(got) < len(whole))
+    assert len(np.unique(whole.pixel)) == len(np.unique(kept.pixel))  # no pixel is lost
+
+
+def test_coincident_heads_of_two_images_of_a_batch_share_nothing():
+    points, shape = torch.tensor([[9.0, 9.0], [30.0, 9.0], [9.0, 9.0]]).double(), (20, 40)
+    radii = torch.tensor([6.0, 6.0, 6.0])
+    apart = row_spans(points, radii, shape, image=torch.tensor([0, 0, 1]))
+    for found, expected in zip(apart, row_spans(points, radii, shape, split=False)):
+        assert torch.equal(found, expected)
+
+
+@settings(max_examples=100, deadline=None)
+@given(crowds())
+def test_circles_are_the_incidence_list_with_squared_distances(crowd):
+    points, shape = crowd
+    radii = exclusion_radii(points, shape)
+    found = circles(points, radii, shape, split=False)
     head, pixel = incidence(points, radii, shape)
-    keep = split_coincident(points, head, pixel, shape)
-    owner, row, first, last = split_spans(points, *incidence_spans(points, radii, shape), shape)
-    assert (first <= last).all() and (owner.diff() >= 0).all()
-    span, column = expand(first, last)
-    got = torch.stack([owner[span], row[span] * shape[1] + column], 1)
-    assert got.unique(dim=0).tolist() == torch.stack([head[keep], pixel[keep]], 1).tolist()
-    assert len(got) == int(keep.sum()) and (doubled > 0) == (not bool(keep.all()))
+    np.testing.assert_array_equal(found.head, head)
+    np.testing.assert_array_equal(found.pixel, pixel)
+    row, column = np.divmod(pixel, shape[1])
+    squared = ((np.stack([column, row], 1) - points.astype(float)[head]) ** 2).sum(1)
+    np.testing.assert_array_equal(found.squared, squared)
+    assert found.squared.dtype == np.float64 and found.shape == shape and len(found) == len(head)
+    assert (found.squared <= radii[head] ** 2).all()
+    for chosen in (found.squared < 4, slice(3, 9), np.arange(len(head))[::2]):
+        some = found.select(chosen)
+        np.testing.assert_array_equal(some.pixel, pixel[chosen])
+        np.testing.assert_array_equal(some.squared, squared[chosen])
+    np.testing.assert_array_equal(
+        found.lowest_wins(squared, 9.0), lowest_wins(squared, head, pixel, shape, 9.0))
+    tensors = incidence_rows(torch.from_numpy(points), radii, shape)
+    np.testing.assert_array_equal(np.stack([head, row, column]), np.stack(tensors))
 
 
 def test_no_heads_give_no_incidences_and_an_empty_map():
     for nothing in (np.zeros((0, 2), np.float32), [], torch.zeros(0, 2)):
         radii = exclusion_radii(nothing, (5, 7))
-        head, pixel = incidence(nothing, radii, (5, 7))
-        assert len(radii) == len(head) == len(pixel) == 0
-        assert len(split_coincident(nothing, head, pixel, (5, 7))) == 0
-        labels = lowest_wins(np.zeros(0), np.asarray(head), np.asarray(pixel), (5, 7))
+        found = circles(nothing, radii, (5, 7))
+        assert len(radii) == len(found) == len(incidence(nothing, radii, (5, 7))[1]) == 0
+        labels = found.lowest_wins(found.squared)
         assert labels.shape == (5, 7) and not labels.any()
 
 
@@ -181,20 +211,19 @@ def test_tensors_and_arrays_give_the_same_also_with_deterministic_algorithms():
     rng = np.random.default_rng(1)
     points, shape = rng.uniform(0, 60, (40, 2)).astype(np.float32).round(), (60, 60)
     radii = exclusion_radii(points, shape)
-    head, pixel = incidence(points, radii, shape)
-    keep = split_coincident(points, head, pixel, shape)
-    energy = rng.random(len(head))
-    labels = lowest_wins(energy, head, pixel, shape)
+    found = circles(points, radii, shape)
+    energy = rng.random(len(found))
+    labels = found.lowest_wins(energy)
     torch.use_deterministic_algorithms(True)
     try:
         tensor = torch.from_numpy(points)
         radii_t = exclusion_radii(tensor, shape)
-        head_t, pixel_t = incidence(tensor, radii_t, shape)
-        keep_t = split_coincident(tensor, head_t, pixel_t, shape)
-        labels_t = lowest_wins(torch.from_numpy(energy), head_t, pixel_t, shape)
+        found_t = circles(tensor, radii_t, shape)
+        labels_t = found_t.lowest_wins(torch.from_numpy(energy))
     finally:
         torch.use_deterministic_algorithms(False)
-    pairs = ((radii, radii_t), (head, head_t), (pixel, pixel_t), (keep, keep_t), (labels, labels_t))
+    pairs = ((radii, radii_t), (found.head, found_t.head), (found.pixel, found_t.pixel),
+             (found.squared, found_t.squared), (labels, labels_t))
     for array, tensor in pairs:
         assert isinstance(array, np.ndarray) and isinstance(tensor, torch.Tensor)
         np.testing.assert_array_equal(array, tensor.numpy())
@@ -208,8 +237,9 @@ def test_read_only_points_are_accepted(recwarn):
 
 
 def test_bad_points_are_refused_with_a_reason():
-    with pytest.raises(ValueError, match=r"\(N, 2\)"):
-        exclusion_radii(np.zeros((4, 3)), (9, 9))
+    for shape in ((4, 3), (2, 5), (1, 2, 2), (4,)):
+        with pytest.raises(ValueError, match=r"\(N, 2\)"):
+            exclusion_radii(np.zeros(shape), (9, 9))
     with pytest.raises(ValueError, match="NaN"):
         exclusion_radii(np.array([[1.0, np.nan]]), (9, 9))
     with pytest.raises(ValueError, match="radii"):

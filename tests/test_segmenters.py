@@ -15,7 +15,9 @@ from segment_anything.modeling import (
 
 from xmask import nnec
 from xmask.segmenting import sam as sam_models
-from xmask.segmenters import ClassicalSegmenter, Prompts, SamSegmenter, open_segmenter, resize_taps
+from xmask.segmenters import Prompts, describe, open_segmenter
+from xmask.segmenting.classical import ClassicalSegmenter
+from xmask.segmenting.sam_segmenter import SamSegmenter, resize_taps
 
 
 def tiny_sam(side: int = 256, width: int = 32) -> Sam:
@@ -139,6 +141,7 @@ def test_a_sam_checkpoint_is_recognised_by_its_weights(tmp_path, monkeypatch):
     description = segmenter.describe()
     assert segmenter.name == "sam" and description["model_type"] == "vit_b"
     assert len(description["sha256"]) == 64
+    assert describe(str(path)) == description
     with pytest.raises(ValueError, match="'vit_h' was asked for, but the weights are 'vit_b'"):
         SamSegmenter(path, "vit_h")
     path.write_bytes(path.read_bytes()[:5000])
@@ -156,11 +159,27 @@ def test_files_that_are_no_sam_are_named_with_what_they_hold(tmp_path):
     }
     for name, (content, found) in cases.items():
         torch.save(content, tmp_path / name)
-        with pytest.raises(ValueError, match=found):
-            open_segmenter(str(tmp_path / name))
+        for look in (open_segmenter, describe):
+            with pytest.raises(ValueError, match=found):
+                look(str(tmp_path / name))
     (tmp_path / "text.pth").write_text("not a checkpoint")
     with pytest.raises(ValueError, match="not a readable checkpoint"):
         open_segmenter(str(tmp_path / "text.pth"))
+
+
+@pytest.mark.parametrize("name", ["classical", "bundled"])
+def test_a_segmenter_is_described_without_being_built(name, monkeypatch):
+    wanted = open_segmenter(name).describe()
+    monkeypatch.setattr(sam_models, "build", None)  # whoever builds one fails
+    assert describe(name) == wanted
+
+
+def test_an_old_checkpoint_is_described_too(tmp_path, monkeypatch):
+    sam = tiny_sam(side=64, width=768)
+    monkeypatch.setitem(segment_anything.sam_model_registry, "vit_b", lambda: sam)
+    path = tmp_path / "old.pth"
+    torch.save(sam.state_dict(), path, _use_new_zipfile_serialization=False)
+    assert describe(str(path)) == open_segmenter(str(path)).describe()
 
 
 def test_weights_that_only_look_like_sam_are_refused(tmp_path, monkeypatch):

@@ -21,9 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from xmask.features import feature_bands, full_precision, smooth_at, smooth_rows, upsample
-from xmask.nnec import (
-    exclusion_radii, incidence_spans, lowest_wins, split_spans, to_tensor,
-)
+from xmask.nnec import Spans, exclusion_radii, lowest_wins, row_spans, to_tensor
 
 # A lone head's radius in decoding, as a share of the shorter side (paper).
 LONE_RADIUS = 0.25
@@ -153,8 +151,7 @@ def instance_maps(
     height, width = shape or tuple(stride * side for side in embedding.shape[-2:])
     points, image, first = stack_points(points, embedding.device)
     radii = exclusion_radii(points, (height, width), lone=LONE_RADIUS, image=image)
-    spans = split_spans(
-        points, *incidence_spans(points, radii, (height, width)), (height, width), image=image)
+    spans = row_spans(points, radii, (height, width), image=image)
     head, row, left, right = _by_row(spans, image * height)  # the images are one tall one
     x, y = points.unbind(1)
     centre = x.index_select(0, head)
@@ -203,13 +200,11 @@ def instance_maps(
     return label.index_select(0, won.flatten()).view(count, height, width)
 
 
-def _by_row(spans: tuple[torch.Tensor, ...], above: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _by_row(spans: Spans, above: torch.Tensor) -> Spans:
     """Spans (head, row, first, last) sorted by row, to which `above[head]` is added, then by head:
     those of a band of rows are one stretch of the list."""
-    head, row, *ends = spans
-    row = row + above.index_select(0, head)
-    order = torch.argsort(row, stable=True)
-    return tuple(value.index_select(0, order) for value in (head, row, *ends))
+    row = spans.row + above.index_select(0, spans.head)
+    return spans._replace(row=row).select(torch.argsort(row, stable=True))
 
 
 def stack_points(

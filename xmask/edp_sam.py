@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -37,7 +38,8 @@ from skimage.color import rgb2lab
 from skimage.measure import label as connected_components
 from skimage.segmentation import slic
 
-from xmask import nnec as circles
+from xmask import nnec as geometry
+from xmask.nnec import Incidence
 from xmask.segmenters import NEGATIVE, PADDING, POSITIVE, Prompts, Segmenter, check_image
 
 # Where a head's mask comes from. On record, the first two carry the segmenter's name: see
@@ -127,81 +129,83 @@ def generate_masks(
     points = _check_points(points, shape)
     if len(points) == 0:
         return np.zeros(shape, np.int32), _table(points, *[np.zeros(0)] * 3, [], [])
-
-    radii = circles.exclusion_radii(points, shape)
+    boxes, known = _check_boxes(boxes, len(points))
+    radii = geometry.exclusion_radii(points, shape)
     limit = radii if nnec else np.minimum(2 * radii, max(0.5 * min(shape), 3.0))
     scale = local_head_radius(points, radii, shape)
-    sized = np.zeros(len(points), dtype=bool)
-    if boxes is not None:
-        boxes, sized = _check_boxes(boxes, len(points))
-        known = np.sqrt(boxes[sized].prod(axis=1)) / 2
-        scale[sized] = known.clip(_SMALLEST_HEAD, limit[sized])
-    head, pixel, squared = _within_reach(points, scale, limit, shape)
+    scale[known] = (np.sqrt(boxes[known].prod(axis=1)) / 2).clip(_SMALLEST_HEAD, limit[known])
+
     segmenter.set_image(image)
-    to_neighbours = radii if negatives else np.zeros_like(radii)
-    dots = point_prompts(points, to_neighbours, scale, neighbours)
-    candidates: list[tuple[str, np.ndarray, np.ndarray]] = []  # source, logits (M,), score (N,)
+    prompts = point_prompts(points, radii if negatives else 0 * radii, scale, neighbours)
+    near = _within_reach(points, scale, limit, shape)
+    candidates: list[Candidate] = []
     if point_prompt:
-        candidates, voted = _point_candidates(segmenter, dots, points, scale, head, pixel)
-        if size_agreement:
-            voted = np.where(sized, scale, np.minimum(voted, limit))
-            moved = float(np.abs(np.log(voted / scale)).mean())
-            scale = voted
-            if segmenter.crops_by_size and moved > _MOVED:
-                head, pixel, squared = _within_reach(points, scale, limit, shape)
-                dots = point_prompts(points, to_neighbours, scale, neighbours)
-                candidates, voted = _point_candidates(
-                    segmenter, dots, points, scale, head, pixel)
-                scale = np.where(sized, scale, np.minimum(voted, limit))
-        if sized.any():
-            prompts = replace(dots, sizes=scale)
-            candidates += _sized_candidates(segmenter, prompts, boxes, sized, head, pixel)
+        candidates, scale, near = _point_candidates(
+            segmenter, prompts, near, limit, known, size_agreement)
+        prompts = replace(prompts, sizes=scale)
+        if known.any():
+            candidates.append(_box_candidate(segmenter, prompts, near, boxes, known))
     region = None
     if superpixel_prompt:
-        region = superpixel_regions(image, points, scale, head, pixel, compactness=compactness)
-        prompts = superpixel_prompts(
-            replace(dots, sizes=scale), head[region], pixel[region], shape)
-        logits, predicted = segmenter.predict(prompts, head, pixel)
-        candidates += [("superpixel", *one) for one in zip(logits, predicted.T)]
-
-    logit, score, source = choose(
-        candidates, region, scale if size_agreement else None, head, squared)
+        region = superpixel_regions(image, points, scale, near, compactness=compactness)
+        candidates += ask(segmenter, "superpixel", superpixel_prompts(
+            prompts, near.select(region)), near)
+    logit, score, source = fuse_candidates(
+        candidates, region, scale if size_agreement else None, near)
 
     failed = score < _FLOOR
-    source = np.where(failed, "disc", source)
-    on_record = dict(zip(SOURCES, source_names(segmenter)))
-    disc = np.minimum(scale, 0.5 * limit)
-    in_disc = 4.0 * (1 - np.sqrt(squared) / np.maximum(disc, 1.0)[head])
-    logit = np.where(failed[head], in_disc, logit)
-
-    labels = _assign(logit, points, scale, limit, head, pixel, squared, shape)
-    area = np.bincount(labels.ravel(), minlength=len(points) + 1)[1:]
+    logit = np.where(failed[near.head], _disc(np.minimum(scale, 0.5 * limit), near), logit)
+    labels = _assign(logit, points, scale, limit, near)
     check_label_map(labels, points, limit)
-    flags = _flags(labels, points, limit, failed, area)
-    return labels, _table(points, radii, score, area, [on_record[one] for one in source], flags)
+    area = np.bincount(labels.ravel(), minlength=len(points) + 1)[1:]
+    on_record = dict(zip(SOURCES, source_names(segmenter)))
+    return labels, _table(
+        points, radii, score, area, [on_record[one] for one in np.where(failed, "disc", source)],
+        _flags(labels, points, limit, failed, area))
+
+
+class Candidate(NamedTuple):
+    """One mask of every head: the prompt it answers, "point" or "superpixel"; logits (M,) at the
+    incidences; the IoU that the segmenter predicts for it (N,), 0..1."""
+
+    source: str
+    logits: np.ndarray
+    predicted: np.ndarray
+
+
+def ask(segmenter: Segmenter, source: str, prompts: Prompts, near: Incidence) -> list[Candidate]:
+    """What a segmenter that has its image answers to prompts, N of one kind: 3 candidates or 1."""
+    logits, predicted = segmenter.predict(prompts, near.head, near.pixel)
+    return [Candidate(source, *one) for one in zip(logits, predicted.T)]
 
 
 def _within_reach(
     points: np.ndarray, scale: np.ndarray, limit: np.ndarray, shape: tuple[int, int]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The incidences in which masks are looked for: head, pixel, squared distance (px^2), (M,)."""
-    reach = np.minimum(limit, np.maximum(REACH * scale, 3.0))
-    head, pixel = circles.incidence(points, reach, shape)
-    kept = circles.split_coincident(points, head, pixel, shape)
-    head, pixel = head[kept], pixel[kept]
-    return head, pixel, _squared_distance(points, head, pixel, shape)
+) -> Incidence:
+    """The incidences in which masks are looked for."""
+    return geometry.circles(
+        points, np.minimum(limit, np.maximum(REACH * scale, 3.0)), shape)
 
 
 def _point_candidates(
-    segmenter: Segmenter, dots: Prompts, points: np.ndarray, scale: np.ndarray, head: np.ndarray,
-    pixel: np.ndarray,
-) -> tuple[list[tuple[str, np.ndarray, np.ndarray]], np.ndarray]:
-    """What the segmenter answers to the point prompts, and the head radii (N,), px, that the
-    sizes of its masks vote for."""
-    logits, predicted = segmenter.predict(replace(dots, sizes=scale), head, pixel)
-    radius = np.stack([_mask_radius(one > 0, head, len(points)) for one in logits])
-    voted = _voted_scale(points, scale, radius, predicted.T**2 * (radius > 0))
-    return [("point", *one) for one in zip(logits, predicted.T)], voted
+    segmenter: Segmenter, prompts: Prompts, near: Incidence, limit: np.ndarray,
+    known: np.ndarray, agree: bool,
+) -> tuple[list[Candidate], np.ndarray, Incidence]:
+    """Answers to the point prompts, the local head radii (N,) px that they vote for, where masks
+    are looked for from then on. known: (N,) bool, heads of annotated size; agree: vote at all."""
+    points, scale = prompts.points[:, 0], prompts.sizes
+    candidates = ask(segmenter, "point", prompts, near)
+    if not agree:
+        return candidates, scale, near
+    voted = np.where(known, scale, np.minimum(_voted_scale(candidates, scale, points, near), limit))
+    moved = float(np.abs(np.log(voted / scale)).mean())
+    scale = voted
+    if segmenter.crops_by_size and moved > _MOVED:
+        near = _within_reach(points, scale, limit, near.shape)
+        candidates = ask(segmenter, "point", replace(prompts, sizes=scale), near)
+        voted = np.minimum(_voted_scale(candidates, scale, points, near), limit)
+        scale = np.where(known, scale, voted)
+    return candidates, scale, near
 
 
 def source_names(segmenter: Segmenter) -> tuple[str, ...]:
@@ -237,12 +241,12 @@ def local_head_radius(
 
 
 def superpixel_regions(
-    image: np.ndarray, points: np.ndarray, scale: np.ndarray,
-    head: np.ndarray, pixel: np.ndarray, *, compactness: float = 10.0,
+    image: np.ndarray, points: np.ndarray, scale: np.ndarray, near: Incidence, *,
+    compactness: float = 10.0,
 ) -> np.ndarray:
     """Which incidences lie in the superpixels of their head: (M,) bool.
 
-    The superpixels of a head are the one that holds it and those whose middle is within the
+    image: (H, W, 3) uint8. points: (N, 2) px. scale: (N,) px, local head radii. The superpixels of a head are the one that holds it and those whose middle is within the
     head's local radius `scale`. Heads are grouped by octave of that radius, at most three
     groups, and each group reads its own SLIC, with superpixels a little smaller than its heads.
     Coarse superpixels are computed on a smaller image: cost does not grow with their size.
@@ -252,8 +256,8 @@ def superpixel_regions(
     octave = np.floor(np.log2(scale))
     octave = np.maximum(octave, octave.max() - _SLIC_SCALES + 1)
     column, row = _home(points, (height, width))
-    region = np.zeros(len(head), dtype=bool)
-    y, x = np.divmod(pixel, width)
+    region = np.zeros(len(near), dtype=bool)
+    y, x = np.divmod(near.pixel, width)
     for one in np.unique(octave):
         members = octave == one
         spacing = _SLIC_SPACING * float(np.median(scale[members]))
@@ -271,7 +275,8 @@ def superpixel_regions(
         rows = np.minimum(np.arange(height) // shrink, small.shape[0] - 1)
         columns = np.minimum(np.arange(width) // shrink, small.shape[1] - 1)
         at_head = regions[rows[row], columns[column]]
-        mine = members[head]
+        mine = members[near.head]
+        head = near.head[mine]
         own = regions[rows[y[mine]], columns[x[mine]]]
         # Middle of every superpixel, in pixels of the image.
         size = np.bincount(regions.ravel())
@@ -279,8 +284,8 @@ def superpixel_regions(
         middle = [
             (np.bincount(regions.ravel(), grid.ravel()) / np.maximum(size, 1) + 0.5) * shrink - 0.5
             for grid in (grid_x, grid_y)]
-        away = np.hypot(*(middle[axis][own] - points[head[mine], axis] for axis in (0, 1)))
-        region[mine] = (own == at_head[head[mine]]) | (away <= _SLIC_NEAR * scale[head[mine]])
+        away = np.hypot(*(middle[axis][own] - points[head, axis] for axis in (0, 1)))
+        region[mine] = (own == at_head[head]) | (away <= _SLIC_NEAR * scale[head])
     return region
 
 
@@ -340,118 +345,99 @@ def point_prompts(
     return Prompts(coordinates, labels, multimask=True, sizes=scale)
 
 
-def superpixel_prompts(
-    dots: Prompts, head: np.ndarray, pixel: np.ndarray, shape: tuple[int, int]
-) -> Prompts:
+def superpixel_prompts(dots: Prompts, region: Incidence) -> Prompts:
     """The prompts `dots`, one mask each, with boxes (N, 4) x0, y0, x1, y1 px around superpixels.
 
-    head, pixel: (M,), the superpixels' incidences; shape: (H, W). A head without a superpixel gets
-    a square of its size.
+    region: the incidences in the heads' superpixels. A head without one gets a square of its size.
     """
     points, sizes = dots.points[:, 0], dots.sizes[:, None]
     boxes = np.concatenate([points - sizes, points + sizes], axis=1)
-    if len(head):
-        present, start = np.unique(head, return_index=True)
-        y, x = np.divmod(pixel, shape[1])
+    if len(region):
+        present, start = np.unique(region.head, return_index=True)
+        y, x = np.divmod(region.pixel, region.shape[1])
         boxes[present] = np.stack([
             np.minimum.reduceat(x, start) - 0.5, np.minimum.reduceat(y, start) - 0.5,
             np.maximum.reduceat(x, start) + 0.5, np.maximum.reduceat(y, start) + 0.5], axis=1)
     return replace(dots, boxes=boxes, multimask=False)
 
 
-def _sized_candidates(
-    segmenter: Segmenter, dots: Prompts, boxes: np.ndarray, sized: np.ndarray, head: np.ndarray,
-    pixel: np.ndarray,
-) -> list[tuple[str, np.ndarray, np.ndarray]]:
+def _box_candidate(
+    segmenter: Segmenter, dots: Prompts, near: Incidence, boxes: np.ndarray, known: np.ndarray
+) -> Candidate:
     """The candidate that annotated head sizes give; heads without a size have none."""
     points = dots.points[:, 0]
     corners = np.concatenate([points - boxes / 2, points + boxes / 2], axis=1)
-    prompts = replace(dots, boxes=corners, multimask=False)
-    logits, predicted = segmenter.predict(prompts, head, pixel)
-    logits[:, ~sized[head]] = -np.abs(logits[:, ~sized[head]])
-    return [("point", logits[0], predicted[:, 0] * sized)]
+    answer, = ask(segmenter, "point", replace(dots, boxes=corners, multimask=False), near)
+    logits = np.where(known[near.head], answer.logits, -np.abs(answer.logits))
+    return Candidate("point", logits, answer.predicted * known)
 
 
 # -- scoring and merging ---------------------------------------------------------------------
 
-def choose(
-    candidates: list[tuple[str, np.ndarray, np.ndarray]], region: np.ndarray | None,
-    scale: np.ndarray | None, head: np.ndarray, squared: np.ndarray,
+def fuse_candidates(
+    candidates: list[Candidate], region: np.ndarray | None, scale: np.ndarray | None,
+    near: Incidence,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Each head's mask from its candidates: logit (M,), score (N,), source (N,), one of SOURCES.
 
-    candidates: of every prompt its name ("point" or "superpixel"), logits (M,) and predicted IoU
-    (N,). region: (M,) bool, the heads' superpixels, or None. scale: (N,) px, the head radius that
-    candidates are judged by, or None. head, squared: (M,) head and squared distance from it.
+    region: (M,) bool, the heads' superpixels, or None. scale: (N,) px, the head radius that
+    candidates are judged by, or None.
     """
-    count = len(candidates[0][2])
-    sources = np.array([source for source, _, _ in candidates])
-    masks = [one > 0 for _, one, _ in candidates]
-    predicted = np.stack([quality for _, _, quality in candidates])  # (C, N)
-    areas = np.stack([np.bincount(head[mask], minlength=count) for mask in masks])
-    holds = np.stack([_holds_head(mask, head, squared, count) for mask in masks])
-
+    sources, logits, predicted = zip(*candidates)
+    sources, predicted = np.array(sources), np.stack(predicted)  # (C,), (C, N)
+    count = predicted.shape[1]
+    masks = [one > 0 for one in logits]
+    areas = np.stack([np.bincount(near.head[mask], minlength=count) for mask in masks])
+    holds = np.stack([_holds_head(mask, near, count) for mask in masks])
+    kinds = [np.flatnonzero(sources == one) for one in SOURCES[:2]]
+    overlap = {(i, j): _iou(masks[i], masks[j], areas[i], areas[j], near.head)
+               for i in kinds[0] for j in kinds[1]}
     agreement = np.ones(predicted.shape)
-    overlap: dict[tuple[int, int], np.ndarray] = {}
-    of_point, of_superpixel = np.flatnonzero(sources == "point"), np.flatnonzero(
-        sources == "superpixel")
-    for i in of_point:
-        for j in of_superpixel:
-            overlap[i, j] = _iou(masks[i], masks[j], areas[i], areas[j], head, count)
-    if overlap:
-        for i in of_point:
-            agreement[i] = np.max([overlap[i, j] for j in of_superpixel], axis=0)
-        for j in of_superpixel:
-            agreement[j] = np.max([overlap[i, j] for i in of_point], axis=0)
+    if overlap:  # the best IoU with a candidate of the other prompt
+        for mine, k in ((kind, k) for kind in (0, 1) for k in kinds[kind]):
+            agreement[k] = np.max([iou for pair, iou in overlap.items() if pair[mine] == k], axis=0)
     if region is not None:
-        region_area = np.bincount(head[region], minlength=count)
-        with_region = np.stack([
-            _iou(mask, region, area, region_area, head, count)
-            for mask, area in zip(masks, areas)])
+        region_area = np.bincount(near.head[region], minlength=count)
+        with_region = np.stack([_iou(mask, region, area, region_area, near.head)
+                                for mask, area in zip(masks, areas)])
         agreement = np.maximum(agreement, with_region) if overlap else with_region
 
-    radius = np.sqrt(np.maximum(areas, 0.5) / np.pi)
-    base = predicted * (0.4 + 0.6 * agreement) * np.where(holds, 1.0, 0.1) * (areas > 0)
-    rows = np.arange(count)
-    score = base if scale is None else base * _plausible(radius, scale, _SPREAD)
-    best = score.argmax(axis=0)
-    source = sources[best]
-    chosen = score[best, rows]
-    logits = [one for _, one, _ in candidates]
-    logit = np.choose(best[head], logits)
+    score = predicted * (0.4 + 0.6 * agreement) * np.where(holds, 1.0, 0.1) * (areas > 0)
+    if scale is not None:
+        score = score * _plausible(np.sqrt(np.maximum(areas, 0.5) / np.pi), scale)
+    best, rows = score.argmax(axis=0), np.arange(count)
+    source, chosen = sources[best], score[best, rows]
+    logit = np.choose(best[near.head], logits)
     if overlap:
-        i = of_point[score[of_point].argmax(axis=0)]
-        j = of_superpixel[score[of_superpixel].argmax(axis=0)]
+        i, j = (kind[score[kind].argmax(axis=0)] for kind in kinds)
         shared = np.select(
             [(i == a) & (j == b) for a, b in overlap], list(overlap.values()), 0.0)
         merge = (shared >= _AGREE) & (np.minimum(score[i, rows], score[j, rows]) >= _FLOOR)
-        mean = (np.choose(i[head], logits) + np.choose(j[head], logits)) / 2
+        mean = (np.choose(i[near.head], logits) + np.choose(j[near.head], logits)) / 2
         mean = mean + np.where(region, _VOTE, -_VOTE)
-        logit = np.where(merge[head], mean, logit)
+        logit = np.where(merge[near.head], mean, logit)
         source = np.where(merge, "merged", source)
     return logit + _DOUBT, chosen.clip(0, 1), source
 
 
-def _mask_radius(mask: np.ndarray, head: np.ndarray, count: int) -> np.ndarray:
-    """Radius of the disc as large as each head's mask: (N,) px."""
-    return np.sqrt(np.bincount(head[mask], minlength=count) / np.pi)
-
-
-def _plausible(radius: np.ndarray, expected: np.ndarray, spread: float) -> np.ndarray:
+def _plausible(radius: np.ndarray, expected: np.ndarray) -> np.ndarray:
     """1 for a mask as large as expected, falling off in log radius."""
-    return np.exp(-0.5 * (np.log(radius / expected) / spread) ** 2)
+    return np.exp(-0.5 * (np.log(radius / expected) / _SPREAD) ** 2)
 
 
 def _voted_scale(
-    points: np.ndarray, scale: np.ndarray, radius: np.ndarray, weight: np.ndarray
+    candidates: list[Candidate], scale: np.ndarray, points: np.ndarray, near: Incidence
 ) -> np.ndarray:
     """Local head radius from the sizes of candidate masks: (N,) px.
 
-    radius, weight: (C, N) of the candidates; a weight of 0 does not vote. A head's true outline
-    turns up in most candidates of the heads at its height, its wrong outlines at all sizes: the
-    most voted size wins. The radius from geometry, `scale`, counts as a broad prior.
+    A head's true outline turns up in most candidates of the heads at its height, its wrong
+    outlines at all sizes: the most voted size wins. The radius from geometry, `scale`, counts as
+    a broad prior.
     """
     count = len(points)
+    radius = np.stack([np.sqrt(np.bincount(near.head[one.logits > 0], minlength=count) / np.pi)
+                       for one in candidates])
+    weight = np.stack([one.predicted for one in candidates])**2 * (radius > 0)
     log_radius = np.log(np.maximum(radius, 0.5))
     grid = np.linspace(np.log(1.0), np.log(max(4 * scale.max(), 8.0)), _VOTE_BINS)
     votes = np.zeros((count, _VOTE_BINS))
@@ -473,49 +459,48 @@ def _voted_scale(
     return np.where(mass > 0, voted, scale)
 
 
-def _holds_head(mask: np.ndarray, head: np.ndarray, squared: np.ndarray, count: int) -> np.ndarray:
+def _holds_head(mask: np.ndarray, near: Incidence, count: int) -> np.ndarray:
     """Whether the incidence nearest to each head is in the mask: (N,) bool."""
     nearest = np.full(count, np.inf)
-    np.minimum.at(nearest, head, squared)
+    np.minimum.at(nearest, near.head, near.squared)
     holds = np.zeros(count, dtype=bool)
-    holds[head[mask & (squared == nearest[head])]] = True
+    holds[near.head[mask & (near.squared == nearest[near.head])]] = True
     return holds
 
 
-def _iou(
-    a: np.ndarray, b: np.ndarray, area_a: np.ndarray, area_b: np.ndarray,
-    head: np.ndarray, count: int,
-) -> np.ndarray:
+def _iou(a: np.ndarray, b: np.ndarray, area_a: np.ndarray, area_b: np.ndarray, head: np.ndarray
+         ) -> np.ndarray:
     """IoU per head of two masks given on the incidences: (N,), 0 where both are empty."""
-    both = np.bincount(head[a & b], minlength=count)
+    both = np.bincount(head[a & b], minlength=len(area_a))
     return both / np.maximum(area_a + area_b - both, 1)
 
 
 # -- from logits to a label map --------------------------------------------------------------
 
+def _disc(radius: np.ndarray, near: Incidence) -> np.ndarray:
+    """Logits (M,) of a disc around each head; radius: (N,) px."""
+    return 4.0 * (1 - np.sqrt(near.squared) / np.maximum(radius, 1.0)[near.head])
+
+
 def _assign(
-    logit: np.ndarray, points: np.ndarray, scale: np.ndarray, limit: np.ndarray,
-    head: np.ndarray, pixel: np.ndarray, squared: np.ndarray, shape: tuple[int, int],
+    logit: np.ndarray, points: np.ndarray, scale: np.ndarray, limit: np.ndarray, near: Incidence
 ) -> np.ndarray:
     """Exclusive, connected label map: (H, W) int32."""
-    energy = np.logaddexp(0, -logit.astype(np.float64)) + squared / limit[head] ** 2
+    energy = np.logaddexp(0, -logit.astype(np.float64)) + near.squared / limit[near.head] ** 2
     energy[logit <= 0] = np.inf
     # A head keeps the pixels around it that are nearer to it than to any other head, so that no
     # neighbour's mask can swallow it.
     core = np.maximum(_CORE * np.minimum(scale, limit), 1.0)
-    in_core = squared <= core[head] ** 2
-    owner = circles.lowest_wins(squared[in_core], head[in_core], pixel[in_core], shape).ravel()
-    column, row = _home(points, shape)
-    _give_pixels(owner, row * shape[1] + column, head, pixel, squared)
-    energy[owner[pixel] == head + 1] = -1.0
-    energy[(owner[pixel] != head + 1) & (owner[pixel] > 0)] = np.inf
-    return keep_connected(circles.lowest_wins(energy, head, pixel, shape), points)
+    inner = near.select(near.squared <= core[near.head] ** 2)
+    owner = inner.lowest_wins(inner.squared).ravel()
+    column, row = _home(points, near.shape)
+    _give_pixels(owner, row * near.shape[1] + column, near)
+    energy[owner[near.pixel] == near.head + 1] = -1.0
+    energy[(owner[near.pixel] != near.head + 1) & (owner[near.pixel] > 0)] = np.inf
+    return keep_connected(near.lowest_wins(energy), points)
 
 
-def _give_pixels(
-    owner: np.ndarray, home: np.ndarray, head: np.ndarray, pixel: np.ndarray,
-    squared: np.ndarray,
-) -> None:
+def _give_pixels(owner: np.ndarray, home: np.ndarray, near: Incidence) -> None:
     """Give each head without a core pixel the nearest one that costs nobody the last, and rather
     not the pixel `home` (N,) on which its owner stands; in place.
 
@@ -523,12 +508,12 @@ def _give_pixels(
     """
     size = np.bincount(owner, minlength=len(home) + 1)
     for k in np.flatnonzero(size[1:] == 0):
-        mine = slice(*np.searchsorted(head, [k, k + 1]))
-        near = pixel[mine][np.argsort(squared[mine], kind="stable")]
-        now = owner[near]
+        mine = slice(*np.searchsorted(near.head, [k, k + 1]))
+        around = near.pixel[mine][np.argsort(near.squared[mine], kind="stable")]
+        now = owner[around]
         spare = (now == 0) | (size[now] > 1)
-        best = spare & ((now == 0) | (home[now - 1] != near))
-        for at in near[best if best.any() else spare][:1]:
+        best = spare & ((now == 0) | (home[now - 1] != around))
+        for at in around[best if best.any() else spare][:1]:
             size[owner[at]] -= 1
             size[k + 1] += 1
             owner[at] = k + 1
@@ -604,9 +589,9 @@ def _check_points(points: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     return points
 
 
-def _check_boxes(boxes: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+def _check_boxes(boxes: np.ndarray | None, count: int) -> tuple[np.ndarray, np.ndarray]:
     """(N, 2) float64 widths and heights, 1 where unknown, and which are known (N,)."""
-    boxes = np.asarray(boxes, dtype=np.float64)
+    boxes = np.asarray(np.zeros((count, 2)) if boxes is None else boxes, dtype=np.float64)
     if boxes.shape != (count, 2):
         raise ValueError(
             f"boxes: shape {boxes.shape} for {count} heads; expected ({count}, 2), width and "

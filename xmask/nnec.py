@@ -18,7 +18,8 @@ same device. Nothing here loops over heads.
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -43,10 +44,10 @@ def exclusion_radii(
     image: (N,) int64, the image of each head in a batch of images of one shape, whose heads do
         not see each other; None for one image.
     Returns (N,) float64. Coincident heads are each other's neighbour at distance 0 and get
-    `min_radius`; `split_coincident` shares their circle out.
+    `min_radius`; `circles` shares their circle out.
     Raises ValueError if points are not (N, 2) or not finite.
     """
-    points, numpy_out = _points(points)
+    points, numpy_out = point_tensor(points)
     side = float(min(shape))
     count = len(points)
     if image is not None and count:
@@ -61,40 +62,100 @@ def exclusion_radii(
         if image is not None:
             single = torch.bincount(image).index_select(0, image) == 1
             radii = radii.masked_fill(single, lone * side)
-    return _give(radii.clamp(max=0.5 * side).clamp(min=min_radius), numpy_out)
+    return _as_given(radii.clamp(max=0.5 * side).clamp(min=min_radius), numpy_out)
 
 
-def incidence(points: Array, radii: Array, shape: tuple[int, int]) -> tuple[Array, Array]:
-    """Every pixel inside every circle, as a list of (head, pixel) pairs.
+@dataclass(frozen=True)
+class Incidence:
+    """The pixels inside the circles of heads, pair by pair, made by `circles`.
+
+    head: (M,) int64, index of the head. pixel: (M,) int64, flat index y * W + x. squared: (M,)
+    float64, squared distance of the pixel's centre from the head, px^2. shape: (H, W) of the
+    image. All arrays or all tensors; sorted by head, then by pixel.
+    """
+
+    head: Array
+    pixel: Array
+    squared: Array
+    shape: tuple[int, int]
+
+    def __len__(self) -> int:
+        return len(self.head)
+
+    def select(self, chosen: Array) -> Incidence:
+        """Some of the pairs. chosen: (M,) bool, a slice, or int64 indices of pairs."""
+        return Incidence(*(one[chosen] for one in (self.head, self.pixel, self.squared)),
+                         self.shape)
+
+    def lowest_wins(self, energy: Array, threshold: float = math.inf) -> Array:
+        """`lowest_wins` of these pairs: the (H, W) int32 label map of energy (M,)."""
+        return lowest_wins(energy, self.head, self.pixel, self.shape, threshold)
+
+
+class Spans(NamedTuple):
+    """Circles row by row, (S,) int64 tensors sorted by head, then by row: in `row` the circle of
+    `head` holds the columns first..last, at least one."""
+
+    head: torch.Tensor
+    row: torch.Tensor
+    first: torch.Tensor
+    last: torch.Tensor
+
+    def select(self, chosen: torch.Tensor) -> Spans:
+        """Some of the spans. chosen: (S,) bool or int64 indices of spans."""
+        return Spans(*(value[chosen] for value in self))
+
+
+def circles(
+    points: Array, radii: Array, shape: tuple[int, int], *, split: bool = True
+) -> Incidence:
+    """Every pixel inside every circle, with its distance.
 
     points: (N, 2) float, (x, y) pixels. radii: (N,) float, pixels. shape: (H, W).
-    Returns (head, pixel), two (M,) int64 arrays sorted by head, then by pixel: `pixel` is the
-    flat index y * W + x of a pixel whose centre is at distance <= radius, decided in float64 as
+    split: heads at exactly the same place share their circle, see `row_spans`; False gives each
+        of them all of it.
+    A pixel is inside if its centre is at distance <= radius, decided in float64 as
     dx*dx + dy*dy <= r*r. Circles are cut at the image border; a head may lie outside the image.
     Time and memory are proportional to the number of pairs.
     Raises ValueError if points are not (N, 2), not finite, or radii do not match them.
     """
-    points, numpy_out = _points(points)
+    points, numpy_out = point_tensor(points)
+    head, row, column = _pixels(row_spans(points, radii, shape, split=split))
+    dx, dy = column - points[:, 0][head], row - points[:, 1][head]
+    pixel, squared = row.mul_(shape[1]).add_(column), dx.mul_(dx).add_(dy.mul_(dy))
+    return Incidence(*(_as_given(one, numpy_out) for one in (head, pixel, squared)), shape)
+
+
+def incidence(points: Array, radii: Array, shape: tuple[int, int]) -> tuple[Array, Array]:
+    """(head, pixel) of `circles` without sharing: every pixel inside every circle, two (M,) int64
+    arrays sorted by head, then by pixel. Arguments and errors are those of `circles`."""
+    points, numpy_out = point_tensor(points)
     head, row, column = incidence_rows(points, radii, shape)
-    return _give(head, numpy_out), _give(row.mul_(shape[1]).add_(column), numpy_out)
+    return _as_given(head, numpy_out), _as_given(row.mul_(shape[1]).add_(column), numpy_out)
 
 
 def incidence_rows(
     points: torch.Tensor, radii: Array, shape: tuple[int, int]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`incidence` as (head, row, column), three (M,) int64 tensors on the points' device."""
-    head, row, first, last = incidence_spans(points, radii, shape)
-    span, column = expand(first, last)
-    return head.index_select(0, span), row.index_select(0, span), column
+    return _pixels(row_spans(points, radii, shape, split=False))
 
 
-def incidence_spans(
-    points: torch.Tensor, radii: Array, shape: tuple[int, int]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`incidence` row by row: (head, row, first, last), four (S,) int64 tensors on the points'
-    device, sorted by head, then by row. In that row the circle holds columns first..last; rows of
-    which it holds none are left out. `expand` gives the columns one by one."""
-    points, _ = _points(points)
+def row_spans(
+    points: Array, radii: Array, shape: tuple[int, int], *, split: bool = True,
+    image: torch.Tensor | None = None,
+) -> Spans:
+    """The circles row by row, on the points' device; arguments and errors as in `circles`.
+
+    split: share the circle of heads at exactly the same place among them (our rule). Real
+        annotations hold exact duplicates. k coincident heads cut the pixels of their common
+        circle, ordered by angle around the head, into k sectors of equal size (to one pixel),
+        given out in index order; the pixel exactly at the centre goes to the first. Sectors are
+        equal in visible pixels rather than in degrees, so that a circle cut by the image border,
+        too, gives every head its part. What they keep comes as spans of one pixel.
+    image: (N,) int64, for a batch: only heads of one image share; rows count within their image.
+    """
+    points, _ = point_tensor(points)
     radii = to_tensor(radii)[0].to(points.device, torch.float64).reshape(-1)
     if len(radii) != len(points):
         raise ValueError(f"radii: {len(radii)} values for {len(points)} points; give one each")
@@ -104,7 +165,7 @@ def incidence_spans(
     # Rows first, one wider on each side than the circle: the test below is the exact one.
     top = (torch.ceil(y - radii) - 1).clamp(0, height).long()
     bottom = (torch.floor(y + radii) + 1).clamp(-1, height - 1).long()
-    head, row = expand(top, bottom)
+    head, row = _integers(top, bottom)
     centre, limit = x.index_select(0, head), squared.index_select(0, head)
     dy = row.double() - y.index_select(0, head)
     dy2 = dy * dy
@@ -124,97 +185,58 @@ def incidence_spans(
     left = torch.where(inside(left), left, right + 1)  # an empty row of the widened box
     first = left.clamp(0, width).long()
     last = right.clamp(-1, width - 1).long()
-    held = torch.nonzero(first <= last).squeeze(1)
-    return tuple(value.index_select(0, held) for value in (head, row, first, last))
+    spans = Spans(head, row, first, last).select(torch.nonzero(first <= last).squeeze(1))
+    places = _shared_places(points, image) if split else None
+    return spans if places is None else _share_out(points, spans, *places)
 
 
-def expand(first: torch.Tensor, last: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """All integers of the ranges first[k]..last[k] (both (S,) int64): (range index, integer), two
-    (M,) int64 tensors, in order."""
+def _pixels(spans: Spans) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(head, row, column) of every pixel of the spans, three (M,) int64 tensors, in order."""
+    span, column = _integers(spans.first, spans.last)
+    return spans.head.index_select(0, span), spans.row.index_select(0, span), column
+
+
+def _integers(first: torch.Tensor, last: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every integer of the ranges first[k]..last[k] (both (S,) int64), and before it the k it
+    comes from: two (M,) int64 tensors, in order."""
     length = (last - first + 1).clamp(min=0)
     end = torch.cumsum(length, 0)
-    total = int(end[-1]) if len(end) else 0
-    index = torch.repeat_interleave(length, output_size=total)
-    value = torch.arange(total, device=first.device)
-    value += (first - end + length).index_select(0, index)
-    return index, value
+    index = torch.repeat_interleave(length, output_size=int(end[-1]) if len(end) else 0)
+    value = torch.arange(len(index), device=first.device)
+    return index, value.add_((first - end + length).index_select(0, index))
 
 
-def split_coincident(
-    points: Array, head: Array, pixel: Array, shape: tuple[int, int], *,
-    image: torch.Tensor | None = None,
-) -> Array:
-    """Share the circle of heads at exactly the same place among them (our rule).
-
-    Real annotations hold exact duplicates. k coincident heads cut the pixels of their common
-    circle, ordered by angle around the head, into k sectors of equal size (to one pixel), given
-    out in index order; the pixel exactly at the centre goes to the first. Sectors are equal in
-    visible pixels rather than in degrees, so that a circle cut by the image border, too, gives
-    every head its part.
-
-    points: (N, 2) float. head, pixel: (M,) int64, an incidence list sorted by head.
-    image: (N,) int64, for a batch: only heads of one image share; pixels then count on from
-        image to image, (image * H + y) * W + x.
-    Returns (M,) bool, True where the pair is kept; heads with a place of their own keep all.
-    """
-    points, numpy_out = _points(points)
-    head = to_tensor(head)[0].to(points.device)
-    pixel = to_tensor(pixel)[0].to(points.device)
-    keep = torch.ones(len(head), dtype=torch.bool, device=points.device)
-    shared_places = _shared_places(points, image)
-    if shared_places is None:
-        return _give(keep, numpy_out)
+def _share_out(
+    points: torch.Tensor, spans: Spans, place: torch.Tensor, sharers: torch.Tensor
+) -> Spans:
+    """The spans that heads keep of circles they share, see `row_spans`; place: (N,) int64, the
+    place of each head; sharers: the number of heads at each place."""
+    share = sharers[place]
+    shared = share[spans.head] > 1
+    head, row, column = _pixels(spans.select(shared))
 
     # A head's turn is its rank, by index, among the heads at its place.
-    place, sharers = shared_places
     by_place = torch.argsort(place, stable=True)
-    first_of_place = torch.cumsum(sharers, 0) - sharers
     turn = torch.empty_like(place)
-    index = torch.arange(len(points), device=points.device)
-    turn[by_place] = index - first_of_place[place[by_place]]
+    turn[by_place] = (torch.arange(len(points), device=points.device)
+                      - (torch.cumsum(sharers, 0) - sharers)[place[by_place]])
 
-    share = sharers[place]
-    shared = torch.nonzero(share[head] > 1).squeeze(1)
-    owner, where = head[shared], pixel[shared]
-    dx = (where % shape[1]).double() - points[owner, 0]
-    row = torch.div(where, shape[1], rounding_mode="floor") % shape[0]
-    dy = row.double() - points[owner, 1]
+    dx, dy = column - points[head, 0], row - points[head, 1]
     angle = torch.atan2(dy, dx) % (2 * math.pi)
-    angle = torch.where((dx == 0) & (dy == 0), torch.full_like(angle, -1.0), angle)
-
-    # Sort by head, then angle (two stable sorts), and read off each pair's rank in its circle.
+    angle = angle.masked_fill((dx == 0) & (dy == 0), -1.0)
+    # Sort by head, then angle (two stable sorts), and read off each pixel's rank in its circle.
     order = torch.argsort(angle, stable=True)
-    order = order[torch.argsort(owner[order], stable=True)]
-    owner = owner[order]
+    order = order[torch.argsort(head[order], stable=True)]
+    owner = head[order]
     size = torch.bincount(owner, minlength=len(points))
     start = torch.cumsum(size, 0) - size
     rank = torch.arange(len(owner), device=owner.device) - start[owner]
     sector = torch.div(rank * share[owner], size[owner], rounding_mode="floor")
-    keep[shared[order]] = sector == turn[owner]
-    return _give(keep, numpy_out)
+    kept = order[sector == turn[owner]].sort().values
 
-
-def split_spans(
-    points: torch.Tensor, head: torch.Tensor, row: torch.Tensor, first: torch.Tensor,
-    last: torch.Tensor, shape: tuple[int, int], *, image: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`split_coincident` of `incidence_spans`: the spans (head, row, first, last) that are kept.
-
-    What heads keep of a circle that they share comes as spans of one pixel. Sorted by head.
-    image: (N,) int64, for a batch; rows count within their image.
-    """
-    places = _shared_places(points, image)
-    if places is None:
-        return head, row, first, last
-    place, sharers = places
-    shared = (sharers[place] > 1)[head]
-    span, column = expand(first[shared], last[shared])
-    owner, y = head[shared][span], row[shared][span]
-    keep = split_coincident(points, owner, y * shape[1] + column, shape, image=image)
-    owner, y, column = owner[keep], y[keep], column[keep]
-    order = torch.argsort(torch.cat([head[~shared], owner]), stable=True)
-    return tuple(torch.cat([own[~shared], part])[order] for own, part in (
-        (head, owner), (row, y), (first, column), (last, column)))
+    pixels = Spans(head[kept], row[kept], column[kept], column[kept])
+    together = Spans(*map(torch.cat, zip(spans.select(~shared), pixels)))
+    return together.select(torch.argsort(together.head, stable=True))
 
 
 def _shared_places(
@@ -251,7 +273,7 @@ def lowest_wins(
     height, width = shape
     if energy.dtype == torch.float32:
         labels = _lowest_packed(energy, head, pixel, height * width, threshold)
-        return _give(labels.reshape(height, width), numpy_out)
+        return _as_given(labels.reshape(height, width), numpy_out)
     claims = energy < threshold
     if not bool(claims.all()):
         energy, head, pixel = energy[claims], head[claims], pixel[claims]
@@ -262,7 +284,7 @@ def lowest_wins(
     winner = torch.full((height * width,), nobody, dtype=torch.int32, device=energy.device)
     winner.scatter_reduce_(0, pixel[won], head[won].to(torch.int32), "amin")
     labels = torch.where(winner == nobody, torch.zeros_like(winner), winner + 1)
-    return _give(labels.reshape(height, width), numpy_out)
+    return _as_given(labels.reshape(height, width), numpy_out)
 
 
 def _lowest_packed(
@@ -313,7 +335,7 @@ def _nearest_by_slabs(points: torch.Tensor) -> torch.Tensor:
     return torch.cat(nearest)
 
 
-def _points(points: Array) -> tuple[torch.Tensor, bool]:
+def point_tensor(points: Array) -> tuple[torch.Tensor, bool]:
     """(N, 2) float64 tensor of the points, and whether they came as NumPy."""
     points, numpy_out = to_tensor(points)
     if points.numel() == 0:
@@ -336,5 +358,5 @@ def to_tensor(value: Array) -> tuple[torch.Tensor, bool]:
     return torch.from_numpy(value if value.flags.writeable else value.copy()), True
 
 
-def _give(value: torch.Tensor, numpy_out: bool) -> Array:
+def _as_given(value: torch.Tensor, numpy_out: bool) -> Array:
     return value.numpy() if numpy_out else value

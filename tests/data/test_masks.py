@@ -18,7 +18,7 @@ from xmask.data import masks as store
 from xmask.data.masks import MasksFailed, mask_dataset, read_masks, summary
 from xmask.data.sample import Sample
 from xmask.edp_sam import generate_masks
-from xmask.segmenters import ClassicalSegmenter
+from xmask.segmenting.classical import ClassicalSegmenter
 
 
 # -- a whole data set ------------------------------------------------------------------------

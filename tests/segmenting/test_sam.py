@@ -17,7 +17,9 @@ from xmask import files
 from xmask.segmenting import sam, sam_training
 from xmask.synthetic import draw_scene
 from xmask.edp_sam import generate_masks
-from xmask.segmenters import ClassicalSegmenter, Prompts, SamSegmenter, open_segmenter
+from xmask.segmenters import Prompts, open_segmenter
+from xmask.segmenting.classical import ClassicalSegmenter
+from xmask.segmenting.sam_segmenter import SamSegmenter
 
 UNSEEN = 9_600_000  # seeds of scenes that neither trained nor tuned anything
 

@@ -11,7 +11,8 @@ from segment_anything import SamPredictor
 from tests.test_segmenters import crowd, picture
 from xmask.segmenting import sam
 from xmask.edp_sam import generate_masks
-from xmask.segmenters import Prompts, SamSegmenter
+from xmask.segmenters import Prompts
+from xmask.segmenting.sam_segmenter import SamSegmenter
 
 PAGE = Path(__file__).parents[2] / "docs" / "add_a_segmenter.md"
 

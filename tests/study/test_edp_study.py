@@ -10,7 +10,7 @@ from xmask import files, nnec
 from xmask.study import edp_study
 from xmask.cli import main
 from xmask.data.sample import Sample
-from xmask.segmenters import ClassicalSegmenter
+from xmask.segmenting.classical import ClassicalSegmenter
 
 
 def test_masks_are_compared_person_by_person():

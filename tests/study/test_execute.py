@@ -32,8 +32,8 @@ def alive(pid: int) -> bool:
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_killing_a_study_ends_its_notebooks_within_five_seconds(tmp_path, number):
-    code = ["name = ''", "import os, time\nopen(f'{name}.pids', 'w').write(f'{os.getppid()} "
-            "{os.getpid()} ')\ntime.sleep(600)"]
+    code = ["name = ''", "import os, time\nfrom pathlib import Path",
+            "Path(f'{name}.pids').write_text(f'{os.getppid()} {os.getpid()} ')\ntime.sleep(600)"]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in code])
     notebook.cells[0].metadata["tags"] = ["parameters"]
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "", "language": "python"}

@@ -16,7 +16,7 @@ from tests.data.test_masks import masks
 from xmask.tools import coco
 from xmask.data.masks import read_masks
 from xmask.edp_sam import source_names
-from xmask.segmenters import ClassicalSegmenter
+from xmask.segmenting.classical import ClassicalSegmenter
 
 
 @settings(max_examples=60, deadline=None)

@@ -14,7 +14,7 @@ from xmask import files, nnec
 from xmask.tools import correct
 from xmask.data.masks import read_masks
 from xmask.edp_sam import check_label_map
-from xmask.segmenters import ClassicalSegmenter
+from xmask.segmenting.classical import ClassicalSegmenter
 
 
 @pytest.fixture

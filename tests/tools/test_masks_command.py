@@ -21,7 +21,7 @@ from xmask.tools import contact_sheet
 from xmask.cli import main
 from xmask.data.masks import read_masks
 from xmask.edp_sam import generate_masks
-from xmask.segmenters import ClassicalSegmenter
+from xmask.segmenting.classical import ClassicalSegmenter
 
 CLASSICAL = ["--segmenter", "classical"]
 

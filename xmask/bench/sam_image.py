@@ -27,7 +27,7 @@ def edp_sam(heads: int, shape: tuple[int, int], model: str = "vit_b"
 
     from xmask.synthetic import draw_scene
     from xmask.edp_sam import generate_masks
-    from xmask.segmenters import SamSegmenter
+    from xmask.segmenting.sam_segmenter import SamSegmenter
 
     torch.manual_seed(0)
     segmenter = SamSegmenter.from_model(sam_model_registry[model]())

@@ -188,7 +188,8 @@ def _sam_label_map(claims: Tensor, points: Tensor, head: Tensor, pixel: Tensor,
 
 def sam_ours(heads: int, shape: Shape) -> Callable[[], dict[str, np.ndarray]]:
     """Label map; and, per pixel, the smallest |logit| of its heads, to judge differences by."""
-    from xmask.segmenters import Prompts, SamSegmenter
+    from xmask.segmenters import Prompts
+    from xmask.segmenting.sam_segmenter import SamSegmenter
 
     segmenter = SamSegmenter.from_model(_sam(), max_zoom=1)
     segmenter.set_image(np.zeros((*shape, 3), np.uint8))
@@ -243,7 +244,7 @@ def _scene(heads: int, shape: Shape):
 def masks_ours(heads: int, shape: Shape) -> Callable[[], np.ndarray]:
     """EDP-SAM with the classical segmenter, which needs no weights."""
     from xmask.edp_sam import generate_masks
-    from xmask.segmenters import ClassicalSegmenter
+    from xmask.segmenting.classical import ClassicalSegmenter
 
     scene = _scene(heads, shape)
     segmenter = ClassicalSegmenter()

@@ -3,12 +3,13 @@
 Two kinds come in here, both made of the modules of `segment_anything`, so that its own
 `SamPredictor` works with either: the original release (ViT-B, L, H) from a checkpoint file, and
 the **bundled SAM**, a small configuration trained by this project on its synthetic crowds
-(`xmask.segmenting.sam_training`) and shipped with the package. The paper uses the original; the bundled
-one is ours, for where the original cannot be had.
+(`xmask.segmenting.sam_training`) and shipped with the package. The paper uses the original; the
+bundled one is ours, for where the original cannot be had.
 """
 
 from __future__ import annotations
 
+import zipfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ WIDTH_KEY = "image_encoder.patch_embed.proj.weight"
 REMEDY = (
     "give a checkpoint of the original Segment Anything release (sam_vit_b, sam_vit_l or "
     "sam_vit_h), or use the segmenter 'bundled' or 'classical'")
+AGAIN = "install the package again, or train it anew with `xmask train-sam`"
 
 # The bundled SAM: 16 x 16 tokens of 8 px, masks of 64 x 64. A crop is enlarged until a head
 # spans a few tokens, so a small input loses nothing and an image costs seconds on a CPU.
@@ -42,8 +44,8 @@ def build(side: int, patch: int, width: int, depth: int, heads: int, mlp_ratio: 
 
     side: px of its square input; patch: px of a token; width, depth, heads, mlp_ratio: of the
     image encoder, whose attention is global in the blocks `global_blocks` and within windows of
-    `window` x `window` tokens in the others; channels: of image embedding and decoder (masks have 4 * side / patch cells a side); decoder_mlp, decoder_heads: of the
-    decoder's two-way transformer.
+    `window` x `window` tokens in the others; channels: of image embedding and decoder (masks have
+    4 * side / patch cells a side); decoder_mlp, decoder_heads: of its two-way transformer.
     """
     from segment_anything.modeling import (
         ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer)
@@ -77,30 +79,38 @@ def save_bundled(model: torch.nn.Module, architecture: dict[str, Any], training:
         "architecture": architecture, "training": training})
 
 
-def load_bundled(path: Path = BUNDLED) -> tuple[torch.nn.Module, dict[str, Any]]:
-    """The bundled SAM in float32, and its record: sha256, architecture, how it was trained.
+def bundled_record(path: Path = BUNDLED) -> dict[str, Any]:
+    """What lies beside the bundled weights: file, sha256, architecture, how they were trained.
 
-    Raises FileNotFoundError if it is not there, ValueError if the weights are not those of the
-    record or do not fit its architecture.
+    Raises FileNotFoundError if one of the two is not there, ValueError if the weights are others
+    than those of the record.
     """
-    again = "install the package again, or train it anew with `xmask train-sam`"
     record_path = path.with_suffix(".json")
     for one in (path, record_path):
         if not one.is_file():
-            raise FileNotFoundError(f"{one}: the bundled SAM is not there; {again}")
+            raise FileNotFoundError(f"{one}: the bundled SAM is not there; {AGAIN}")
     record = files.read_json(record_path)
     found = files.sha256(path)
     if found != record["sha256"]:
         raise ValueError(
             f"{path}: sha256 {found[:12]}..., but {record_path.name} records "
-            f"{record['sha256'][:12]}...: the file is truncated or another one; {again}")
+            f"{record['sha256'][:12]}...: the file is truncated or another one; {AGAIN}")
+    return record
+
+
+def load_bundled(path: Path = BUNDLED) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """The bundled SAM in float32, and its record.
+
+    Raises what `bundled_record` raises, and ValueError if weights and architecture do not fit.
+    """
+    record = bundled_record(path)
     model = build(**record["architecture"])
     try:
         model.load_state_dict({name: value.float() for name, value in load_file(path).items()})
     except RuntimeError as error:
         raise ValueError(
-            f"{path}: does not fit the architecture in {record_path.name} "
-            f"({str(error).splitlines()[1].strip()[:200]}); {again}") from None
+            f"{path}: does not fit the architecture in {path.with_suffix('.json').name} "
+            f"({str(error).splitlines()[1].strip()[:200]}); {AGAIN}") from None
     return model, record
 
 
@@ -113,21 +123,12 @@ def load_original(path: Path, model_type: str | None = None) -> tuple[torch.nn.M
     from segment_anything import sam_model_registry
 
     state = _read_state(path)
-    if not isinstance(state, dict) or WIDTH_KEY not in state:
-        found = (f"a dictionary with {', '.join(map(repr, list(state)[:3])) or 'nothing'}"
-                 if isinstance(state, dict) else f"a {type(state).__name__}")
-        raise ValueError(
-            f"{path}: not a SAM state dict: found {found}, and no {WIDTH_KEY!r}; {REMEDY}")
-    width = state[WIDTH_KEY].shape[0]
-    inferred = WIDTHS.get(width)
-    if inferred is None:
-        raise ValueError(
-            f"{path}: an image encoder {width} wide belongs to no known SAM "
-            f"({', '.join(f'{t} is {w}' for w, t in WIDTHS.items())}); {REMEDY}")
+    inferred = _type_of(state, path)
     if model_type is not None and model_type != inferred:
         raise ValueError(
             f"{path}: model type {model_type!r} was asked for, but the weights are {inferred!r} "
-            f"(image encoder {width} wide); leave the type out, or give the other file")
+            f"(image encoder {state[WIDTH_KEY].shape[0]} wide); leave the type out, or give the "
+            "other file")
     model = sam_model_registry[inferred]()
     try:
         model.load_state_dict(state)
@@ -139,12 +140,34 @@ def load_original(path: Path, model_type: str | None = None) -> tuple[torch.nn.M
     return model, inferred
 
 
-def _read_state(path: Path) -> Any:
+def model_type(path: Path) -> str:
+    """The type ("vit_b", ...) of a checkpoint of the original release, from its names and shapes
+    alone. Raises ValueError that says what the file is instead."""
+    return _type_of(_read_state(path, lazily=True), path)
+
+
+def _type_of(state: Any, path: Path) -> str:
+    if not isinstance(state, dict) or WIDTH_KEY not in state:
+        found = (f"a dictionary with {', '.join(map(repr, list(state)[:3])) or 'nothing'}"
+                 if isinstance(state, dict) else f"a {type(state).__name__}")
+        raise ValueError(
+            f"{path}: not a SAM state dict: found {found}, and no {WIDTH_KEY!r}; {REMEDY}")
+    width = state[WIDTH_KEY].shape[0]
+    if width not in WIDTHS:
+        raise ValueError(
+            f"{path}: an image encoder {width} wide belongs to no known SAM "
+            f"({', '.join(f'{t} is {w}' for w, t in WIDTHS.items())}); {REMEDY}")
+    return WIDTHS[width]
+
+
+def _read_state(path: Path, lazily: bool = False) -> Any:
+    """What a checkpoint holds; lazily: values stay in the file until somebody reads them."""
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as archive:
                 return {name: archive.get_tensor(name) for name in archive.keys()}
-        return torch.load(path, map_location="cpu", weights_only=True)
+        lazily = lazily and zipfile.is_zipfile(path)  # an old file has to be read whole
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=lazily)
     except (MemoryError, KeyboardInterrupt):
         raise
     except Exception as error:  # every way a file can be broken raises a different one

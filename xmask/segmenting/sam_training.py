@@ -79,10 +79,10 @@ def draw_training_scene(seed: int) -> Scene:
     # EDP-SAM knows a head's size from the geometry of the crowd, corrected by vote.
     mean = np.sqrt(radius * np.sqrt(np.maximum(area, 1) / np.pi))
     radius = mean * np.exp(rng.normal(0, 0.2, people))
-    head, pixel = nnec.incidence(points, np.minimum(radii, 4 * radius), shape)
-    region = edp_sam.superpixel_regions(drawn.image, points, radius, head, pixel)
+    near = nnec.circles(points, np.minimum(radii, 4 * radius), shape)
+    region = edp_sam.superpixel_regions(drawn.image, points, radius, near)
     dots = edp_sam.point_prompts(points, radii, radius)
-    box = edp_sam.superpixel_prompts(dots, head[region], pixel[region], shape)
+    box = edp_sam.superpixel_prompts(dots, near.select(region))
     half = drawn.boxes / 2
     return Scene(drawn.image, drawn.instances.astype(np.uint16), points, box.labels, box.points,
                  box.boxes, np.concatenate([points - half, points + half], axis=1), radius, area)

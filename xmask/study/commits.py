@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -32,10 +32,7 @@ def commits_of(digest: str, modules: Sequence[str], limit: int) -> Iterator[str]
     """Lines "<commit> <date> <subject>" of the commits in which `provenance.code(*modules)`
     begins with `digest`."""
     for line in provenance.git("log", f"-n{limit}", "--format=%h %cs %s").splitlines():
-        blobs = _blobs(line.split()[0])
-        code = provenance.code_in(lambda path: _blob(blobs[path]) if path in blobs else None,
-                                  modules)
-        if code.startswith(digest):
+        if provenance.code_in(_reader(line.split()[0]), modules).startswith(digest):
             yield line
 
 
@@ -56,11 +53,11 @@ def _records(wanted: str) -> Iterator[tuple[str, str, list[str]]]:
                          "0-9 and a-f, as in a run's config.json)")
 
 
-def _blobs(commit: str) -> dict[str, str]:
-    """Path -> id of each source file of a commit."""
+def _reader(commit: str) -> Callable[[str], str | None]:
+    """Gives the source at a path of a commit; each version of a file is asked of git once."""
     listed = provenance.git("ls-tree", "-r", commit, "--", "xmask").splitlines()
-    entries = (line.split("\t") for line in listed if line.endswith(".py"))
-    return {path: entry.split()[2] for entry, path in entries}
+    blobs = {path: entry.split()[2] for entry, path in (line.split("\t") for line in listed)}
+    return lambda path: _blob(blobs[path]) if path in blobs else None
 
 
 @cache

@@ -60,7 +60,8 @@ from xmask import edp_sam, files, nnec, provenance
 from xmask.data.sample import Sample
 from xmask.synthetic import draw_scene
 from xmask.edp_sam import generate_masks, local_head_radius
-from xmask.segmenters import POSITIVE, Prompts, SamSegmenter, Segmenter, open_segmenter
+from xmask.segmenters import POSITIVE, Prompts, Segmenter, describe, open_segmenter
+from xmask.segmenting.sam_segmenter import SamSegmenter
 
 SEED = 3_700_000  # of the first scene; nothing else uses seeds from here to 3.8 million
 RADII = (3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20)  # px, tried for fixed discs
@@ -96,10 +97,8 @@ def draw_evaluation_scene(number: int, seed: int = SEED) -> Sample:
 
 def discs(points: np.ndarray, radii: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """Discs around heads, a pixel in several to the nearest head: label map (H, W) int32."""
-    head, pixel = nnec.incidence(points, radii, shape)
-    y, x = np.divmod(pixel, shape[1])
-    squared = (x - points[head, 0]) ** 2 + (y - points[head, 1]) ** 2
-    return nnec.lowest_wins(squared, head, pixel, shape)
+    inside = nnec.circles(points, radii, shape, split=False)
+    return inside.lowest_wins(inside.squared)
 
 
 def watershed_masks(image: np.ndarray, points: np.ndarray) -> np.ndarray:
@@ -125,24 +124,19 @@ def prompted_masks(
 
     points: (N, 2) px. prompts: "point", "superpixel" or both. radius: px, of every head.
     """
-    shape, scale = image.shape[:2], np.full(len(points), float(radius))
-    head, pixel = nnec.incidence(points, edp_sam.REACH * scale, shape)
-    y, x = np.divmod(pixel, shape[1])
-    squared = (x - points[head, 0]) ** 2 + (y - points[head, 1]) ** 2
+    scale = np.full(len(points), float(radius))
+    near = nnec.circles(points, edp_sam.REACH * scale, image.shape[:2], split=False)
     dots = Prompts(points[:, None], np.full((len(points), 1), POSITIVE), sizes=scale)
     segmenter.set_image(image)
     candidates, region = [], None
     if "point" in prompts:
-        logits, trust = segmenter.predict(dots, head, pixel)
-        candidates += [("point", *one) for one in zip(logits, trust.T)]
+        candidates += edp_sam.ask(segmenter, "point", dots, near)
     if "superpixel" in prompts:
-        region = edp_sam.superpixel_regions(image, points, scale, head, pixel)
-        boxed = edp_sam.superpixel_prompts(dots, head[region], pixel[region], shape)
-        logits, trust = segmenter.predict(boxed, head, pixel)
-        candidates += [("superpixel", *one) for one in zip(logits, trust.T)]
-    logit, _, _ = edp_sam.choose(candidates, region, None, head, squared)
-    labels = nnec.lowest_wins(-logit, head, pixel, shape, threshold=0.0)
-    return edp_sam.keep_connected(labels, points)
+        region = edp_sam.superpixel_regions(image, points, scale, near)
+        boxed = edp_sam.superpixel_prompts(dots, near.select(region))
+        candidates += edp_sam.ask(segmenter, "superpixel", boxed, near)
+    logit, _, _ = edp_sam.fuse_candidates(candidates, region, None, near)
+    return edp_sam.keep_connected(near.lowest_wins(-logit, threshold=0.0), points)
 
 
 def simple_methods() -> Iterator[tuple[dict[str, Any], Callable[[Sample], np.ndarray]]]:
@@ -222,7 +216,7 @@ def run(out: str | os.PathLike, *, scenes: int = 18, seed: int = SEED,
     if scenes < 3:
         raise ValueError(f"scenes: {scenes}; give 3 or more, one for each density third")
     out, segmenters = Path(out), tuple(segmenters)
-    described = {spec: open_segmenter(spec).describe() for spec in segmenters}
+    described = {spec: describe(spec) for spec in segmenters}
     # Scenes are kept, so that a stopped comparison goes on, and a larger one starts from it.
     kept = Path("work") / "edp_study" / provenance.digest(
         seed, described, provenance.code("xmask.study.edp_study"), provenance.versions())[:16]

@@ -28,7 +28,9 @@ def end_with_input() -> None:
 def main(source: str, target: str, parameters: str) -> None:
     """Execute the notebook `source` into `target`; parameters: a JSON object."""
     end_with_input()
-    from papermill import execute_notebook  # takes a second, in which the watch is on already
+    from papermill import (
+        execute_notebook,  # takes a second, in which the watch is on already
+    )
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     execute_notebook(source, target, json.loads(parameters), progress_bar=False, log_output=True)

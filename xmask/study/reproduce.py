@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,9 +23,9 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from xmask import files, provenance
-from xmask.study import steps
 from xmask.config import Config, preset
-from xmask.presets import ABLATIONS, DATASETS, PERCENTS, VARIANTS
+from xmask.presets import ABLATIONS, DATASETS, PERCENTS
+from xmask.study import steps
 
 NOTEBOOKS = Path("notebooks")
 # bytes: the C library (glibc; others ignore it) keeps freed memory for the next step instead of
@@ -70,81 +70,71 @@ def plan(
     extras: also supervised-only runs on the first dataset and, on its middle percentage, the
     ablations. overrides: changes to every run's configuration, by dotted name.
     """
-    def config(dataset: str, percent: int, seed: int, variant: str = "xmask") -> Config:
-        return steps.configure(profile, dataset, percent, seed, variant=variant, sam=sam,
-                               overrides=overrides)
-
-    planned: list[Step] = []
-    runs: list[Config] = [config(d, p, s) for d in datasets for p in percents for s in seeds]
-    extra: list[Config] = []
+    wanted = [(d, p, s, "xmask") for d in datasets for p in percents for s in seeds]
+    first, middle = datasets[0], sorted(percents)[len(percents) // 2]
     if extras:
-        first, middle = datasets[0], sorted(percents)[len(percents) // 2]
-        extra = [config(first, p, s, "supervised-only") for p in percents for s in seeds]
-        extra += [config(first, middle, s, v) for v in ABLATIONS for s in seeds]
-
-    # a run's configuration is named after its overrides too; notebooks want the plain variant
-    named = {config(d, p, s, v).run: v for d in datasets for p in percents for s in seeds
-             for v in VARIANTS}
-    by_masks: dict[Path, list[Config]] = {}
-    for run in runs + extra:
-        by_masks.setdefault(steps.mask_folder(run), []).append(run)
+        wanted += [(first, p, s, "supervised-only") for p in percents for s in seeds]
+        wanted += [(first, middle, s, variant) for variant in ABLATIONS for s in seeds]
     common = {"profile": profile, "data": data, "sam": sam}
-    settings = {"overrides": overrides or {}}
-    results = steps.results_folder(profile)
-    for folder, users in by_masks.items():
-        percents_used = sorted({user.percent for user in users})
-        planned.append(
-            Step(
-                f"masks {folder.name}",
-                "10_masks.ipynb",
-                common | settings | {"dataset": users[0].dataset, "percents": percents_used,
-                                     "variant": named[users[0].run]},
-                fingerprint=partial(_masks_fingerprint, users, data),
-                outputs=partial(_one, results / "masks" / folder.name / "masks.csv"),
-            )
-        )
-    for run in sorted(runs + extra, key=lambda r: -r.percent):  # the longest first
-        variant = named[run.run]
-        shared = [f"train {config(run.dataset, run.percent, run.seed).run}"]
-        folder = steps.run_folder(run)
-        arguments = common | settings | {"dataset": run.dataset, "percent": run.percent,
-                                         "seed": run.seed, "variant": variant}
-        planned.append(
-            Step(
-                f"train {run.run}", "11_train.ipynb", arguments,
-                [f"masks {steps.mask_folder(run).name}"]
-                + (shared if variant != "xmask" else []),
-                partial(steps.train_fingerprint, run, data),
-                partial(_in, folder, ("config.json", "history.csv", "model.safetensors")),
-            )
-        )
-        planned.append(
-            Step(
-                f"evaluate {run.run}", "12_evaluate.ipynb", arguments, [f"train {run.run}"],
-                partial(steps.evaluation_fingerprint, run, data),
-                partial(_one, folder / "metrics.json"),
-            )
-        )
-    names = [run.run for run in runs + extra]
-    evaluated = [f"evaluate {name}" for name in names]
-    inputs = [steps.run_folder(run) / name for run in runs + extra
+    # a run's configuration is named after its overrides too; notebooks want the plain variant
+    runs = [(steps.configure(profile, d, p, s, variant=v, sam=sam, overrides=overrides), v)
+            for d, p, s, v in wanted]
+    settings = common | {"overrides": overrides or {}}
+    # runs with changed fields are named after them: none is the full method to compare with
+    compared = extras and runs[0][0].variant == "xmask"
+    return [*_mask_steps(runs, settings), *_run_steps(runs, settings),
+            *_report_steps([run for run, _ in runs], common,
+                           {"dataset": first, "percent": middle} if compared else None)]
+
+
+def _mask_steps(runs: list[tuple[Config, str]], settings: dict) -> Iterator[Step]:
+    """One step for all runs that share a folder of masks."""
+    users: dict[Path, list[tuple[Config, str]]] = {}
+    for run, variant in runs:
+        users.setdefault(steps.mask_folder(run), []).append((run, variant))
+    for folder, using in users.items():
+        run, variant = using[0]
+        percents = sorted({user.percent for user, _ in using})
+        table = steps.results_folder(run.profile) / "masks" / folder.name / "masks.csv"
+        yield Step(
+            f"masks {folder.name}", "10_masks.ipynb",
+            settings | {"dataset": run.dataset, "percents": percents, "variant": variant},
+            fingerprint=partial(_masks_fingerprint, [user for user, _ in using],
+                                settings["data"]),
+            outputs=partial(list, [table]))
+
+
+def _run_steps(runs: list[tuple[Config, str]], settings: dict) -> Iterator[Step]:
+    full = {(run.dataset, run.percent, run.seed): run.run for run, v in runs if v == "xmask"}
+    for run, variant in sorted(runs, key=lambda one: -one[0].percent):  # the longest first
+        folder, data = steps.run_folder(run), settings["data"]
+        arguments = settings | {"dataset": run.dataset, "percent": run.percent, "seed": run.seed,
+                                "variant": variant}
+        inputs = [f"masks {steps.mask_folder(run).name}"]
+        if variant != "xmask":  # it takes phase 1 from the full method
+            inputs.append(f"train {full[run.dataset, run.percent, run.seed]}")
+        yield Step(f"train {run.run}", "11_train.ipynb", arguments, inputs,
+                   partial(steps.train_fingerprint, run, data),
+                   partial(list, [folder / name for name in steps.TRAINED]))
+        yield Step(f"evaluate {run.run}", "12_evaluate.ipynb", arguments, [f"train {run.run}"],
+                   partial(steps.evaluation_fingerprint, run, data),
+                   partial(list, [folder / "metrics.json"]))
+
+
+def _report_steps(runs: list[Config], common: dict, compared: dict | None) -> Iterator[Step]:
+    """Tables, figures and, of the runs `compared`, the ablations."""
+    profile, evaluated = runs[0].profile, [f"evaluate {run.run}" for run in runs]
+    inputs = [steps.run_folder(run) / name for run in runs
               for name in ("metrics.json", "history.csv", "config.json")]
-    last = common | {"runs": names}
-    for title, notebook, parameters, folder in (
-        ("tables", "20_tables.ipynb", last, results / "tables"),
-        ("figures", "21_figures.ipynb", last, Path("figures") / profile),
-        ("ablations", "22_ablations.ipynb",
-         last | {"dataset": datasets[0], "percent": sorted(percents)[len(percents) // 2]}, None),
+    last = common | {"runs": [run.run for run in runs]}
+    fingerprint = partial(_report_fingerprint, inputs)
+    for title, notebook, folder in (
+        ("tables", "20_tables.ipynb", steps.results_folder(profile) / "tables"),
+        ("figures", "21_figures.ipynb", Path("figures") / profile),
     ):
-        # runs with changed fields are named after them: none is the full method to compare with
-        if title == "ablations" and (not extras or runs[0].variant != "xmask"):
-            continue
-        planned.append(
-            Step(title, notebook, parameters, evaluated,
-                 partial(_report_fingerprint, inputs),
-                 partial(_all_in, folder) if folder else list)
-        )
-    return planned
+        yield Step(title, notebook, last, evaluated, fingerprint, partial(_all_in, folder))
+    if compared:
+        yield Step("ablations", "22_ablations.ipynb", last | compared, evaluated, fingerprint)
 
 
 def _masks_fingerprint(users: list[Config], data: str) -> str:
@@ -163,14 +153,6 @@ def _cells(notebook: Path) -> list[str]:
     return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
 
 
-def _one(path: Path) -> list[Path]:
-    return [path]
-
-
-def _in(folder: Path, names: tuple[str, ...]) -> list[Path]:
-    return [folder / name for name in names]
-
-
 def _all_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
@@ -183,6 +165,7 @@ def run(profile: str, *, data: str = "", jobs: int | None = None, **narrowed) ->
 
     jobs: steps at a time; by default as many as runs fit on the CPU cores, one on CUDA.
     Returns False if a step failed; the others that do not need it still run.
+    Raises ValueError, naming the other process, where one reproduces the same profile.
     """
     planned = plan(profile, data=data, **narrowed)
     config = preset(profile, "sha", 5)
@@ -190,11 +173,11 @@ def run(profile: str, *, data: str = "", jobs: int | None = None, **narrowed) ->
         threads = config.machine.threads
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         jobs = 1 if steps.device().type == "cuda" or not threads else max(1, cores // threads)
-    for dataset in dict.fromkeys(s.parameters["dataset"] for s in planned
-                                 if "dataset" in s.parameters):
-        steps.data_root(profile, dataset, data, jobs=jobs)
     begun = time.time()
-    failed = Runner(profile, jobs, config.machine.threads).run(planned)
+    with files.lock(steps.work_folder(profile)):
+        for dataset in {s.parameters["dataset"]: 0 for s in planned if "dataset" in s.parameters}:
+            steps.data_root(profile, dataset, data, jobs=jobs)
+        failed = Runner(profile, jobs, config.machine.threads).run(planned)
     minutes = (time.time() - begun) / 60
     if failed:
         print(f"\n{len(failed)} of {len(planned)} steps failed or could not start after "
@@ -220,10 +203,10 @@ class Runner:
         self.processes: set[subprocess.Popen] = set()
         self.lock, self.stopping = threading.Lock(), False
 
-    def run(self, steps: list[Step]) -> list[str]:
+    def run(self, planned: list[Step]) -> list[str]:
         """Names of the steps that failed or whose inputs failed."""
-        waiting, done, failed = list(steps), set(), []
-        bar = tqdm(total=len(steps), unit="step", desc=f"reproduce {self.profile}")
+        waiting, done, failed = list(planned), set(), []
+        bar = tqdm(total=len(planned), unit="step", desc=f"reproduce {self.profile}")
         running: dict = {}
         with ThreadPoolExecutor(self.jobs) as pool:
             try:
@@ -305,7 +288,7 @@ def compare_with_committed(results: Path) -> str:
     folder = results / "tables"
     try:
         listed = subprocess.run(["git", "ls-tree", "--name-only", "HEAD", f"{folder.as_posix()}/"],
-                                capture_output=True, encoding="utf-8")
+                                capture_output=True, check=False, encoding="utf-8")
     except OSError:
         return "reproduced: no git here to ask for the committed tables"
     committed = {Path(line) for line in listed.stdout.splitlines() if line.endswith(".csv")}
@@ -319,7 +302,8 @@ def compare_with_committed(results: Path) -> str:
 
 
 def _difference(path: Path) -> str:
-    shown = subprocess.run(["git", "show", f"HEAD:./{path.as_posix()}"], capture_output=True)
+    shown = subprocess.run(["git", "show", f"HEAD:./{path.as_posix()}"], capture_output=True,
+                           check=True)
     if shown.stdout == path.read_bytes():
         return ""
     ours, theirs = path.read_text().splitlines(), shown.stdout.decode().splitlines()

@@ -26,6 +26,8 @@ from xmask.study import training
 from xmask.synthetic import write_dataset
 from xmask.trainer import Trainer
 
+TRAINED = ("config.json", "history.csv", "model.safetensors")  # what a training leaves
+PATIENCE = 5.0  # seconds to wait for a run folder: within these a killed study's notebooks end
 DRAWN = {"train": 100, "test": 16, "seed": 2024}  # images per synthetic dataset of the demo
 
 
@@ -236,9 +238,7 @@ def evaluation_fingerprint(config: Config, data: str = "") -> str:
                                   _test_of(config, data).checksum())
 
 
-@cache
-def _segmenter(spec: str) -> dict:
-    return segmenters.open_segmenter(spec, "cpu").describe()
+_segmenter = cache(segmenters.describe)  # a checkpoint of gigabytes is read once
 
 
 def _test_of(config: Config, data: str):
@@ -264,11 +264,10 @@ def train(config: Config, data: str = "", *, progress: bool = True) -> Path:
     fingerprint = train_fingerprint(config, data)
     if provenance.is_done(stamp, fingerprint):
         return folder
-    with files.lock(folder):
+    with files.lock(folder, wait=PATIENCE):
         masks = make_masks(config, labelled(config, data), data, progress=progress)
         _fit(config, data, masks, fingerprint, progress)
-        provenance.write_stamp(stamp, fingerprint, [
-            folder / name for name in ("config.json", "history.csv", "model.safetensors")])
+        provenance.write_stamp(stamp, fingerprint, [folder / name for name in TRAINED])
     return folder
 
 
@@ -316,7 +315,7 @@ def evaluate(config: Config, data: str = "", *, progress: bool = True) -> dict:
     folder, stamp = train(config, data, progress=progress), stamp_of("evaluate", config)
     fingerprint = evaluation_fingerprint(config, data)
     if not provenance.is_done(stamp, fingerprint):
-        with files.lock(folder):
+        with files.lock(folder, wait=PATIENCE):
             network, _, _ = evaluation.load(folder / "model.safetensors", device())
             if config.machine.threads:
                 torch.set_num_threads(config.machine.threads)

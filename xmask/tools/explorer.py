@@ -63,11 +63,10 @@ class Scene:
         shape = self.shape = image.shape[:2]
         heads = torch.from_numpy(self.points).double()
         self.radii = nnec.exclusion_radii(heads, shape, lone=decode.LONE_RADIUS)
-        head, pixel = nnec.incidence(heads, self.radii, shape)
-        kept = nnec.split_coincident(heads, head, pixel, shape)
-        head, pixel = head[kept], pixel[kept]
-        order, self._layers = _layers(pixel.numpy())
-        head, pixel = head[order], pixel[order]
+        pairs = nnec.circles(heads, self.radii, shape)
+        order, self._layers = _layers(pairs.pixel.numpy())
+        pairs = pairs.select(order)
+        head, pixel = pairs.head, pairs.pixel
         self._owner, self._pixel = (head + 1).to(torch.int32).numpy(), pixel.numpy()
         full = upsample(embedding.cpu(), 4)[:, :shape[0], :shape[1]]
         self._distance: dict[float, np.ndarray] = {}

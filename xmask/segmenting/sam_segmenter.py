@@ -1,0 +1,321 @@
+"""SAM as a segmenter of EDP-SAM: heads prompted in enlarged crops, read at the incidences only."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from xmask.segmenters import NEGATIVE, PADDING, Prompts, check_image
+from xmask.segmenting import checkpoints, sam
+from xmask.segmenting.crops import View, plan_crops
+from xmask.segmenting.sam_decoder import HeadDecoder
+
+_DECODER_BATCH = 64  # heads per decoder call, SAM's own habit for grids of points
+_ENCODER_BATCH, _ENCODER_SIDE = 16, 256  # crops per encoder call, for inputs up to so many px
+# Where nobody says how large a head is, its radius is this share of its circle's diameter: in a
+# crowd, circles are 2.3 heads wide.
+_OF_CIRCLE = 7 / 32
+_ZOOM = 4  # at most 1 + 9 + 36 crops: the encoder of an original SAM takes seconds on a CPU
+_ZOOM_BUNDLED = 64
+_OUTSIDE_VIEW = -20.0  # logit of an incidence that the head's crop does not show
+
+
+class SamSegmenter:
+    """The Segment Anything Model, original or bundled.
+
+    Heads are prompted in crops of the image, enlarged until a head is large enough for the
+    model's masks (`crops`); a crop is encoded when first needed, and kept until the next image. `max_zoom` limits how small crops get; 1 keeps to the whole image.
+
+    checkpoint: a state dict of the original release: its path, or the name of a published one
+        ("vit_b", "vit_l", "vit_h"), as `xmask.segmenting.checkpoints` finds it.
+    model_type: "vit_b", "vit_l" or "vit_h"; inferred from the weights if None.
+    device: where the model runs.
+    Raises FileNotFoundError, or ValueError that says what the file is instead.
+
+    `seconds` holds the time spent since `set_image`, in "encoder" and "prompts"; `encoded` the
+    number of crops.
+    """
+
+    name, crops_by_size = "sam", True
+
+    def __init__(
+        self,
+        checkpoint: str | Path,
+        model_type: str | None = None,
+        device: str | torch.device = "cpu",
+        *,
+        max_zoom: float = _ZOOM,
+    ) -> None:
+        path, checksum = checkpoints.locate(checkpoint)
+        model, model_type = sam.load_original(path, model_type)
+        self._attach(model, device, max_zoom)
+        self._description = _description(model_type, path.name, checksum, max_zoom)
+
+    @classmethod
+    def bundled(cls, device: str | torch.device = "cpu", *, max_zoom: float = _ZOOM_BUNDLED
+                ) -> SamSegmenter:
+        """The small SAM that comes with the package, trained on synthetic crowds only."""
+        model, record = sam.load_bundled()
+        self = cls.from_model(model, device, max_zoom=max_zoom)
+        self._description = _description("bundled", record["file"], record["sha256"], max_zoom)
+        return self
+
+    @classmethod
+    def from_model(
+        cls, model: torch.nn.Module, device: str | torch.device = "cpu", *, max_zoom: float = _ZOOM
+    ) -> SamSegmenter:
+        """A segmenter around a `segment_anything.modeling.Sam` that is already in memory.
+
+        `describe()` names it by a checksum of its weights, so that it is another one once it
+        has learned more.
+        """
+        self = cls.__new__(cls)
+        self._attach(model, device, max_zoom)
+        self._description = {"kind": "sam", "model_type": "in-memory", "max_zoom": max_zoom}
+        return self
+
+    def _attach(
+        self, model: torch.nn.Module, device: str | torch.device, max_zoom: float
+    ) -> None:
+        from segment_anything.utils.transforms import ResizeLongestSide
+
+        if max_zoom < 1:
+            raise ValueError(f"max_zoom: expected 1 or more, found {max_zoom}")
+        self.device = torch.device(device)
+        self.model = model.to(self.device).eval()
+        self._input_side = model.image_encoder.img_size
+        self._cells = 4 * model.prompt_encoder.image_embedding_size[0]
+        self._resize = ResizeLongestSide(self._input_side)
+        self._max_zoom = max_zoom
+        self._forget()
+
+    def _forget(self) -> None:
+        self._image: np.ndarray | None = None
+        self._features: dict[View, torch.Tensor] = {}
+        self.seconds = {"encoder": 0.0, "prompts": 0.0}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Sent to another process without the image it is looking at."""
+        return self.__dict__ | {"_image": None, "_features": {}}
+
+    @property
+    def encoded(self) -> int:
+        return len(self._features)
+
+    def describe(self) -> dict[str, Any]:
+        # Those from a file bring its checksum; one in memory can be trained between two calls.
+        if "sha256" in self._description:
+            return dict(self._description)
+        return {**self._description, "sha256": _checksum(self.model)}
+
+    def set_image(self, image: np.ndarray) -> None:
+        check_image(image)
+        if self._image is not None and np.array_equal(image, self._image):
+            self.seconds = {"encoder": 0.0, "prompts": 0.0}  # its crops are encoded already
+            return
+        self._forget()
+        self._image = np.array(image)
+
+    def predict(
+        self, prompts: Prompts, head: np.ndarray, pixel: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        if self._image is None:
+            raise RuntimeError("no image yet: call set_image(image) before predict")
+        candidates = 3 if prompts.multimask else 1
+        logits = np.full((candidates, len(head)), _OUTSIDE_VIEW, dtype=np.float32)
+        scores = np.zeros((len(prompts), candidates), dtype=np.float32)
+        if len(prompts) == 0:
+            return logits, scores
+        first = np.searchsorted(head, np.arange(len(prompts) + 1))
+        views, view_of = plan_crops(
+            prompts.points[:, 0], self._sizes(prompts, head, pixel, first),
+            self._image.shape[:2], cells=self._cells, side=self._input_side,
+            max_zoom=self._max_zoom)
+        self._encode(views)
+        began = time.perf_counter()
+        for number in np.unique(view_of):
+            view, members = views[number], np.flatnonzero(view_of == number)
+            decoder = self._decoder(view)
+            for start in range(0, len(members), _DECODER_BATCH):
+                rows = members[start:start + _DECODER_BATCH]
+                lengths = first[rows + 1] - first[rows]
+                local = np.repeat(np.arange(len(rows)), lengths)
+                where = np.arange(lengths.sum()) + np.repeat(
+                    first[rows] - np.cumsum(lengths) + lengths, lengths)
+                y, x = np.divmod(pixel[where], self._image.shape[1])
+                y, x = y - view.top, x - view.left
+                shown = (y >= 0) & (y < view.height) & (x >= 0) & (x < view.width)
+                local, y, x = local[shown], y[shown], x[shown]
+                low, quality = self._decode(decoder, prompts, rows, view, local, y, x)
+                scores[rows] = quality.clamp(0, 1).cpu().numpy()
+                logits[:, where[shown]] = self._read(low, local, y, x, view).cpu().numpy()
+        self.seconds["prompts"] += time.perf_counter() - began
+        return logits, scores
+
+    def _sizes(
+        self, prompts: Prompts, head: np.ndarray, pixel: np.ndarray, first: np.ndarray
+    ) -> np.ndarray:
+        """(B,) px: how large each head is, as far as anybody knows."""
+        if prompts.sizes is not None:
+            return prompts.sizes
+        sizes = np.full(len(prompts), np.inf)
+        filled = np.flatnonzero(first[1:] > first[:-1])
+        if len(filled):
+            starts = first[:-1][filled]
+            sizes[filled] = _OF_CIRCLE * (1 + np.maximum.reduce([
+                np.maximum.reduceat(one, starts) - np.minimum.reduceat(one, starts)
+                for one in np.divmod(pixel, self._image.shape[1])]))
+        return sizes
+
+    @torch.no_grad()
+    def _encode(self, views: list[View]) -> None:
+        """SAM's image embeddings of crops, kept until the next image."""
+        began = time.perf_counter()
+        missing = [view for view in dict.fromkeys(views) if view not in self._features]
+        batch = _ENCODER_BATCH if self._input_side <= _ENCODER_SIDE else 1
+        for start in range(0, len(missing), batch):
+            part = missing[start:start + batch]
+            pixels = []
+            for view in part:
+                crop = self._image[view.top:view.top + view.height,
+                                   view.left:view.left + view.width]
+                if self.model.image_format != "RGB":
+                    crop = crop[..., ::-1]
+                resized = torch.as_tensor(self._resize.apply_image(crop), device=self.device)
+                pixels.append(self.model.preprocess(resized.permute(2, 0, 1)))
+            for view, features in zip(part, self.model.image_encoder(torch.stack(pixels))):
+                self._features[view] = features
+        self.seconds["encoder"] += time.perf_counter() - began
+
+    @torch.no_grad()
+    def _decoder(self, view: View) -> HeadDecoder:
+        prompt_encoder = self.model.prompt_encoder
+        return HeadDecoder(
+            self.model.mask_decoder, self._features[view][None], prompt_encoder.get_dense_pe(),
+            prompt_encoder.no_mask_embed.weight[0])
+
+    @torch.no_grad()
+    def _decode(
+        self, decoder: HeadDecoder, prompts: Prompts, rows: np.ndarray, view: View,
+        local: np.ndarray, y: np.ndarray, x: np.ndarray,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """SAM's decoder on some heads: low-resolution logits (b, C, h, w), predicted IoU (b, C).
+
+        Logits are made where `_read` reads them for pixels (y, x) of heads `local` only.
+        """
+        size = (view.height, view.width)
+        offset = np.array([view.left, view.top])
+        points = prompts.points[rows] - offset
+        labels = prompts.labels[rows].copy()
+        seen = ((points > -1) & (points < (view.width, view.height))).all(-1)
+        labels[~seen & (labels == NEGATIVE)] = PADDING
+        points = self._to_device(self._resize.apply_coords(points, size))
+        labels = torch.as_tensor(labels, device=self.device)
+        boxes = None
+        if prompts.boxes is not None:
+            corners = (prompts.boxes[rows].reshape(-1, 2, 2) - offset).clip(
+                0, (view.width - 1, view.height - 1))
+            boxes = self._to_device(self._resize.apply_coords(corners, size)).reshape(-1, 4)
+        sparse, _ = self.model.prompt_encoder(
+            points=(points, labels), boxes=boxes, masks=None)
+        cells = self.model.prompt_encoder.image_embedding_size
+        side = self._resize.get_preprocess_shape(view.height, view.width, self._input_side)
+        taken = []
+        for axis, place in enumerate((y, x)):
+            tap, weight = resize_taps(4 * cells[axis], self._input_side, side[axis], size[axis])
+            last = np.minimum(tap[place] + weight.shape[1] - 1, 4 * cells[axis] - 1)
+            taken.append((tap[place] // 4, last // 4))
+        (top, bottom), (left, right) = taken
+        # the taps of a pixel lie in at most two cells along each axis
+        wanted = np.unique(np.concatenate([
+            (local * cells[0] + row) * cells[1] + column
+            for row in (top, bottom) for column in (left, right)]))
+        head, row, column = np.unravel_index(wanted, (len(rows), *cells))
+        return decoder(sparse, prompts.multimask, *(
+            torch.as_tensor(index, device=self.device) for index in (head, row, column)))
+
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+        return torch.as_tensor(array, dtype=torch.float32, device=self.device)
+
+    def _read(
+        self, low: torch.Tensor, local: np.ndarray, y: np.ndarray, x: np.ndarray, view: View
+    ) -> torch.Tensor:
+        """Logits (C, m) at pixels (y, x) of a crop, as if the masks had been fully upsampled."""
+        count, candidates, rows, columns = low.shape
+        new_height, new_width = self._resize.get_preprocess_shape(
+            view.height, view.width, self._input_side)
+        first_row, row_weight = resize_taps(rows, self._input_side, new_height, view.height)
+        first_column, column_weight = resize_taps(
+            columns, self._input_side, new_width, view.width)
+        row = torch.as_tensor(first_row[y], device=self.device)
+        column = torch.as_tensor(first_column[x], device=self.device)
+        row_weight = self._to_device(row_weight[y])
+        column_weight = self._to_device(column_weight[x])
+        local = torch.as_tensor(local, device=self.device)
+        flat = low.transpose(0, 1).reshape(candidates, -1)
+        value = torch.zeros((candidates, len(local)), device=self.device)
+        for i in range(row_weight.shape[1]):
+            for j in range(column_weight.shape[1]):
+                # A tap beyond the last cell has weight 0; the clamp only keeps it readable.
+                at = (local * rows + (row + i).clamp(max=rows - 1)) * columns
+                at = at + (column + j).clamp(max=columns - 1)
+                value += flat[:, at] * (row_weight[:, i] * column_weight[:, j])
+        return value
+
+
+def describe(name: str) -> dict[str, Any]:
+    """What `describe()` says of the SAM `name`, "bundled", "vit_b" or a path, once it is open."""
+    if name == "bundled":
+        record = sam.bundled_record()
+        return _description("bundled", record["file"], record["sha256"], _ZOOM_BUNDLED)
+    path, checksum = checkpoints.locate(name)
+    return _description(sam.model_type(path), path.name, checksum, _ZOOM)
+
+
+def _description(model_type: str, file: str, sha256: str, max_zoom: float) -> dict[str, Any]:
+    return {"kind": "sam", "model_type": model_type, "checkpoint": file, "sha256": sha256,
+            "max_zoom": max_zoom}
+
+
+def _checksum(model: torch.nn.Module) -> str:
+    """SHA-256 over names, types, shapes and values of a model's weights."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def resize_taps(
+    low: int, side: int, kept: int, size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """One axis of SAM's two-step mask upsampling, composed into one weighted sum.
+
+    `Sam.postprocess_masks` resizes low -> side bilinearly, keeps the first `kept` values (the
+    rest is padding), and resizes those -> size; align_corners is False in both steps. Both are
+    separable, so each output pixel of an axis is a sum over at most four neighbouring cells.
+    Returns (first (S,) int64, weight (S, taps) float64), S = size: output u is the sum over t of
+    weight[u, t] * cell[first[u] + t].
+    """
+    def bilinear(inputs: int, outputs: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        position = np.maximum((np.arange(outputs) + 0.5) * (inputs / outputs) - 0.5, 0)
+        below = np.minimum(position.astype(np.int64), inputs - 1)
+        return below, np.minimum(below + 1, inputs - 1), position - below
+
+    inner_below, inner_above, inner_part = bilinear(low, side)
+    below, above, part = bilinear(kept, size)
+    cells = np.stack([inner_below[below], inner_above[below],
+                      inner_below[above], inner_above[above]], axis=1)
+    weights = np.stack([(1 - part) * (1 - inner_part[below]), (1 - part) * inner_part[below],
+                        part * (1 - inner_part[above]), part * inner_part[above]], axis=1)
+    first = cells.min(axis=1)
+    taps = int((cells - first[:, None]).max()) + 1
+    weight = np.zeros((size, taps))
+    np.add.at(weight, (np.arange(size)[:, None], cells - first[:, None]), weights)
+    return first, weight
