@@ -127,8 +127,7 @@ def p2r_assign(
     Returns (owner (h*w,) int64, -1 for none; distance (h*w,) float64 pixels, inf for none), on
     the points' device. Of points equally far the lowest index owns the cell.
     """
-    points = to_tensor(points)[0]
-    points, image, _ = stack_points([points], points.device)
+    points, image, _ = stack_points([points], to_tensor(points)[0].device)
     return _nearest_heads(points, image, 1, cells_shape, stride, max_distance)
 
 
@@ -174,7 +173,7 @@ def _nearest_heads(
         best = torch.full((images * down * across,), math.inf, dtype=far.dtype, device=device)
         best.scatter_reduce_(0, square, far, "amin")
         # a hair's breadth more than exact: rounding must not lose the nearest point
-        limit = best.index_select(0, square) * (1 + 1e-12) if level else best.index_select(0, square)
+        limit = best.index_select(0, square) * (1 + 1e-12 if level else 1)
         kept = torch.nonzero((near <= limit) & (near < max_distance**2 * (1 + 1e-12))).squeeze(1)
         point, where, top, left = (v.index_select(0, kept) for v in (point, where, top, left))
     # Squares of one cell: near and far are one number, and only equal distances are left.

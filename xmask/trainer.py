@@ -101,8 +101,7 @@ class Trainer:
                  "augmentation": config.augmentation}
         self.labelled = Crops(labelled, **crops, strong=False)
         self.unlabelled = Crops(unlabelled, **crops, strong=True) if len(unlabelled) else None
-        self.steps = steps_per_epoch(
-            config.schedule, o.batch, len(unlabelled) or len(labelled))
+        self.steps = steps_per_epoch(config.schedule, o.batch, len(unlabelled) or len(labelled))
         self._batches: Iterator[tuple[Batch, Batch | None]] | None = None
 
     @property
@@ -136,9 +135,8 @@ class Trainer:
         except torch.cuda.OutOfMemoryError as error:
             o = self.config.optimisation
             raise RuntimeError(
-                f"{self.config.run}: out of GPU memory in epoch {self.epoch}; lower "
-                f"optimisation.batch (now {o.batch}) or optimisation.crop (now {o.crop})"
-            ) from error
+                f"{self.config.run}: out of GPU memory in epoch {self.epoch}; lower optimisation."
+                f"batch (now {o.batch}) or optimisation.crop (now {o.crop})") from error
         row = {"step": (self.epoch + 1) * self.steps, "epoch": self.epoch, "phase": phase}
         row |= {name: sum(r[name] for r in rows) / len(rows) for name in rows[0]}
         self.history.append(row | {"weight": weight})
@@ -195,8 +193,7 @@ class Trainer:
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"{self.config.run}: the loss is {loss.item()} in epoch {self.epoch} "
-                f"(phase {phase}); lower the learning rate of that phase"
-            )
+                f"(phase {phase}); lower the learning rate of that phase")
         self._learn(loss)
         row = {"loss": loss, "labelled": own, "unlabelled": other} | terms
         return {name: float(value.detach()) for name, value in row.items()}

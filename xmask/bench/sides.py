@@ -311,7 +311,7 @@ def _network(memory_format: torch.memory_format = torch.channels_last) -> nn.Mod
 
 
 def forward(shape: Shape) -> Callable[[], None]:
-    """VGG16-BN and both decoders on one test image, as `xmask.study.evaluate.predict` runs them."""
+    """VGG16-BN and both decoders on one test image, as `xmask.predict.predict_image` runs them."""
     network = _network().eval()
     image = torch.rand(1, 3, *shape).contiguous(memory_format=torch.channels_last)
 
@@ -335,6 +335,9 @@ def _network_output(points: Tensor, cells: Shape) -> tuple[Tensor, Tensor]:
 
 def after_network(heads: int, shape: Shape, score: bool = False) -> Callable[[], int]:
     """Points and masks of one test image; score: and its metrics against a truth."""
+    from xmask.config import preset
+
+    decoding = preset("paper", "sha", 40).evaluation
     cells = tuple(side // model.STRIDE for side in shape)
     logits, embedding = _network_output(crowd(heads, shape), cells)
     true_points = crowd(heads, shape)
@@ -342,7 +345,7 @@ def after_network(heads: int, shape: Shape, score: bool = False) -> Callable[[],
 
     def call() -> int:
         with torch.inference_mode():
-            found = decode.predict(logits, embedding, shape, stride=model.STRIDE)
+            found = decode.predict(logits, embedding, shape, decoding)
         if score:
             metrics.segmentation(found.instances, true)
             for sigma in (4, 8):

@@ -7,74 +7,24 @@ fixed radius at the predicted points, whole or cut where they meet.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import nn
 from tqdm.auto import tqdm
 
-from xmask import config as configuration
-from xmask import decode, files, metrics, model, nnec
-from xmask.config import Config, Decoding
+from xmask import decode, files, metrics, nnec
+from xmask.config import Config, Evaluation
 from xmask.data.sample import Sample
-from xmask.data.transforms import to_tensor
+from xmask.predict import predict_image
 
 LOCALISATION_SIGMAS = (4, 8)  # px, usual for ShanghaiTech A
 
 
-def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Module, Config, dict]:
-    """A trained network, its configuration and its safetensors metadata.
-
-    Raises FileNotFoundError, or ValueError for a file that is not a model of this package.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such model. Check the path; `xmask train` makes a "
-                                "run folder with a model, `xmask export` one file of it.")
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-        config = configuration.from_dict(json.loads(metadata["config"]))
-        network = model.XMask(config.network)
-        network.load_state_dict(load_file(path))
-    except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"{path}: not a model of this version of xmask ({type(error).__name__}: {error}). "
-            "Give a run folder or a file made by `xmask export`, or train it again."
-        ) from error
-    return network.to(device).eval(), config, metadata
-
-
-@torch.inference_mode()
-def predict(network: nn.Module, image: np.ndarray, decoding: Decoding) -> decode.Prediction:
-    """Points, scores and label map of one image, uint8 (H, W, 3), at its own resolution."""
-    device = next(network.parameters()).device
-    shape = image.shape[:2]
-    half = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    padded = model.pad_to_multiple(to_tensor(image)[None]).to(device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=half):
-        output = network(padded.contiguous(memory_format=torch.channels_last))
-    return decode.predict(
-        output.logits[0].float(),
-        output.embedding[0].float(),
-        shape,
-        stride=model.STRIDE,
-        point_threshold=decoding.point_threshold,
-        threshold=decoding.theta,
-        geometry_weight=decoding.geometry_weight,
-        sigma=decoding.sigma,
-        density_gate=decoding.density_gate,
-    )
-
-
-def count_error(network: nn.Module, samples, decoding: Decoding) -> float:
+def count_error(network: nn.Module, samples, decoding: Evaluation) -> float:
     """Count MAE over samples: what "best-on-test" selects by."""
-    errors = [abs(len(predict(network.eval(), s.image, decoding).points) - len(s.points))
+    errors = [abs(predict_image(network.eval(), s.image, decoding).count - len(s.points))
               for s in samples]
     return float(np.mean(errors))
 
@@ -89,16 +39,16 @@ def evaluate(network: nn.Module, dataset, config: Config, folder: Path, *,
     truths: list[np.ndarray | None] = []
     for index in tqdm(range(len(dataset)), desc="evaluate", unit="image", disable=not progress):
         sample: Sample = dataset[index]
-        prediction = predict(network, sample.image, config.evaluation)
+        prediction = predict_image(network, sample.image, config.evaluation)
         _write_prediction(folder / "predictions", dataset.ids[index], prediction)
         row = {"name": dataset.ids[index], "true_count": len(sample.points),
-               "count": len(prediction.points), "mean_iou": None}
+               "count": prediction.count, "mean_iou": None}
         if sample.instances is not None:
             segmentations.append(metrics.segmentation(prediction.instances, sample.instances))
             if len(sample.points):
                 row["mean_iou"] = float(segmentations[-1]["mean_iou"])
         rows.append(row)
-        predicted.append(prediction.points)
+        predicted.append(prediction.heads)
         true.append(sample.points)
         truths.append(sample.instances)
 

@@ -127,7 +127,7 @@ def _shared_states(trainer: Trainer, place: Path, inputs: str) -> dict[int, Path
 
 def _save(path: Path, trainer: Trainer, key: str, best: tuple[float, dict] | None) -> None:
     with files.replacing(path) as temporary:
-        torch.save({"fingerprint": key, "training": trainer.state(), "best": best}, temporary)
+        torch.save(trainer.state() | {"fingerprint": key, "best": best}, temporary)
 
 
 def _resume(
@@ -150,7 +150,7 @@ def _resume(
             best = found["best"]
             if best is not None:
                 copy.deepcopy(trainer.network).load_state_dict(best[1])
-            trainer.restore(found["training"])
+            trainer.restore(found)
             return best
         except (OSError, MemoryError):  # the file may be whole: it could not be read now
             raise
