@@ -43,7 +43,7 @@ def _command(name: str, place: Path) -> list[str]:
                  "classical"]
     else:
         if not (place / "photos").exists():
-            _photos(place / "photos", 12)
+            _photos(place / "photos", 6)
         words = ["predict", str(place / "photos"), "--device", "cpu"]
     return [sys.executable, "-m", "xmask", *words, "--out"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load
 
 import xmask
 from xmask import files
@@ -86,8 +86,8 @@ def test_what_is_finished_is_not_done_again(photos, tmp_path, monkeypatch, caplo
     assert record["start"] == xmask.load(device="cpu").record["sha256"]
     assert record["start"][:12] in record["backbone"]["initialisation"]
     assert len(record["data"]["left_out"]) == 1 and record["data"]["unlabelled"] == 2
-    model, tensors = ((out / "model.safetensors").read_bytes(),
-                      load_file(out / "model.safetensors"))
+    model = (out / "model.safetensors").read_bytes()
+    tensors = load(model)
     mask = (out / "masks" / "p1.png").stat().st_mtime_ns
     monkeypatch.setattr(learn, "Trainer", None)
     run()  # trains nothing
@@ -97,7 +97,7 @@ def test_what_is_finished_is_not_done_again(photos, tmp_path, monkeypatch, caplo
     monkeypatch.undo()
     (out / "model.safetensors").write_bytes(model[:-9])  # damaged: trained again
     run()
-    again = load_file(out / "model.safetensors")
+    again = load((out / "model.safetensors").read_bytes())
     assert all((again[name] == tensors[name]).all() for name in tensors)
     assert (out / "model.safetensors.set-aside-1").is_file()
     assert (out / "masks" / "p1.png").stat().st_mtime_ns == mask  # masks are not made again
