@@ -41,7 +41,7 @@ def test_any_value_is_refused_by_name_or_survives_json(name, value):
 
 
 NESTED = st.recursive(JUNK, lambda inner: st.dictionaries(
-    st.sampled_from([*FIELDS, "loss", "schedule", "tau"]) | st.integers() | st.text(max_size=4),
+    st.sampled_from([*FIELDS, "loss", "schedule", "tau", "consistency"]) | st.integers() | st.text(max_size=4),
     inner, max_size=3), max_leaves=5)
 
 

@@ -199,8 +199,7 @@ def _page_commands(command: Callable) -> None:
     made.add_argument("--only", type=_names, default=(), metavar="GROUPS",
                       help="e.g. decode,losses; default: all")
     made.add_argument("--threads", type=_positive, default=2)
-    made = command("docs", _docs, "for maintainers: write docs/api.md and README.md's results "
-                   "table anew")
+    made = command("docs", _docs, "for maintainers: write README.md's results table anew")
     made.add_argument("--walkthroughs", nargs="*", metavar="NAME",
                       help="instead, run these walkthroughs (e.g. 01; default: all) and store "
                            "their outputs")
@@ -457,7 +456,7 @@ def _docs(o: argparse.Namespace) -> int:
 
     root = steps.enter_root()
     if o.walkthroughs is None:
-        made = pages.refresh(root)
+        made = [pages.refresh(root)]
     else:
         made = map(walkthroughs.execute, walkthroughs.walkthroughs(only=o.walkthroughs))
     for path in made:

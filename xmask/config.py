@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import difflib
 import types
-from typing import Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -25,6 +25,20 @@ from pydantic import (
 
 Profile = Literal["demo", "photo", "paper"]
 Dataset = Literal["sha", "qnrf", "jhu", "shb", "synthetic"]
+AnySection = TypeVar("AnySection", bound="Section")
+
+# Ranges: 0 is allowed where it means "off" or "none"; upper bounds only catch slips of the pen.
+Share = Annotated[float, Field(ge=0, le=1)]  # also a probability
+Rate = Annotated[float, Field(gt=0, le=1)]
+Weight = Annotated[float, Field(ge=0, le=1000)]
+Amount = Annotated[float, Field(ge=0, le=100)]
+PositiveAmount = Annotated[float, Field(gt=0, le=100)]
+Pixels = Annotated[float, Field(ge=0, le=10**5)]
+PositivePixels = Annotated[float, Field(gt=0, le=10**5)]
+Count = Annotated[int, Field(ge=1, le=10**6)]
+CountOrZero = Annotated[int, Field(ge=0, le=10**6)]
+Size = Annotated[int, Field(ge=1, le=4096)]
+Text = Annotated[str, Field(pattern=r"^[^\x00]+$")]
 
 
 class Section(BaseModel):
@@ -35,6 +49,7 @@ class Section(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    ascending: ClassVar[tuple[tuple[str, ...], ...]] = ()  # fields of which none exceeds the next
 
     def __init__(self, **values: Any):
         try:
@@ -52,30 +67,34 @@ class Section(BaseModel):
                 pass
         return value
 
-    def _in_order(self, *names: str) -> None:
-        found = [getattr(self, name) for name in names]
-        if found != sorted(found):
-            raise ValueError(f"{names[0]}: {' <= '.join(names)} must hold, "
-                             f"found {', '.join(map(str, found))}")
+    @model_validator(mode="after")
+    def _in_order(self: AnySection) -> AnySection:
+        for names in self.ascending:
+            found = [getattr(self, name) for name in names]
+            if found != sorted(found):
+                raise ValueError(f"{names[0]}: {' <= '.join(names)} must hold, "
+                                 f"found {', '.join(map(str, found))}")
+        return self
 
 
 class Network(Section):
     """Paper section on the network."""
 
     # a name that timm knows, or "slim": the layers of VGG16-BN at 1/8 of the width
-    backbone: str = Field("vgg16_bn", pattern=r"^[A-Za-z0-9_.]+$", description="a backbone's name")
-    channels: int = Field(256, ge=1, le=4096)  # of fusion, density decoder and mask head
-    embedding: int = Field(16, ge=1, le=1024)
+    backbone: Annotated[
+        str, Field(pattern=r"^[A-Za-z0-9_.]+$", description="a backbone's name")] = "vgg16_bn"
+    channels: Size = 256  # of fusion, density decoder and mask head
+    embedding: Size = 16
     # "imagenet", "random", or the path of a VGG16-BN state dict
-    weights: str = Field("imagenet", pattern=r"^[^\x00]+$",
-                         description="imagenet, random or a file's path")
+    weights: Annotated[
+        Text, Field(description="imagenet, random or a file's path")] = "imagenet"
 
 
 class Masks(Section):
     """EDP-SAM: what makes the masks of the labelled images."""
 
-    segmenter: str = Field("classical", pattern=r"^[^\x00]+$",
-                           description="classical, bundled or the path of a SAM checkpoint")
+    segmenter: Annotated[Text, Field(
+        description="classical, bundled or the path of a SAM checkpoint")] = "classical"
     nnec: bool = True
     superpixel_prompt: bool = True
 
@@ -83,133 +102,113 @@ class Masks(Section):
 class Loss(Section):
     """Weights and margins of the losses."""
 
-    max_distance: float = Field(96.0, gt=0, le=1e5)  # P2R: px, a cell farther away is nobody's
-    min_radius: float = Field(8.0, gt=0, le=1e5)  # P2R: px, lower bound of a region's radius
-    distance_cost: float = Field(8.0, ge=0, le=1e3)  # P2R: of a cell at the rim, in logits
-    empty_weight: float = Field(0.5, ge=0, le=1e3)  # P2R: weight of a crop without points
-    tau: float = Field(0.6, gt=0, le=2)  # exclusivity: boundary in embedding space
-    margin: float = Field(0.1, ge=0, le=2)
-    push_margins: float = Field(4.0, ge=0, le=100)  # others are pushed beyond tau + 4 margins
-    sigma: float = Field(1.5, ge=0, le=100)  # Gaussian smoothing of the embedding, px; 0: none
+    max_distance: PositivePixels = 96.0  # P2R: px, a cell farther away is nobody's
+    min_radius: PositivePixels = 8.0  # P2R: px, lower bound of a region's radius
+    distance_cost: Weight = 8.0  # P2R: of a cell at the rim, in logits
+    empty_weight: Weight = 0.5  # P2R: weight of a crop without points
+    tau: Annotated[float, Field(gt=0, le=2)] = 0.6  # exclusivity: boundary in embedding space
+    margin: Annotated[float, Field(ge=0, le=2)] = 0.1
+    push_margins: Amount = 4.0  # others are pushed beyond tau + 4 margins
+    sigma: Amount = 1.5  # Gaussian smoothing of the embedding, px; 0: none
     differentiable_centers: bool = True
     nnec: bool = True
-    ignore_radius: float = Field(16.0, ge=0, le=1e5)  # px around a low-confidence pseudo point
-    point_mask: float = Field(1.0, ge=0, le=1e3)  # point-mask term; 0: off, as for all below
-    phase2_p2r: float = Field(0.0, ge=0, le=1e3)  # P2R in phase 2 too (ours; the paper: none)
-    background: float = Field(0.0, ge=0, le=1e3)  # mask constraint, three weights
-    foreground: float = Field(0.0, ge=0, le=1e3)
-    one_point: float = Field(0.0, ge=0, le=1e3)
-
-    @model_validator(mode="after")
-    def _check(self) -> Loss:
-        self._in_order("min_radius", "max_distance")
-        return self
+    ignore_radius: Pixels = 16.0  # px around a low-confidence pseudo point
+    point_mask: Weight = 1.0  # point-mask term; 0: off, as for all below
+    phase2_p2r: Weight = 0.0  # P2R in phase 2 too (ours; the paper: none)
+    background: Weight = 0.0  # mask constraint, three weights
+    foreground: Weight = 0.0
+    one_point: Weight = 0.0
+    ascending = (("min_radius", "max_distance"),)
 
 
 class Decoding(Section):
     """Thresholds that turn network output into points and masks; as defaults, pseudo-masks'."""
 
-    point_threshold: float = Field(0.1, ge=0, le=1)  # probability of a point that takes part
-    theta: float = Field(0.8, gt=0, le=100)  # energy below which a pixel is a head's
-    geometry_weight: float = Field(0.6, ge=0, le=100)  # lambda
-    sigma: float = Field(1.5, ge=0, le=100)  # smoothing, px; 0: none
+    point_threshold: Share = 0.1  # probability of a point that takes part
+    theta: PositiveAmount = 0.8  # energy below which a pixel is a head's
+    geometry_weight: Amount = 0.6  # lambda
+    sigma: Amount = 1.5  # smoothing, px; 0: none
     density_gate: bool = True  # in phase 3 only (release); phase 2 never has it
 
 
 class Evaluation(Decoding):
     """How test images are decoded, and which network is evaluated."""
 
-    theta: float = Field(1.1, gt=0, le=100)
-    geometry_weight: float = Field(0.8, ge=0, le=100)
-    sigma: float = Field(3.0, ge=0, le=100)
+    theta: PositiveAmount = 1.1
+    geometry_weight: Amount = 0.8
+    sigma: Amount = 3.0
     density_gate: bool = False
-    count_threshold: float = Field(0.5, ge=0, le=1)  # probability above which a point is counted
+    count_threshold: Share = 0.5  # probability above which a point is counted
     weights: Literal["student", "teacher"] = "student"
-
-    @model_validator(mode="after")
-    def _check(self) -> Evaluation:
-        self._in_order("point_threshold", "count_threshold")
-        return self
+    ascending = (("point_threshold", "count_threshold"),)
 
 
 class Schedule(Section):
     """Three phases, in epochs counted from 0; an epoch is `steps_per_epoch` steps."""
 
-    phase1: int = Field(1500, ge=1, le=10**6)  # points: epochs [0, phase1)
-    phase2: int = Field(2000, ge=1, le=10**6)  # masks: [phase1, phase2)
-    phase3: int = Field(2100, ge=1, le=10**6)  # points under the mask constraint
-    steps_per_epoch: int = Field(0, ge=0, le=10**6)  # 0: one pass over all training images
-    warmup: int = Field(50, ge=0, le=10**6)  # epochs of phase 1 without unlabelled crops
-    mask_warmup: int = Field(50, ge=0, le=10**6)  # the same in phase 2 (our reading)
-    ramp: float = Field(0.01, ge=0, le=100)  # growth per epoch of the unlabelled loss's weight
-    ramp_start: float = Field(0.1, ge=0, le=100)  # its first value in phase 3
-    ramp_end: float = Field(2.0, ge=0, le=100)
+    phase1: Count = 1500  # points: epochs [0, phase1)
+    phase2: Count = 2000  # masks: [phase1, phase2)
+    phase3: Count = 2100  # points under the mask constraint
+    steps_per_epoch: CountOrZero = 0  # 0: one pass over all training images
+    warmup: CountOrZero = 50  # epochs of phase 1 without unlabelled crops
+    mask_warmup: CountOrZero = 50  # the same in phase 2 (our reading)
+    ramp: Amount = 0.01  # growth per epoch of the unlabelled loss's weight
+    ramp_start: Amount = 0.1  # its first value in phase 3
+    ramp_end: Amount = 2.0
     unlabelled: bool = True  # False: supervised only, same number of steps
-
-    @model_validator(mode="after")
-    def _check(self) -> Schedule:
-        self._in_order("phase1", "phase2", "phase3")
-        return self
+    ascending = (("phase1", "phase2", "phase3"),)
 
 
 class Augmentation(Section):
     """How crops vary: a flip of every view, the rest of the student's view of unlabelled crops."""
 
-    flip: float = Field(0.5, ge=0, le=1)  # probability
-    jitter: float = Field(0.8, ge=0, le=1)  # probability of a change of all four:
-    brightness: float = Field(0.4, ge=0, le=1)
-    contrast: float = Field(0.4, ge=0, le=1)
-    saturation: float = Field(0.4, ge=0, le=1)
-    hue: float = Field(0.1, ge=0, le=0.5)  # share of the colour circle
-    grey: float = Field(0.25, ge=0, le=1)  # probability
-    blur: float = Field(0.8, ge=0, le=1)  # probability
-    blur_min: float = Field(0.1, gt=0, le=100)  # sigma, px
-    blur_max: float = Field(2.0, gt=0, le=100)
-    cutout_min: float = Field(1 / 8, ge=0, le=1)  # of each side of the crop
-    cutout_max: float = Field(1 / 4, ge=0, le=1)
-
-    @model_validator(mode="after")
-    def _check(self) -> Augmentation:
-        self._in_order("blur_min", "blur_max")
-        self._in_order("cutout_min", "cutout_max")
-        return self
+    flip: Share = 0.5  # probability
+    jitter: Share = 0.8  # probability of a change of all four:
+    brightness: Share = 0.4
+    contrast: Share = 0.4
+    saturation: Share = 0.4
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.1  # share of the colour circle
+    grey: Share = 0.25  # probability
+    blur: Share = 0.8  # probability
+    blur_min: PositiveAmount = 0.1  # sigma, px
+    blur_max: PositiveAmount = 2.0
+    cutout_min: Share = 1 / 8  # of each side of the crop
+    cutout_max: Share = 1 / 4
+    ascending = (("blur_min", "blur_max"), ("cutout_min", "cutout_max"),)
 
 
 class Optimisation(Section):
     """Batches, crops, learning rates, and the teacher's pace."""
 
-    batch: int = Field(16, ge=1, le=4096)  # labelled crops a step, and as many unlabelled ones
-    crop: int = Field(256, ge=32, le=8192, multiple_of=32)  # px
-    scale_min: float = Field(0.7, gt=0, le=16)
-    scale_max: float = Field(1.3, gt=0, le=16)
-    lr: float = Field(5e-5, gt=0, le=1)
-    encoder_lr: float = Field(1e-5, gt=0, le=1)
-    phase2_lr: float = Field(5e-6, gt=0, le=1)
-    phase2_encoder_lr: float = Field(0.0, ge=0, le=1)  # 0: frozen, as in the paper
-    mask_head_lr: float = Field(5e-6, gt=0, le=1)  # in phase 2; the paper has one rate there
-    phase3_lr: float = Field(5e-6, gt=0, le=1)  # published per split, 5e-6 to 5e-5
-    decay_every: int = Field(3500, ge=1, le=10**6)  # epochs after which all rates are multiplied
-    decay: float = Field(0.9, gt=0, le=1)  # by this (release: StepLR)
-    weight_decay: float = Field(1e-4, ge=0, le=1)  # published per split, 1e-6 to 5e-4
+    batch: Size = 16  # labelled crops a step, and as many unlabelled ones
+    crop: Annotated[int, Field(ge=32, le=8192, multiple_of=32)] = 256  # px
+    scale_min: PositiveAmount = 0.7
+    scale_max: PositiveAmount = 1.3
+    lr: Rate = 5e-5
+    encoder_lr: Rate = 1e-5
+    phase2_lr: Rate = 5e-6
+    phase2_encoder_lr: Share = 0.0  # 0: frozen, as in the paper
+    mask_head_lr: Rate = 5e-6  # in phase 2; the paper has one rate there
+    phase3_lr: Rate = 5e-6  # published per split, 5e-6 to 5e-5
+    decay_every: Count = 3500  # epochs after which all rates are multiplied
+    decay: Rate = 0.9  # by this (release: StepLR)
+    weight_decay: Share = 1e-4  # published per split, 1e-6 to 5e-4
     cosine: bool = False  # rates fall to zero over each phase (ours; the paper: no)
-    clip: float = Field(5.0, gt=0, le=1e6)  # norm of the gradient
-    ema: float = Field(0.998, ge=0, lt=1)  # share of the teacher that a step keeps
-    pseudo_threshold: float = Field(0.5, ge=0, le=1)  # of a teacher point in P2R; 0.5: logit >= 0
-    confident: float = Field(0.9, ge=0, le=1)  # above it a pseudo point vouches for its mask
-
-    @model_validator(mode="after")
-    def _check(self) -> Optimisation:
-        self._in_order("scale_min", "scale_max")
-        return self
+    clip: Annotated[float, Field(gt=0, le=10**6)] = 5.0  # norm of the gradient
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.998  # share of the teacher that a step keeps
+    pseudo_threshold: Share = 0.5  # of a teacher point in P2R; 0.5: logit >= 0
+    confident: Share = 0.9  # above it a pseudo point vouches for its mask
+    ascending = (("scale_min", "scale_max"),)
 
 
 class Machine(Section):
     """What does not belong to the method but to where it runs."""
 
-    threads: int = Field(0, ge=0, le=1024)  # CPU threads of one run; 0: all cores
-    workers: int = Field(4, ge=0, le=256)  # processes that load data; 0: in the training process
+    threads: Annotated[int, Field(ge=0, le=1024)] = 0  # CPU threads of one run; 0: all cores
+    # processes that load data; 0: in the training process
+    workers: Annotated[int, Field(ge=0, le=256)] = 4
     cache_images: bool = False  # keep decoded training images in memory
-    checkpoint_every: int = Field(10, ge=1, le=10**6)  # epochs
+    checkpoint_every: Count = 10  # epochs
 
 
 class Config(Section):
@@ -217,12 +216,12 @@ class Config(Section):
 
     profile: Profile
     dataset: Dataset
-    percent: int = Field(ge=1, le=100)  # of the training images that are labelled
-    seed: int = Field(2024, ge=0, le=2**32 - 1)
-    variant: str = Field("xmask", pattern=r"^[A-Za-z0-9][A-Za-z0-9.-]{0,99}$",
-                         description="a name of letters, digits, - and .")
+    percent: Annotated[int, Field(ge=1, le=100)]  # of the training images that are labelled
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 2024
+    variant: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.-]{0,99}$",
+                                  description="a name of letters, digits, - and .")] = "xmask"
     # px, longer image side; None: the dataset's usual value
-    max_side: int | None = Field(None, ge=32, le=10**6)
+    max_side: Annotated[int | None, Field(ge=32, le=10**6)] = None
     # "best-on-test" is the authors' way: it selects on test data
     selection: Literal["last", "best-on-test"] = "last"
     network: Network = Network()
@@ -241,12 +240,9 @@ class Config(Section):
         suffix = "" if self.variant == "xmask" else f"-{self.variant}"
         return f"{self.dataset}-{self.percent}-s{self.seed}{suffix}"
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """All fields, nested by section, JSON-ready; `from_dict` reads it back."""
         return self.model_dump()
-
-
-AnySection = TypeVar("AnySection", bound=Section)
 
 
 def preset(profile: str, dataset: str, percent: int, **options: Any) -> Config:
@@ -256,7 +252,7 @@ def preset(profile: str, dataset: str, percent: int, **options: Any) -> Config:
     return presets.preset(profile, dataset, percent, **options)
 
 
-def from_dict(values: dict) -> Config:
+def from_dict(values: dict[str, Any]) -> Config:
     """The inverse of `Config.to_dict`; ValueError for what is no configuration.
 
     A field that is not there has its default.
@@ -291,17 +287,17 @@ def steps_per_epoch(schedule: Schedule, batch: int, images: int) -> int:
     return schedule.steps_per_epoch or -(-images // batch)
 
 
-def _renewed(values: dict) -> dict:
+def _renewed(values: dict[str, Any]) -> dict[str, Any]:
     """A configuration stored before the point-mask term had its name: it evaluated the teacher,
     and counted all points that took part."""
-    if not isinstance(values.get("loss"), dict) or "consistency" not in values["loss"]:
+    loss, old = values.get("loss"), values.get("evaluation", {})
+    if not (isinstance(loss, dict) and "consistency" in loss and isinstance(old, dict)):
         return values
-    loss = dict(values["loss"])
+    loss = dict(loss)
     loss["point_mask"] = loss.pop("consistency")
-    old = values.get("evaluation", {})
     evaluation = old | {"count_threshold": old.get("point_threshold", 0.5), "weights": "teacher"}
-    profile = {"reduced": "photo"}.get(values.get("profile", ""), values.get("profile"))
-    return values | {"profile": profile, "loss": loss, "evaluation": evaluation}
+    renamed = {"profile": "photo"} if values.get("profile") == "reduced" else {}
+    return values | renamed | {"loss": loss, "evaluation": evaluation}
 
 
 def _names(kind: type[Section]) -> list[str]:
@@ -309,8 +305,10 @@ def _names(kind: type[Section]) -> list[str]:
     names = []
     for name, field in kind.model_fields.items():
         inner = field.annotation
-        is_section = isinstance(inner, type) and issubclass(inner, Section)
-        names += [f"{name}.{part}" for part in _names(inner)] if is_section else [name]
+        if isinstance(inner, type) and issubclass(inner, Section):
+            names += [f"{name}.{part}" for part in _names(inner)]
+        else:
+            names.append(name)
     return names
 
 
@@ -323,7 +321,7 @@ def _explain(kind: type[Section], error: ValidationError) -> str:
     if fault["type"] == "missing":
         return f"{name}: missing; give {_allowed(kind, name)}"
     if fault["type"] == "value_error":  # said by a section in this one, or by a rule of this one
-        return (f"{name}." if name else "") + str(fault["ctx"]["error"])
+        return (f"{name}." if name else "") + str(fault.get("ctx", {})["error"])
     name = str(fault["loc"][0])  # a union adds the branch that failed
     return f"{name}: {_short(fault['input'])} is not {_allowed(kind, name)}"
 
@@ -340,11 +338,9 @@ def _allowed(kind: type[Section], name: str) -> str:
     inner = next((k for k in get_args(inner) if k is not type(None)), inner)
     noun = {bool: "true or false", int: "a whole number", float: "a number"}.get(
         inner, "a section, an object with fields by name")
-    limits = [f"{sign} {getattr(rule, key):g}" if inner is float else f"{sign} {getattr(rule, key)}"
-              for rule in field.metadata
-              for key, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="),
-                                ("multiple_of", "a multiple of"))
-              if getattr(rule, key, None) is not None]
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "multiple_of": "a multiple of"}
+    limits = [f"{sign} {getattr(rule, key)}" for rule in field.metadata
+              for key, sign in signs.items() if getattr(rule, key, None) is not None]
     return f"{optional}{noun} {' and '.join(limits)}".strip()
 
 

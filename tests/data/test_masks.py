@@ -20,7 +20,6 @@ from xmask.data.sample import Sample
 from xmask.edp_sam import generate_masks
 from xmask.segmenting.classical import ClassicalSegmenter
 
-
 # -- a whole data set ------------------------------------------------------------------------
 
 class Dataset:

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xmask.data.sample import Sample
 from xmask.config import Augmentation, override
+from xmask.data.sample import Sample
 from xmask.data.transforms import Crops, collate, random_crop, strong_view, to_tensor
 
 

@@ -13,8 +13,8 @@ from PIL import Image
 
 import xmask
 from xmask import decode, features
-from xmask.tools import explorer
 from xmask.synthetic import draw_scene
+from xmask.tools import explorer
 from xmask.tools.explorer import Explorer, ExplorerSettings
 
 

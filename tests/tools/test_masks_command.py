@@ -18,11 +18,11 @@ from PIL import Image
 from scipy.io import savemat
 
 from xmask import files
-from xmask.tools import contact_sheet
 from xmask.cli import main
 from xmask.data.masks import read_masks
 from xmask.edp_sam import generate_masks
 from xmask.segmenting.classical import ClassicalSegmenter
+from xmask.tools import contact_sheet
 
 CLASSICAL = ["--segmenter", "classical"]
 

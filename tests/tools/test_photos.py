@@ -14,10 +14,10 @@ from pycocotools.coco import COCO
 
 import xmask
 from xmask import files
-from xmask.tools import photos
 from xmask.cli import main
 from xmask.data.images import read_labels
 from xmask.synthetic import draw_scene
+from xmask.tools import photos
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +199,7 @@ def test_a_failure_names_its_file_once(folder, tmp_path, capsys):
 
 
 def test_an_overlay_painted_in_strips_has_no_seam(model, monkeypatch, scene):
-    from xmask.study.figures import overlay
+    from xmask.tools.overlay import overlay
 
     found = model.predict(scene)
     whole = overlay(scene, found.instances, found.points)

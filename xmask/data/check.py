@@ -14,9 +14,16 @@ from tqdm.auto import tqdm
 from xmask.data import images
 from xmask.data.annotations import clip_points
 from xmask.data.layouts import (
-    MARKER, Layout, Listing, find_folder, layout_of, list_split, mask_path, no_folder)
-from xmask.data.readers import (
-    expected_images, read_marker, read_true_masks, turns_upright)
+    MARKER,
+    Layout,
+    Listing,
+    find_folder,
+    layout_of,
+    list_split,
+    mask_path,
+    no_folder,
+)
+from xmask.data.readers import expected_images, read_marker, read_true_masks, turns_upright
 
 COLUMNS = ["split", "item", "found", "expected", "status", "remedy"]
 

@@ -15,7 +15,16 @@ from xmask import files
 from xmask.data import images
 from xmask.data.annotations import clip_points
 from xmask.data.layouts import (
-    MARKER, Layout, Listing, find_folder, layout_of, list_split, mask_path, no_folder, number_of)
+    MARKER,
+    Layout,
+    Listing,
+    find_folder,
+    layout_of,
+    list_split,
+    mask_path,
+    no_folder,
+    number_of,
+)
 from xmask.data.sample import Sample
 
 #: Size of the set that is drawn where `open_dataset("synthetic", root)` finds none (ours):

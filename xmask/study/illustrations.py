@@ -21,7 +21,8 @@ from PIL import Image
 from torch import nn
 
 from xmask import nnec
-from xmask.study.figures import GREY, Picture
+from xmask.tools.described_figure import DescribedFigure
+from xmask.tools.overlay import GREY
 from xmask.trainer import Trainer
 
 DPI = 90
@@ -29,12 +30,12 @@ MOST_CIRCLES = 12  # coverage above this is counted as this; only heads closer t
 
 
 def axes(rows: int = 1, columns: int = 1, *, width: float = 4.0, height: float = 3.0
-         ) -> tuple[Picture, np.ndarray]:
+         ) -> tuple[DescribedFigure, np.ndarray]:
     """A figure of rows x columns panels, each `width` x `height` inches: (figure, axes (N,) row
     by row, N = rows * columns)."""
     with matplotlib.style.context("default"):
-        figure = Picture(figsize=(width * columns, height * rows), dpi=DPI, layout="constrained",
-                         facecolor="white")
+        figure = DescribedFigure(figsize=(width * columns, height * rows), dpi=DPI,
+                                 layout="constrained", facecolor="white")
         made = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in made:
         axis.spines[["top", "right"]].set_visible(False)
@@ -56,7 +57,7 @@ def circles(axis: Axes, points: np.ndarray, radii: np.ndarray, *, colour: str = 
                                         linewidth=width))
 
 
-def show(figure: Picture, alt: str) -> None:
+def show(figure: DescribedFigure, alt: str) -> None:
     """Display a figure, with `alt`, what it shows in a sentence, for those who do not see it."""
     stream = io.BytesIO()
     with matplotlib.style.context("default"):

@@ -19,8 +19,8 @@ from PIL import Image
 
 from xmask import decode, nnec
 from xmask.features import sample_at, smooth, upsample
-from xmask.study.figures import INSTANCES
 from xmask.predict import Predictor
+from xmask.tools.overlay import INSTANCES
 
 if TYPE_CHECKING:
     import ipywidgets

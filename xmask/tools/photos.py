@@ -128,8 +128,8 @@ def run(photos: Sequence[Photo], model: Predictor, out: str | os.PathLike, *,
     Written for a photo named N: `N.points.csv` (counted heads: x, y, score, area in pixels),
     `N.masks.png` (16-bit label map, value k the head of line k), `N.overlay.png`. Written for all
     results in the folder, of earlier calls, too: `counts.csv` (by name, and what failed in this
-    call) and `coco.json` (all masks as RLE); for this call `model.json` (the record of the model and the
-    thresholds). A photo keeps its name from call to call; another one of the same name gets the
+    call) and `coco.json` (all masks as RLE); for this call `model.json` (the record of the model
+    and the thresholds). A photo keeps its name from call to call; another one of the same name gets the
     name of its folder before its own.
     Raises ValueError for a max_side that no image can have, and what `files.OutputFolder` does.
     """
@@ -251,7 +251,7 @@ class _Results:
                 rows[path.stem] = Row(**note["row"])
         rows = [rows[name] for name in sorted(rows)]
         table = pd.DataFrame(rows, columns=[field.name for field in dataclasses.fields(Row)])
-        table = table.astype({name: "Int64" for name in ("count", "width", "height")})
+        table = table.astype(dict.fromkeys(("count", "width", "height"), "Int64"))
         files.write_text(self.folder.path / "counts.csv",
                          table.to_csv(index=False, lineterminator="\n"))
         record = self.model.record
@@ -287,8 +287,8 @@ def _read(path: Path) -> tuple[np.ndarray, str]:
 
 
 def paint(image: np.ndarray, label_map: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """`figures.overlay` of images of any size, in strips: (H, W, 3) uint8."""
-    from xmask.study.figures import overlay
+    """`tools.overlay` of images of any size, in strips: (H, W, 3) uint8."""
+    from xmask.tools.overlay import overlay
 
     painted, points = np.empty_like(image), np.rint(points)  # first: half pixels round to even
     for top in range(0, len(image), _STRIP):
