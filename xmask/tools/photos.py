@@ -128,9 +128,9 @@ def run(photos: Sequence[Photo], model: Predictor, out: str | os.PathLike, *,
     Written for a photo named N: `N.points.csv` (counted heads: x, y, score, area in pixels),
     `N.masks.png` (16-bit label map, value k the head of line k), `N.overlay.png`. Written for all
     results in the folder, of earlier calls, too: `counts.csv` (by name, and what failed in this
-    call) and `coco.json` (all masks as RLE); for this call `model.json` (the record of the model
-    and the thresholds). A photo keeps its name from call to call; another one of the same name gets the
-    name of its folder before its own.
+    call) and `coco.json` (all masks as RLE). Written for this call: `model.json` (the record of
+    the model and the thresholds). A photo keeps its name from call to call; another one of the
+    same name gets the name of its folder before its own.
     Raises ValueError for a max_side that no image can have, and what `files.OutputFolder` does.
     """
     check_side(max_side)
