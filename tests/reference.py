@@ -162,8 +162,10 @@ def _instances(labels):
     return [k for k in np.unique(labels) if k]
 
 
-def mask_constraint(logits, labels, confident, stride, background, foreground, one_point):
+def mask_constraint(logits, labels, confident, stride, background, foreground, one_point,
+                    visible=None):
     """The three terms, instance by instance; the count's gradient is that of the sigmoids."""
+    outside = torch.from_numpy(labels == 0 if visible is None else (labels == 0) & visible)
     fine = upsample(torch.relu(logits)[None], stride)[0]
     if fine.sum() > 0:
         fine = fine * (torch.relu(logits).sum() / fine.sum())
@@ -171,8 +173,8 @@ def mask_constraint(logits, labels, confident, stride, background, foreground, o
            if 0 <= x + 0.5 < labels.shape[1] and 0 <= y + 0.5 < labels.shape[0]}
     counted = [k for k in _instances(labels) if k in hit]
     total = logits.sum() * 0
-    if (labels == 0).any():
-        total = total + background * fine[torch.from_numpy(labels == 0)].mean()
+    if outside.any():
+        total = total + background * fine[outside].mean()
     for k in counted:
         inside = fine[torch.from_numpy(labels == k)].sum()
         total = total + foreground * (inside - 1).abs() / len(counted)
@@ -186,11 +188,17 @@ def mask_constraint(logits, labels, confident, stride, background, foreground, o
     return total
 
 
-def consistency(logits, labels, stride):
+def consistency(logits, labels, stride, points=None, ignore=None):
+    """points: of the instances that count, None: all do. ignore: (H, W) bool, cells left out."""
+    labels = np.asarray(labels)
+    counted = _instances(labels) if points is None else {
+        labels[math.floor(y + 0.5), math.floor(x + 0.5)] for x, y in points} - {0}
+    if ignore is not None:
+        labels = np.where(ignore, -1, labels)
     stray = [torch.sigmoid(logits[cell]) for cell in _cells_of(labels, 0, logits.shape, stride)
              if logits[cell] > 0]
     lost = [1 - max(torch.sigmoid(logits[cell]) for cell in cells) for cells in (
-        _cells_of(labels, k, logits.shape, stride) for k in _instances(labels)) if cells]
+        _cells_of(labels, k, logits.shape, stride) for k in counted) if cells]
     return logits.sum() * 0 + sum(sum(part) / len(part) for part in (stray, lost) if part)
 
 

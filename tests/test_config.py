@@ -1,134 +1,162 @@
-"""The presets hold the published numbers; wrong names and values are refused with a hint."""
+"""Every field has a type and a range; wrong names and values are refused in one clear line."""
 
 import json
+import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from xmask.config import ABLATIONS, DATASETS, PERCENTS, PROFILES, Config, from_dict, override, preset
+from xmask import config
+from xmask.config import Config, from_dict, override, preset
+from xmask.presets import PROFILES, VARIANTS
+
+BASE = preset("paper", "sha", 10)
+FIELDS = sorted({
+    name if not isinstance(value, dict) else f"{name}.{part}"
+    for name, value in BASE.to_dict().items() for part in (value if isinstance(value, dict) else [""])
+})
+JUNK = (st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+        | st.sampled_from(["nan", "-inf", "1e999", "5e-5", "0", 10**400, "synthetic", "slim", 64, 0.25])
+        | st.lists(st.integers(), max_size=2) | st.dictionaries(st.text(max_size=3), st.integers(), max_size=2))
 
 
+def _value(values, name):
+    for part in name.split("."):
+        values = values[part]
+    return values
+
+
+@given(name=st.sampled_from(FIELDS), value=JUNK)
+def test_any_value_is_refused_by_name_or_survives_json(name, value):
+    try:
+        made = override(BASE, {name: value})
+    except ValueError as error:
+        assert str(error).startswith(name.rpartition(".")[0]) and "\n" not in str(error)
+        assert type(error) is ValueError and len(str(error)) < 200
+    else:
+        assert from_dict(json.loads(json.dumps(made.to_dict()))) == made
+        assert math.isfinite(found) if isinstance(
+            found := _value(made.to_dict(), name), (int, float)) else True
+
+
+NESTED = st.recursive(JUNK, lambda inner: st.dictionaries(
+    st.sampled_from([*FIELDS, "loss", "schedule", "tau", "consistency"]) | st.integers() | st.text(max_size=4),
+    inner, max_size=3), max_leaves=5)
+
+
+@given(changed=st.dictionaries(st.sampled_from([*BASE.to_dict(), "lose"]), NESTED, max_size=2)
+       | NESTED)
+def test_any_stored_configuration_is_read_or_refused_with_a_value_error(changed):
+    values = BASE.to_dict() | changed if isinstance(changed, dict) else changed
+    try:
+        from_dict(values)
+    except ValueError as error:
+        assert type(error) is ValueError
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("profile", PROFILES)
-def test_every_split_of_every_profile_has_a_configuration(profile):
-    names = {preset(profile, d, p, seed=1).run for d in DATASETS for p in PERCENTS}
-    assert len(names) == 9
+def test_a_configuration_survives_json(profile, variant):
+    made = preset(profile, "qnrf", 40, variant=variant)
+    assert from_dict(json.loads(json.dumps(made.to_dict()))) == made
 
 
-def test_the_paper_preset_holds_the_published_constants():
-    c = preset("paper", "sha", 10)
-    assert (c.network.backbone, c.network.channels, c.network.embedding) == ("vgg16_bn", 256, 16)
-    assert (c.loss.max_distance, c.loss.min_radius) == (96, 8)
-    assert (c.loss.distance_cost, c.loss.empty_weight, c.loss.push_margins) == (8, 0.5, 4)
-    a = c.augmentation
-    assert (a.flip, a.jitter, a.grey, a.blur) == (0.5, 0.8, 0.25, 0.8)
-    assert (a.brightness, a.contrast, a.saturation, a.hue) == (0.4, 0.4, 0.4, 0.1)
-    assert (a.blur_min, a.blur_max, a.cutout_min, a.cutout_max) == (0.1, 2, 1 / 8, 1 / 4)
-    assert (c.loss.tau, c.loss.margin, c.loss.sigma, c.loss.ignore_radius) == (0.6, 0.1, 1.5, 16)
-    assert (c.pseudo.theta, c.pseudo.geometry_weight, c.pseudo.sigma) == (0.8, 0.6, 1.5)
-    assert (c.evaluation.theta, c.evaluation.geometry_weight, c.evaluation.sigma) == (1.1, 0.8, 3)
-    s, o = c.schedule, c.optimisation
-    assert (s.phase1, s.phase2, s.phase3) == (1500, 2000, 2100)
-    assert (s.warmup, s.mask_warmup) == (50, 50)
-    assert (s.ramp, s.ramp_start, s.ramp_end) == (0.01, 0.1, 2.0)
-    assert (o.batch, o.crop, o.scale_min, o.scale_max) == (16, 256, 0.7, 1.3)
-    assert (o.lr, o.encoder_lr, o.phase2_lr, o.phase3_lr) == (5e-5, 1e-5, 5e-6, 5e-6)
-    assert (o.weight_decay, o.clip, o.ema, o.confident) == (1e-4, 5, 0.998, 0.9)
-    assert (o.phase2_encoder_lr, c.loss.phase2_p2r) == (0, 0)
-    assert c.seed == 2024 and c.selection == "last" and not o.cosine
-
-
-@pytest.mark.parametrize(
-    "dataset, percent, values",
-    [
-        ("sha", 5, {"schedule.phase3": 2100, "loss.foreground": 0.005, "loss.consistency": 10}),
-        ("sha", 40, {"schedule.phase3": 2075, "loss.background": 0.1, "loss.foreground": 0.005,
-                     "loss.consistency": 0, "pseudo.theta": 0.95,
-                     "pseudo.geometry_weight": 0.4}),
-        ("qnrf", 5, {"schedule.phase3": 2050, "loss.background": 0.05,
-                     "loss.foreground": 0.0025}),
-        ("qnrf", 10, {"schedule.phase3": 2500, "loss.one_point": 1, "loss.consistency": 1}),
-        ("qnrf", 40, {"schedule.phase3": 4000, "loss.background": 0.01,
-                      "loss.one_point": 0.005}),
-        ("jhu", 5, {"schedule.phase3": 2300, "loss.background": 0.05, "loss.one_point": 0.01}),
-        ("jhu", 10, {"schedule.phase3": 2300, "loss.background": 0.05, "loss.one_point": 0}),
-    ],
-)
-def test_the_paper_preset_varies_by_dataset_and_percentage(dataset, percent, values):
-    config = preset("paper", dataset, percent).to_dict()
-    for name, value in values.items():
-        section, field = name.split(".")
-        assert config[section][field] == value, name
-
-
-@pytest.mark.parametrize("field, value", [("percent", "ten"), ("percent", 2.5), ("seed", "abc")])
-def test_a_split_is_named_by_whole_numbers(field, value):
-    with pytest.raises(ValueError, match=f"{field}: {value!r} is not a whole number"):
-        preset("demo", "sha", **{"percent": 10, "seed": 1} | {field: value})
-
-
-def test_a_configuration_survives_json():
-    config = preset("demo", "qnrf", 40, variant="without-smoothing")
-    assert from_dict(json.loads(json.dumps(config.to_dict()))) == config
-
-
-@pytest.mark.parametrize("variant", ABLATIONS)
-def test_an_ablation_changes_the_configuration_and_the_name(variant):
-    base = preset("demo", "sha", 40, seed=1)
-    other = preset("demo", "sha", 40, seed=1, variant=variant)
-    assert other.run == f"sha-40-s1-{variant}"
-    assert {**other.to_dict(), "variant": "xmask"} != base.to_dict()
+def test_sections_are_values_with_the_published_defaults():
+    assert config.Loss(foreground=0.005) == BASE.loss and config.Evaluation() == BASE.evaluation
+    assert config.Decoding() == BASE.pseudo and hash(config.Machine()) == hash(BASE.machine)
+    assert override(config.Loss(), {"tau": 0.5}) == config.Loss(tau=0.5)
+    with pytest.raises(ValueError, match="^tau: -1 is not a number > 0 and <= 2$"):
+        config.Loss(tau=-1)
+    with pytest.raises(ValueError, match="frozen"):
+        BASE.loss.tau = 0.5
 
 
 def test_a_number_that_yaml_takes_for_text_is_a_number():
-    assert override(preset("demo", "sha", 10), {"optimisation.lr": "5e-5"}).optimisation.lr == 5e-5
-
-
-def test_overrides_change_the_name_but_not_for_the_paths_of_weights():
-    swept = preset("demo", "sha", 10, seed=1, overrides={"loss.tau": 0.5})
-    assert swept.loss.tau == 0.5
-    assert swept.run.startswith("sha-10-s1-x") and swept.run != preset(
-        "demo", "sha", 10, seed=1, overrides={"loss.tau": 0.4}).run
-    assert preset("demo", "sha", 10, seed=1,
-                  overrides={"masks.segmenter": "sam.pth"}).run == "sha-10-s1"
+    assert override(BASE, {"optimisation.lr": "5e-5"}).optimisation.lr == 5e-5
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
         ({"loss.tua": 0.5}, "loss.tua: no such field; did you mean loss.tau"),
-        ({"tau": 0.5}, "tau: no such field"),
-        ({"loss.tau": "high"}, "loss.tau: expected float, found 'high'"),
-        ({"schedule.phase1": 1.5}, "schedule.phase1: expected int"),
-        ({"masks.nnec": 1}, "masks.nnec: expected bool"),
-        ({"optimisation.crop": 100}, "multiple of 32"),
-        ({"optimisation.batch": 0}, "batch: 0 is not a positive"),
-        ({"schedule.phase1": 5000}, "phases must end in order"),
-        ({"optimisation.scale_min": 2.0}, "scale_min <= scale_max"),
+        ({"tau": 0.5}, r"tau: no such field; did you mean loss.tau\?"),
+        ({"loss": {}}, "loss: no such field"),
+        ({"loss.tau": "high"}, "loss.tau: 'high' is not a number > 0 and <= 2"),
+        ({"loss.tau": -1}, "loss.tau: -1 is not a number > 0"),
+        ({"loss.tau": True}, "loss.tau: True is not a number"),
+        ({"loss.tau": 10**400}, r"loss.tau: 10+\.\.\. is not a number"),
+        ({"loss.background": -0.1}, "loss.background: -0.1 is not a number >= 0"),
+        ({"loss.min_radius": 200}, "min_radius <= max_distance must hold, found 200.0, 96.0"),
+        ({"schedule.phase1": 1.5}, "schedule.phase1: 1.5 is not a whole number >= 1"),
+        ({"schedule.phase1": 5000}, "phase1 <= phase2 <= phase3 must hold, found 5000, 2000, 2100"),
+        ({"schedule.steps_per_epoch": -1}, "schedule.steps_per_epoch: -1 is not a whole number"),
+        ({"masks.nnec": 1}, "masks.nnec: 1 is not true or false"),
+        ({"masks.segmenter": ""}, "masks.segmenter: '' is not classical, bundled or the path"),
+        ({"network.weights": "a\0b"}, "network.weights: .* is not imagenet, random or a file"),
+        ({"optimisation.crop": 100}, "crop: 100 is not a whole number .* and a multiple of 32"),
+        ({"optimisation.crop": 0}, "optimisation.crop: 0 is not"),
+        ({"optimisation.batch": 0}, "optimisation.batch: 0 is not a whole number >= 1"),
+        ({"optimisation.lr": 1e9}, r"optimisation.lr: 1000000000.0 is not a number > 0 and <= 1$"),
+        ({"optimisation.lr": -3}, "optimisation.lr: -3 is not a number > 0"),
+        ({"optimisation.lr": math.nan}, "optimisation.lr: nan is not a number"),
+        ({"optimisation.lr": "Infinity"}, "optimisation.lr: inf is not a number"),
+        ({"optimisation.phase3_lr": 0}, "optimisation.phase3_lr: 0 is not a number > 0"),
+        ({"optimisation.ema": 2}, "optimisation.ema: 2 is not a number >= 0 and < 1"),
+        ({"optimisation.ema": 1.0}, "optimisation.ema: 1.0 is not"),
+        ({"optimisation.scale_min": 2.0}, "scale_min <= scale_max must hold, found 2.0, 1.3"),
+        ({"augmentation.blur_min": 3}, "blur_min <= blur_max must hold"),
+        ({"augmentation.cutout_min": 0.5}, "cutout_min <= cutout_max must hold"),
+        ({"evaluation.point_threshold": 0.6}, "point_threshold <= count_threshold must hold"),
+        ({"evaluation.weights": "best"}, "'best' is not one of student, teacher"),
+        ({"machine.threads": 100000}, "machine.threads: 100000 is not a whole number >= 0 and <= 10"),
+        ({"machine.checkpoint_every": 0}, "machine.checkpoint_every: 0 is not a whole number >= 1"),
+        ({"max_side": -5}, "max_side: -5 is not null or a whole number >= 32"),
+        ({"seed": 2**32}, "seed: 4294967296 is not a whole number >= 0 and <= 4294967295"),
         ({"selection": "best"}, "selection: 'best' is not one of last, best-on-test"),
+        ({"variant": "../x"}, "variant: '../x' is not a name of letters"),
     ],
 )
 def test_wrong_overrides_are_refused(changes, message):
-    with pytest.raises(ValueError, match=message):
-        override(preset("paper", "sha", 10), changes)
+    with pytest.raises(ValueError, match=message) as refused:
+        override(BASE, changes)
+    assert next(iter(changes)) in str(refused.value) or "must hold" in message
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    "values, message",
     [
-        (("nightly", "sha", 10), "profile: 'nightly' is not one of demo, reduced, paper"),
-        (("demo", "shanghai", 10), "dataset: 'shanghai' is not one of"),
-        (("demo", "sha", 0), "percent: 0 is not in 1..100"),
+        ([], r"configuration: \[\] is not an object"),
+        ({}, "profile: missing; give one of demo, photo, paper"),
+        ({"profile": "demo", "dataset": "sha"}, "percent: missing; give a whole number >= 1"),
+        (BASE.to_dict() | {"loss": 5}, "loss: 5 is not a section"),
+        (BASE.to_dict() | {"loss": {"gamma": 1}}, "loss.gamma: no such field"),
+        (BASE.to_dict() | {"loss": {"tau": -1}}, "loss.tau: -1 is not a number > 0"),
+        (BASE.to_dict() | {"lose": {}}, "lose: no such field; did you mean loss"),
+        (BASE.to_dict() | {"loss": {1: 2}}, "configuration: 1 is not a field's name"),
     ],
 )
-def test_wrong_presets_are_refused(arguments, message):
+def test_what_is_no_stored_configuration_is_refused(values, message):
     with pytest.raises(ValueError, match=message):
-        preset(*arguments)
-
-
-def test_an_unknown_variant_and_an_unknown_stored_field_are_refused():
-    with pytest.raises(ValueError, match="variant: 'none' is not one of xmask"):
-        preset("demo", "sha", 10, variant="none")
-    values = preset("demo", "sha", 10).to_dict()
-    values["loss"]["gamma"] = 1
-    with pytest.raises(ValueError, match="loss.gamma: no such field"):
         from_dict(values)
-    assert isinstance(from_dict(preset("demo", "sha", 10).to_dict()), Config)
+
+
+def test_a_configuration_of_an_earlier_version_is_read():
+    values = BASE.to_dict() | {"profile": "reduced"}
+    values["loss"]["consistency"] = values["loss"].pop("point_mask") + 1
+    values["evaluation"] = {"point_threshold": 0.4, "theta": 0.9}
+    made = from_dict(values)
+    assert (made.profile, made.loss.point_mask) == ("photo", 2)
+    assert (made.evaluation.count_threshold, made.evaluation.weights) == (0.4, "teacher")
+
+
+@pytest.mark.parametrize("images, steps", [(300, 19), (1201, 76), (2272, 142), (1, 1)])
+def test_an_epoch_is_one_pass_over_all_training_images(images, steps):
+    assert config.steps_per_epoch(BASE.schedule, BASE.optimisation.batch, images) == steps
+    short = override(BASE, {"schedule.steps_per_epoch": 3})
+    assert config.steps_per_epoch(short.schedule, 16, images) == 3
+
+
+def test_a_run_is_named_after_its_split_seed_and_variant():
+    made = Config(profile="demo", dataset="jhu", percent=5, seed=3)
+    assert made.run == "jhu-5-s3" and override(made, {"variant": "x1"}).run == "jhu-5-s3-x1"

@@ -11,7 +11,13 @@ from skimage.measure import label as connected_components
 
 from xmask import edp_sam, nnec
 from xmask.edp_sam import (
-    COLUMNS, Candidate, check_label_map, generate_masks, local_head_radius, source_names)
+    COLUMNS,
+    Candidate,
+    check_label_map,
+    generate_masks,
+    local_head_radius,
+    source_names,
+)
 from xmask.segmenting.classical import ClassicalSegmenter
 from xmask.segmenting.sam_segmenter import SamSegmenter
 

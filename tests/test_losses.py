@@ -6,12 +6,12 @@ import math
 
 import numpy as np
 import pytest
-from tests import reference
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests import reference
 from xmask.losses import (
     exclusivity_loss,
     mask_constraint,
@@ -357,6 +357,126 @@ def test_consistency_has_a_gradient():
     empty = point_mask_consistency(logits - 50, np.zeros((16, 16), np.int32))
     empty.backward()
     assert empty.item() == 0
+
+
+# --- persons cut by a crop, and cut-outs ------------------------------------------------------
+
+def cut_person(seed):
+    """(logits (6, 7), dots, label map with dots' instances, the same with a cut person on top of
+    the background, the pixels of the cut person)."""
+    points, labels, _, logits = crowd("heads on the border")
+    rng = np.random.default_rng(seed)
+    top, left = rng.integers(0, 20), rng.integers(0, 24)
+    piece = np.zeros(SHAPE, bool)
+    piece[top:top + rng.integers(1, 20), left:left + rng.integers(1, 24)] = True
+    piece &= labels == 0
+    logits = torch.from_numpy(rng.normal(0.5, 2, logits.shape))
+    return logits, points, labels, np.where(piece, len(points) + 3, labels), piece
+
+
+@settings(max_examples=40, deadline=None)
+@given(SEEDS)
+def test_pixels_of_a_cut_person_change_the_constraint_only_by_being_no_background(seed):
+    logits, dots, labels, cut, piece = cut_person(seed)
+    weights = {"background": 0.7, "foreground": 0.5, "one_point": 0.3}
+    same_value_and_gradient(
+        lambda x: mask_constraint(x, cut, dots, **weights),
+        lambda x: reference.mask_constraint(x, labels, dots, 4, **weights, visible=~piece), logits)
+    for term in ("foreground", "one_point"):
+        torch.testing.assert_close(mask_constraint(logits, cut, dots, **{term: 1.0}),
+                                   mask_constraint(logits, labels, dots, **{term: 1.0}))
+    same_value_and_gradient(
+        lambda x: point_mask_consistency(x, cut, dots),
+        lambda x: point_mask_consistency(x, labels, dots, ignore=piece), logits)
+
+
+@pytest.mark.parametrize("value", [-2.0, 0.5, 2.0])
+def test_nothing_is_asked_of_a_cell_of_a_cut_person(value):
+    labels = np.zeros((32, 32), np.int32)
+    labels[4:12, 4:12], labels[16:, 12:] = 1, 2  # the dot of 2 lies outside
+    for term in ("background", "foreground", "one_point"):
+        logits = torch.full((8, 8), value, requires_grad=True)
+        mask_constraint(logits, labels, [[7.5, 7.5]], **{term: 1.0}).backward()
+        assert not logits.grad[5:, 4:].any(), term  # cells whose neighbours are the person's too
+    logits = torch.full((8, 8), value, requires_grad=True)
+    point_mask_consistency(logits, labels, [[7.5, 7.5]]).backward()
+    assert not logits.grad[4:, 3:].any() and logits.grad.any()
+
+
+@settings(max_examples=40, deadline=None)
+@given(SEEDS)
+def test_constraint_and_consistency_under_a_cut_out_equal_the_slow_ones(seed):
+    points, labels, _, _ = crowd("heads on the border")
+    rng = np.random.default_rng(seed)
+    logits = torch.from_numpy(rng.normal(0.5, 2, CELLS))
+    visible = np.ones(SHAPE, bool)
+    top, left = rng.integers(0, 20), rng.integers(0, 24)
+    visible[top:top + rng.integers(1, 24), left:left + rng.integers(1, 28)] = False
+    seen = [(x, y) for x, y in points
+            if not (0 <= x + 0.5 < SHAPE[1] and 0 <= y + 0.5 < SHAPE[0])
+            or visible[math.floor(y + 0.5), math.floor(x + 0.5)]]
+    weights = {"background": 0.7, "foreground": 0.5, "one_point": 0.3}
+    same_value_and_gradient(
+        lambda x: mask_constraint(x, labels, points, **weights, visible=visible),
+        lambda x: reference.mask_constraint(x, labels, seen, 4, **weights, visible=visible), logits)
+    same_value_and_gradient(
+        lambda x: point_mask_consistency(x, labels, points, ignore=~visible),
+        lambda x: reference.consistency(x, labels, 4, seen, ~visible), logits)
+
+
+def test_a_person_under_a_cut_out_counts_whole_if_the_dot_is_visible_else_not_at_all():
+    labels = two_squares()
+    logits = torch.full((4, 4), -2.0)
+    logits[1, 1] = 2.0  # hidden, in instance 1
+    visible = np.ones((16, 16), bool)
+    visible[4:8] = visible[:, 4:8] = False
+    value = mask_constraint(logits, labels, [[1.5, 1.5]], one_point=1.0, visible=visible)
+    assert value == 0  # the one positive cell is hidden, and counts
+    for dot, wanted in (((1.5, 1.5), 1.0), ((5.5, 5.5), 0.0)):
+        nothing = torch.full((4, 4), -2.0)
+        assert mask_constraint(nothing, labels, [dot], one_point=1.0, visible=visible) == wanted
+        assert mask_constraint(nothing, labels, [dot], foreground=1.0, visible=visible) == wanted
+    logits[1, 1], logits[0, 2] = -2.0, 2.0
+    visible[:] = True
+    visible[0:8, 8:16] = False
+    assert mask_constraint(logits, labels, background=1.0) > 0
+    logits[0, 2], logits[1, 3] = -2.0, 2.0
+    visible[:, 4:] = False  # a cell's activation reaches into its neighbours' pixels
+    assert mask_constraint(logits, labels, background=1.0, visible=visible) == 0
+
+
+BAD_POINTS = {"five columns": (np.zeros((2, 5)), r"found shape \(2, 5\)"),
+              "one axis": (np.zeros(2), r"found shape \(2,\)"),
+              "NaN": (np.array([[1.0, math.nan]]), "NaN or infinite; remove those points"),
+              "infinite": (torch.tensor([[math.inf, 1.0]]), "NaN or infinite")}
+
+
+@pytest.mark.parametrize("bad", BAD_POINTS)
+@pytest.mark.parametrize("loss", [
+    lambda points: p2r_loss(torch.zeros(4, 4), points, 4),
+    lambda points: exclusivity_loss(torch.zeros(3, 4, 4), points, two_squares()),
+    lambda points: mask_constraint(torch.zeros(4, 4), two_squares(), points, foreground=1.0),
+    lambda points: point_mask_consistency(torch.zeros(4, 4), two_squares(), points)])
+def test_points_that_are_none_are_refused(loss, bad):
+    points, message = BAD_POINTS[bad]
+    with pytest.raises(ValueError, match=message):
+        loss(points)
+
+
+@pytest.mark.parametrize("shape", [(16, 15), (8, 8), (4, 16), (16,), (1, 16, 16)])
+def test_maps_of_another_shape_are_refused(shape):
+    labels, flags, points = np.zeros(shape, int), np.zeros(shape, bool), [[1.0, 1.0]]
+    logits, embedding = torch.zeros(4, 4), torch.zeros(3, 4, 4)
+    if shape != (8, 8):  # half as fine would do for an embedding
+        with pytest.raises(ValueError, match="label_map: found .* pixels, but the network's"):
+            exclusivity_loss(embedding, points, labels)
+    with pytest.raises(ValueError, match="ignore: found"):
+        exclusivity_loss(embedding, points, two_squares(), ignore=flags)
+    for loss, flag in ((mask_constraint, "visible"), (point_mask_consistency, "ignore")):
+        with pytest.raises(ValueError, match="label_map: found .* give a map of 16 x 16"):
+            loss(logits, labels, points)
+        with pytest.raises(ValueError, match=f"{flag}: found"):
+            loss(logits, two_squares(), points, **{flag: flags})
 
 
 # --- all of them -------------------------------------------------------------------------------

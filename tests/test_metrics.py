@@ -6,11 +6,11 @@ import json
 
 import numpy as np
 import pytest
-from tests import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests import reference
 from xmask.metrics import (
     counting,
     localization,
@@ -19,6 +19,7 @@ from xmask.metrics import (
     segmentation,
     segmentation_total,
 )
+from xmask.nnec import Incidence
 
 MAIN = ("mean_iou", "ap50", "pq", "aji")
 
@@ -51,6 +52,15 @@ def test_counting_worked_by_hand():
 def test_counting_refuses_lists_that_do_not_pair_up(pred, true):
     with pytest.raises(ValueError, match="image"):
         counting(pred, true)
+
+
+@pytest.mark.parametrize("points", [np.zeros((2, 5)), [[1.0, np.nan]], [[np.inf, 0.0]], [1.0, 2.0]])
+def test_points_and_counts_that_are_no_numbers_are_refused(points):
+    for pred, true in ((points, np.zeros((1, 2))), (np.zeros((1, 2)), points)):
+        with pytest.raises(ValueError, match="points: "):
+            localization(pred, true, 4.0)
+    with pytest.raises(ValueError, match="counts are NaN"):
+        counting([np.nan], [3])
 
 
 def test_localization_worked_by_hand():
@@ -181,41 +191,47 @@ def incidences(label_map):
     pixel = np.flatnonzero(label_map)
     head = label_map.reshape(-1)[pixel] - 1
     order = np.argsort(head, kind="stable")
-    return head[order].astype(np.int64), pixel[order]
+    return pairs(head[order].astype(np.int64), pixel[order], label_map)
+
+
+def pairs(head, pixel, label_map):
+    return Incidence(head, pixel, np.zeros(len(head)), label_map.shape)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10**6), st.integers(0, 14))
 def test_masks_that_do_not_overlap_score_as_their_label_map(seed, count):
     pred, true = random_maps(seed, (24, 28), count)  # some labels, so some heads, have no pixel
-    assert overlapping_iou_sum(*incidences(pred), true) == pytest.approx(
+    assert overlapping_iou_sum(incidences(pred), true) == pytest.approx(
         segmentation(pred, true)["iou_sum"], abs=1e-9)
 
 
 def test_overlapping_masks_worked_by_hand():
     true = np.array([[0, 5, 5, 5, 9, 9, 9, 0]])
-    masks = [range(0, 4), range(1, 6), range(3, 8)]
+    masks = [range(4), range(1, 6), range(3, 8)]
     head = np.repeat([0, 1, 2], [4, 5, 5])
     pixel = np.concatenate(masks)
     # IoU with 5: 3/4, 3/5, 1/7; with 9: 0, 2/6, 3/5. Best: first with 5, third with 9.
-    assert overlapping_iou_sum(head, pixel, true) == pytest.approx(3 / 4 + 3 / 5)
+    assert overlapping_iou_sum(pairs(head, pixel, true), true) == pytest.approx(3 / 4 + 3 / 5)
     # Without the first, the second with 5. Masks keep all their pixels, shared ones too.
     rest = head > 0
-    assert overlapping_iou_sum(head[rest], pixel[rest], true) == pytest.approx(3 / 5 + 3 / 5)
+    fewer = pairs(head[rest], pixel[rest], true)
+    assert overlapping_iou_sum(fewer, true) == pytest.approx(3 / 5 + 3 / 5)
 
 
 def test_of_equal_masks_one_counts():
     true = np.array([[1, 1, 1, 0]])
     head, pixel = np.repeat([0, 1], 3), np.tile([0, 1, 2], 2)
-    assert overlapping_iou_sum(head, pixel, true) == pytest.approx(1.0)
+    assert overlapping_iou_sum(pairs(head, pixel, true), true) == pytest.approx(1.0)
 
 
 def test_overlapping_masks_of_no_heads_or_no_instances_reach_nothing():
     nothing = np.zeros(0, np.int64)
     true = np.eye(5, dtype=int)
-    assert overlapping_iou_sum(nothing, nothing, true) == 0.0
-    assert overlapping_iou_sum(nothing, nothing, 0 * true) == 0.0
-    assert overlapping_iou_sum(np.array([0, 0, 1]), np.array([0, 6, 6]), 0 * true) == 0.0
+    assert overlapping_iou_sum(pairs(nothing, nothing, true), true) == 0.0
+    assert overlapping_iou_sum(pairs(nothing, nothing, true), 0 * true) == 0.0
+    some = pairs(np.array([0, 0, 1]), np.array([0, 6, 6]), true)
+    assert overlapping_iou_sum(some, 0 * true) == 0.0
 
 
 def test_tensors_and_any_integer_type_are_accepted():

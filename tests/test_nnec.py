@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tests import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests import reference
 from xmask.nnec import circles, exclusion_radii, incidence, incidence_rows, lowest_wins, row_spans
 
 SHAPES = st.tuples(st.integers(1, 40), st.integers(1, 40))

@@ -16,7 +16,7 @@ def test_a_step_has_one_parameters_cell_first_and_stores_no_output(path):
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     tagged = ["parameters" in cell.metadata.get("tags", []) for cell in code]
     assert tagged == [True] + [False] * (len(code) - 1)
-    assert "study.check_parameters(In)" in code[1].source
+    assert "check_parameters(In)" in code[1].source
     assert all(not cell.outputs and cell.execution_count is None for cell in code)
 
 

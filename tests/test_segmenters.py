@@ -11,11 +11,16 @@ import segment_anything
 import torch
 from segment_anything import SamPredictor
 from segment_anything.modeling import (
-    ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer)
+    ImageEncoderViT,
+    MaskDecoder,
+    PromptEncoder,
+    Sam,
+    TwoWayTransformer,
+)
 
 from xmask import nnec
-from xmask.segmenting import sam as sam_models
 from xmask.segmenters import Prompts, describe, open_segmenter
+from xmask.segmenting import sam as sam_models
 from xmask.segmenting.classical import ClassicalSegmenter
 from xmask.segmenting.sam_segmenter import SamSegmenter, resize_taps
 

@@ -8,7 +8,12 @@ synthetic crowds), `nnec` (exclusion circles), `segmenters` and `edp_sam` (dots 
 one's own photos: `xmask.load().predict("photo.jpg")`.
 """
 
-__version__ = "0.1.0"
+import importlib.metadata
+
+try:
+    __version__ = importlib.metadata.version("xmask")  # made from git when the package is installed
+except importlib.metadata.PackageNotFoundError:  # a folder of sources that was never installed
+    __version__ = "0+unknown"
 
 
 def load(weights=None, device=None):

@@ -9,23 +9,53 @@ import signal
 import sys
 from pathlib import Path
 
-from xmask.config import ABLATIONS, DATASETS, PERCENTS, PROFILES, VARIANTS
+from xmask.presets import ABLATIONS, DATASETS, PERCENTS, PROFILES, VARIANTS
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit codes: 0 done, 1 something failed or was found wrong, 2 a wrong command line."""
+    for stream in (sys.stdout, sys.stderr):  # a file name may hold bytes that are no text
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     options = _parser().parse_args(arguments)
+    before = os.environ.get("XMASK_MAX_PIXELS")
+    if getattr(options, "max_pixels", None):
+        os.environ["XMASK_MAX_PIXELS"] = str(options.max_pixels)
     try:
-        return options.function(options)
+        status = options.function(options)
+        if sys.stdout:
+            sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         print("\nstopped; the same command " + (
             "goes on from here" if options.goes_on else "begins anew"), file=sys.stderr)
         return 130
-    except (ValueError, OSError, RuntimeError) as error:
+    except BrokenPipeError:  # whoever read our output has left: that is no fault
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # 128 + SIGPIPE, as other programs end then
+    except Exception as error:  # noqa: BLE001 whatever a user hands in gets a sentence
         if os.environ.get("XMASK_TRACEBACK"):
             raise
-        print(f"xmask: {error}\n(XMASK_TRACEBACK=1 shows where)", file=sys.stderr)
+        print(f"xmask: {_sentence(error)}\n(XMASK_TRACEBACK=1 shows where)", file=sys.stderr)
         return 1
+    finally:
+        if before is None:
+            os.environ.pop("XMASK_MAX_PIXELS", None)
+        else:
+            os.environ["XMASK_MAX_PIXELS"] = before
+
+
+def _sentence(error: Exception) -> str:
+    """An error in words that name the file, where there is one."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{os.fspath(error.filename)}: {error.strerror}"
+    if isinstance(error, MemoryError):
+        return (f"out of memory ({error}). Give smaller images (--max-side), fewer --workers, or "
+                "close other programs")
+    if isinstance(error, (ValueError, OSError, RuntimeError)) and str(error):
+        return str(error)
+    return (f"{type(error).__name__}: {error}. This was not foreseen and may be a fault of xmask: "
+            "please report it")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -45,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--datasets", type=_names, default=DATASETS, help="e.g. sha,qnrf")
     made.add_argument("--percents", type=_numbers, default=PERCENTS, help="e.g. 5,40")
     made.add_argument("--seeds", type=_numbers, default=(1,), help="e.g. 1,2,3")
-    made.add_argument("--jobs", type=int, help="steps at a time")
+    made.add_argument("--jobs", type=_positive, help="steps at a time")
     made.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE",
                       help="change a field of every run, e.g. --set loss.tau=0.5")
     made.add_argument("--no-extras", action="store_true",
@@ -61,12 +91,13 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--segmenter", choices=("bundled", "classical"), default="bundled")
     made.add_argument("--checkpoint", metavar="PATH_OR_NAME", help="SAM to use instead: a .pth, or "
                       "vit_b, vit_l, vit_h as `xmask sam-weights` stores them")
-    made.add_argument("--workers", type=int, default=1, help="processes; masks do not depend "
+    made.add_argument("--workers", type=_number, default=1, help="processes; masks do not depend "
                       "on how many")
-    made.add_argument("--threads", type=int, default=1, help="of each process")
+    made.add_argument("--threads", type=_number, default=1, help="of each process")
     made.add_argument("--boxes", action="store_true",
                       help="use the head sizes that the dataset has (JHU-CROWD++) as well")
-    made.add_argument("--limit", type=int, help="only the first images")
+    made.add_argument("--limit", type=_positive, help="only the first images")
+    _guards(made)
 
     made = command("sam-weights", _sam_weights, "download a checkpoint of the original SAM, its "
                    "checksum verified, and say where it lies")
@@ -80,10 +111,12 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--max-side", type=int, metavar="PX",
                       help="compute larger images at this longer side; default: full size")
     made.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
+    _guards(made)
 
     made = command("export", _export, "write a run's model as one file for `predict --weights`")
     made.add_argument("run", type=Path, metavar="RUN_FOLDER")
     made.add_argument("--out", required=True, type=Path)
+    made.add_argument("--overwrite", action="store_true", help="replace a file that is there")
 
     made = command("learn", _learn, "train on your own photos: those with a CSV of dots (x,y) "
                    "beside them, and those without; resumable")
@@ -94,24 +127,25 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--seed", type=int, default=1)
     made.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE",
                       help="change a field, e.g. --set schedule.phase1=60")
+    _guards(made)
     made = command("train-sam", _train_sam, "train the bundled SAM on synthetic crowds")
     made.add_argument("--out", type=Path, help="weights file; default: the one in the package")
     made.add_argument("--seed", type=int, help="of the first training scene")
-    made.add_argument("--scenes", type=int, help="drawn scenes")
+    made.add_argument("--scenes", type=_positive, help="drawn scenes")
     made.add_argument("--steps", type=int, help="over which the learning rate falls")
     made.add_argument("--stop", type=int, help="end after so many of the steps")
-    made.add_argument("--threads", type=int, default=1)
+    made.add_argument("--threads", type=_positive, default=1)
 
     made = command("edp-study", _edp_study, "compare EDP-SAM with simpler masks on drawn scenes")
     made.add_argument("--out", type=Path, default=Path("results/edp_sam"))
-    made.add_argument("--scenes", type=int, default=18)
+    made.add_argument("--scenes", type=_positive, default=18)
     made.add_argument("--seed", type=int, help="of the first scene")
     made.add_argument("--boxes", action="store_true",
                       help="instead: what annotated head sizes add (boxes.csv)")
     made.add_argument("--negatives", action="store_true",
                       help="instead: how many neighbours serve as negative points (negatives.csv)")
     made.add_argument("--segmenters", type=_names, default=("classical", "bundled"))
-    made.add_argument("--jobs", type=int, default=1)
+    made.add_argument("--jobs", type=_positive, default=1)
 
     for name, function, text in (
         ("train", _train, "train one run of the study"),
@@ -137,12 +171,15 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("--profile", choices=PROFILES, default="demo")
         made.add_argument("--data", default="", help="folder of the real datasets")
 
+    made = command("code", _code, "which commits carry the code that made a result")
+    made.add_argument("wanted", metavar="RUN_FOLDER_OR_DIGEST",
+                      help="a run folder, or a digest of code from its config.json")
+    made.add_argument("--limit", type=int, default=200, help="how many commits to look at")
     made = command("bench", _bench, "measure what the method costs beside dense code and libraries")
     made.add_argument("--only", type=_names, default=(), metavar="GROUPS",
                       help="e.g. decode,losses; default: all")
-    made.add_argument("--threads", type=int, default=2)
-    made = command("docs", _docs, "for maintainers: write docs/api.md and README.md's results "
-                   "table anew")
+    made.add_argument("--threads", type=_positive, default=2)
+    made = command("docs", _docs, "for maintainers: write README.md's results table anew")
     made.add_argument("--walkthroughs", nargs="*", metavar="NAME",
                       help="instead, run these walkthroughs (e.g. 01; default: all) and store "
                            "their outputs")
@@ -164,14 +201,22 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--dataset", required=True, choices=(*DATASETS, "shb", "synthetic"))
     made.add_argument("--root", required=True, type=Path)
     made.add_argument("--out", required=True, type=Path, help="a .csv file")
+    made.add_argument("--overwrite", action="store_true", help="replace a file that is there")
     made = command("draw", _draw, "draw a synthetic dataset in an official layout", data)
     made.add_argument("--layout", required=True, choices=DATASETS)
     made.add_argument("--out", required=True, type=Path)
-    made.add_argument("--train", type=int, default=40)
-    made.add_argument("--test", type=int, default=16)
+    made.add_argument("--train", type=_number, default=40)
+    made.add_argument("--test", type=_number, default=16)
     made.add_argument("--seed", type=int, default=2024)
-    made.add_argument("--jobs", type=int, default=1)
+    made.add_argument("--jobs", type=_positive, default=1)
     return parser
+
+
+def _guards(made: argparse.ArgumentParser) -> None:
+    made.add_argument("--overwrite", action="store_true", help="write into a folder that holds "
+                      "other files, too, and replace those whose names are needed")
+    made.add_argument("--max-pixels", type=_positive, metavar="N", help="refuse larger images; "
+                      "default: 100 million")
 
 
 def _reproduce(o: argparse.Namespace) -> int:
@@ -191,8 +236,9 @@ def _reproduce(o: argparse.Namespace) -> int:
 
 
 def _masks(o: argparse.Namespace) -> int:
+    from xmask import files
     from xmask.data import masks, open_dataset
-    from xmask.data.one_image import OneImage
+    from xmask.data.own_photos import OwnPhotos
     from xmask.segmenters import open_segmenter
     from xmask.study import steps
     from xmask.tools import coco, contact_sheet
@@ -204,19 +250,22 @@ def _masks(o: argparse.Namespace) -> int:
     if o.image and o.points is None:
         raise ValueError("--points: give a CSV with columns x and y, one row per head")
     dataset = (open_dataset(o.dataset, o.root, o.split) if o.dataset
-               else OneImage(o.image, o.points))
+               else OwnPhotos([(o.image, o.points)]))
     indices = list(range(len(dataset)))[: o.limit]
+    files.OutputFolder(o.out, overwrite=o.overwrite).check()
     segmenter = open_segmenter(str(o.checkpoint or o.segmenter), steps.device())
     failure = None
-    try:
-        masks.mask_dataset(dataset, indices, segmenter, o.out, workers=o.workers,
-                           threads=o.threads, **({"boxes": True} if o.boxes else {}))
-    except masks.MasksFailed as error:
-        failure = error
-    names = {dataset.ids[i]: dataset.image_path(i).name for i in indices}
-    written = [coco.write(o.out, names, o.out / "coco.json"),
-               contact_sheet.write(dataset, o.out, o.out / "worst.png")]
-    print(masks.summary(o.out, list(names)))
+    with files.OutputFolder(o.out, overwrite=o.overwrite):
+        try:
+            masks.mask_dataset(dataset, indices, segmenter, o.out, workers=o.workers,
+                               threads=o.threads, anew=o.overwrite, overwrite=o.overwrite,
+                               **({"boxes": True} if o.boxes else {}))
+        except masks.MasksFailed as error:
+            failure = error
+        names = [dataset.ids[i] for i in indices]
+        written = [coco.write(o.out, masks.file_names(o.out, dataset), o.out / "coco.json"),
+                   contact_sheet.write(dataset, o.out, o.out / "worst.png")]
+    print(masks.summary(o.out, names))
     print("\n".join(str(path) for path in (o.out / "manifest.json", *written) if path))
     if failure:
         raise failure
@@ -258,13 +307,15 @@ def _edp_study(o: argparse.Namespace) -> int:
 
 
 def _predict(o: argparse.Namespace) -> int:
-    from xmask import predict
+    from xmask import files, predict
     from xmask.tools import photos
 
     found = photos.find(o.images)
+    photos.check_side(o.max_side)
+    files.OutputFolder(o.out, overwrite=o.overwrite).check()
     model = predict.load(o.weights, o.device)
     print(f"{model!r}")
-    rows = photos.run(found, model, o.out, max_side=o.max_side)
+    rows = photos.run(found, model, o.out, max_side=o.max_side, overwrite=o.overwrite)
     for row in rows:
         said = row.error.removeprefix(f"{row.image}: ") or f"{row.count} heads"
         print(f"{row.image}: {said}" + (f" ({row.repairs})" if row.repairs else ""))
@@ -278,20 +329,24 @@ def _predict(o: argparse.Namespace) -> int:
 
 
 def _export(o: argparse.Namespace) -> int:
-    from xmask import predict
+    from xmask import files, predict
 
+    files.check_new(o.out, o.overwrite)
     print(predict.load(predict.export(o.run, o.out), "cpu"))
     return 0
 
 
 def _learn(o: argparse.Namespace) -> int:
+    from xmask import files
     from xmask.tools import learn
 
+    settings = learn.configure(_changes(o.set), seed=o.seed)
+    files.OutputFolder(o.out, overwrite=o.overwrite).check()
     dotted, bare = learn.read_folder(o.folder)
-    print(f"{len(dotted)} photos with {sum(len(one.points) for one in dotted)} dots, "
+    print(f"{len(dotted)} photos with {dotted.counts().sum()} dots, "
           f"{len(bare)} without")
-    print(learn.learn(dotted, bare, o.out, learn.configure(_changes(o.set), seed=o.seed),
-                    segmenter=o.segmenter))
+    print(learn.learn(dotted, bare, o.out, settings, segmenter=o.segmenter,
+                      overwrite=o.overwrite))
     return 0
 
 
@@ -353,6 +408,14 @@ def _figures(o: argparse.Namespace) -> int:
     return 0
 
 
+def _code(o: argparse.Namespace) -> int:
+    from xmask.study import commits
+
+    for line in commits.find(o.wanted, o.limit):
+        print(line)
+    return 0
+
+
 def _bench(o: argparse.Namespace) -> int:
     from xmask import bench
 
@@ -372,7 +435,7 @@ def _docs(o: argparse.Namespace) -> int:
 
     root = steps.enter_root()
     if o.walkthroughs is None:
-        made = pages.refresh(root)
+        made = [pages.refresh(root)]
     else:
         made = map(walkthroughs.execute, walkthroughs.walkthroughs(only=o.walkthroughs))
     for path in made:
@@ -392,22 +455,19 @@ def _report(o: argparse.Namespace) -> int:
 
 
 def _check(o: argparse.Namespace) -> int:
-    import pandas as pd
-
-    from xmask.data.check import check_dataset
+    from xmask.data.check import as_text, check_dataset
 
     table = check_dataset(o.dataset, o.root)
-    with pd.option_context("display.width", 200, "display.max_colwidth", 80,
-                           "display.max_rows", None):
-        print(table.to_string(index=False))
+    print(as_text(table))
     return 1 if (table["status"] == "error").any() else 0
 
 
 def _coverage(o: argparse.Namespace) -> int:
     from xmask import files
-    from xmask.study import illustrations
     from xmask.data import open_dataset
+    from xmask.study import illustrations
 
+    files.check_new(o.out, o.overwrite)
     splits = [open_dataset(o.dataset, o.root, split) for split in ("train", "test")]
     table = illustrations.coverage_table((s.points, s.shape) for split in splits for s in split)
     files.write_text(o.out, table.to_csv(index=False))
@@ -431,6 +491,19 @@ def _numbers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.replace(",", " ").split())
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}: expected whole numbers, e.g. 5,40") from None
+
+
+def _number(text: str) -> int:
+    """A whole number that a computer of this size can have of anything: 0 to 100,000,000."""
+    if not text.isascii() or not text.isdecimal() or len(text) > 9:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 0 on")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if not (number := _number(text)):
+        raise argparse.ArgumentTypeError("0: expected a whole number from 1 on")
+    return number
 
 
 # Stopped, these go on where they were; the others begin anew.

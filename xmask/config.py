@@ -1,207 +1,239 @@
-"""Every number of an experiment in one validated place, and the presets that name them.
+"""Every number of an experiment in one validated place, each with its range.
 
-`preset(profile, dataset, percent)` returns a frozen `Config`. The `paper` profile holds the
-published values (paper section on implementation, and the authors' released configuration, per
-dataset and percentage); `demo` is the same method on a slim network and a schedule for two CPU
-cores; `reduced` is `demo` sized for real photographs on a CPU. A comment marks each value that
-the paper leaves open and that is therefore our reading.
+A `Config` is made by `preset` (the values live in `xmask.presets`), changed by `override`, and
+travels as JSON by `to_dict` and `from_dict`. The defaults of the sections are the published
+values that all nine released configurations share. A wrong name or value is a ValueError of one
+line: the field, what was found, what is allowed. A comment marks each value that the paper leaves
+open and that is therefore our reading.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import json
-from dataclasses import dataclass, field, replace
-from hashlib import sha256
+import types
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
-DATASETS = ("sha", "qnrf", "jhu")
-PERCENTS = (5, 10, 40)
-PROFILES = ("demo", "reduced", "paper")
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
-ABLATIONS = {
-    # masks and exclusivity loss without circles; decoding keeps them, or no head had a region
-    "without-nnec": {"masks.nnec": False, "loss.nnec": False},
-    "without-superpixel": {"masks.superpixel_prompt": False},
-    "without-smoothing": {"loss.sigma": 0.0, "pseudo.sigma": 0.0, "evaluation.sigma": 0.0},
-    "without-center-sampling": {"loss.differentiable_centers": False},
-    "without-mask-constraint": {
-        "loss.background": 0.0,
-        "loss.foreground": 0.0,
-        "loss.one_point": 0.0,
-    },
-}
-VARIANTS = {"xmask": {}, "supervised-only": {"schedule.unlabelled": False}, **ABLATIONS}
+Profile = Literal["demo", "photo", "paper"]
+Dataset = Literal["sha", "qnrf", "jhu", "shb", "synthetic"]
+AnySection = TypeVar("AnySection", bound="Section")
+
+# Ranges: 0 is allowed where it means "off" or "none"; upper bounds only catch slips of the pen.
+Share = Annotated[float, Field(ge=0, le=1)]  # also a probability
+Rate = Annotated[float, Field(gt=0, le=1)]
+Weight = Annotated[float, Field(ge=0, le=1000)]
+Amount = Annotated[float, Field(ge=0, le=100)]
+PositiveAmount = Annotated[float, Field(gt=0, le=100)]
+Pixels = Annotated[float, Field(ge=0, le=10**5)]
+PositivePixels = Annotated[float, Field(gt=0, le=10**5)]
+Count = Annotated[int, Field(ge=1, le=10**6)]
+CountOrZero = Annotated[int, Field(ge=0, le=10**6)]
+Size = Annotated[int, Field(ge=1, le=4096)]
+Text = Annotated[str, Field(pattern=r"^[^\x00]+$")]
 
 
-@dataclass(frozen=True)
-class Network:
+class Section(BaseModel):
+    """Named values that cannot be changed, checked when made: `Loss()`, `Loss(tau=0.5)`.
+
+    Raises ValueError for an unknown name and for a value of another type or out of range. Text
+    that is a number will do for a number (YAML takes 5e-5 for text); a bool is no number.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    ascending: ClassVar[tuple[tuple[str, ...], ...]] = ()  # fields of which none exceeds the next
+
+    def __init__(self, **values: Any):
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ValueError(_explain(type(self), error)) from None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _number_from_text(cls, value: object, info: ValidationInfo) -> object:
+        if isinstance(value, str) and cls.model_fields[str(info.field_name)].annotation is float:
+            try:
+                return float(value)
+            except ValueError:
+                pass
+        return value
+
+    @model_validator(mode="after")
+    def _in_order(self: AnySection) -> AnySection:
+        for names in self.ascending:
+            found = [getattr(self, name) for name in names]
+            if found != sorted(found):
+                raise ValueError(f"{names[0]}: {' <= '.join(names)} must hold, "
+                                 f"found {', '.join(map(str, found))}")
+        return self
+
+
+class Network(Section):
     """Paper section on the network."""
 
-    backbone: str = "vgg16_bn"  # or "slim": the same layers at 1/8 of the width
-    channels: int = 256  # of fusion, density decoder and mask head
-    embedding: int = 16
-    weights: str = "imagenet"  # "imagenet", "random", or the path of a VGG16-BN state dict
+    # a name that timm knows, or "slim": VGG16-BN at 1/8 of the width
+    backbone: Annotated[
+        str, Field(pattern=r"^[A-Za-z0-9_.]+$", description="a backbone's name")] = "vgg16_bn"
+    channels: Size = 256  # of fusion, density decoder and mask head
+    embedding: Size = 16
+    # "imagenet", "random", or the path of the backbone's state dict
+    weights: Annotated[
+        Text, Field(description="imagenet, random or a file's path")] = "imagenet"
+    freeze_norm: bool = False  # the encoder's BatchNorm keeps its statistics: for small batches
 
 
-@dataclass(frozen=True)
-class Masks:
+class Masks(Section):
     """EDP-SAM: what makes the masks of the labelled images."""
 
-    segmenter: str = "classical"  # or the path of a SAM checkpoint
+    segmenter: Annotated[Text, Field(
+        description="classical, bundled or the path of a SAM checkpoint")] = "classical"
     nnec: bool = True
     superpixel_prompt: bool = True
 
 
-@dataclass(frozen=True)
-class Loss:
-    """Weights and margins of the three losses."""
+class Loss(Section):
+    """Weights and margins of the losses."""
 
-    max_distance: float = 96.0  # P2R: px, a cell farther from every point belongs to none
-    min_radius: float = 8.0  # P2R: px, lower bound of a region's radius
-    distance_cost: float = 8.0  # P2R: of a cell at its region's rim, in logits
-    empty_weight: float = 0.5  # P2R: weight of a crop without points
-    tau: float = 0.6  # exclusivity: boundary in embedding space
-    margin: float = 0.1
-    push_margins: float = 4.0  # exclusivity: others are pushed beyond tau + 4 margins
-    sigma: float = 1.5  # Gaussian smoothing of the embedding, px; 0 = none
+    max_distance: PositivePixels = 96.0  # P2R: px, a cell farther away is nobody's
+    min_radius: PositivePixels = 8.0  # P2R: px, lower bound of a region's radius
+    distance_cost: Weight = 8.0  # P2R: of a cell at the rim, in logits
+    empty_weight: Weight = 0.5  # P2R: weight of a crop without points
+    tau: Annotated[float, Field(gt=0, le=2)] = 0.6  # exclusivity: boundary in embedding space
+    margin: Annotated[float, Field(ge=0, le=2)] = 0.1
+    push_margins: Amount = 4.0  # others are pushed beyond tau + 4 margins
+    sigma: Amount = 1.5  # Gaussian smoothing of the embedding, px; 0: none
     differentiable_centers: bool = True
     nnec: bool = True
-    ignore_radius: float = 16.0  # px around a low-confidence pseudo point
-    consistency: float = 1.0  # point-mask term
-    phase2_p2r: float = 0.0  # P2R on the labelled crops of phase 2 too (ours; the paper: none)
-    background: float = 0.0  # mask constraint, three weights
-    foreground: float = 0.0
-    one_point: float = 0.0
+    ignore_radius: Pixels = 16.0  # px around a low-confidence pseudo point
+    point_mask: Weight = 1.0  # point-mask term; 0: off, as for all below
+    phase2_p2r: Weight = 0.0  # P2R in phase 2 too (ours; the paper: none)
+    background: Weight = 0.0  # mask constraint, three weights
+    foreground: Weight = 0.0
+    one_point: Weight = 0.0
+    ascending = (("min_radius", "max_distance"),)
 
 
-@dataclass(frozen=True)
-class Decoding:
-    """Thresholds that turn network output into points and masks."""
+class Decoding(Section):
+    """Thresholds that turn network output into points and masks; as defaults, pseudo-masks'."""
 
-    point_threshold: float = 0.1  # probability of a point that takes part
-    theta: float = 0.8
-    geometry_weight: float = 0.6  # lambda
-    sigma: float = 1.5
+    point_threshold: Share = 0.1  # probability of a point that takes part
+    theta: PositiveAmount = 0.8  # energy below which a pixel is a head's
+    geometry_weight: Amount = 0.6  # lambda
+    sigma: Amount = 1.5  # smoothing, px; 0: none
+    density_gate: bool = True  # in phase 3 only (release); phase 2 never has it
+
+
+class Evaluation(Decoding):
+    """How test images are decoded, and which network is evaluated."""
+
+    theta: PositiveAmount = 1.1
+    geometry_weight: Amount = 0.8
+    sigma: Amount = 3.0
     density_gate: bool = False
+    count_threshold: Share = 0.5  # probability above which a point is counted
+    weights: Literal["student", "teacher"] = "student"
+    ascending = (("point_threshold", "count_threshold"),)
 
 
-@dataclass(frozen=True)
-class Schedule:
+class Schedule(Section):
     """Three phases, in epochs counted from 0; an epoch is `steps_per_epoch` steps."""
 
-    phase1: int = 1500  # points: epochs [0, phase1)
-    phase2: int = 2000  # masks: [phase1, phase2)
-    phase3: int = 2100  # points under the mask constraint: [phase2, phase3)
-    steps_per_epoch: int = 0  # 0: one pass over the labelled images (our reading)
-    warmup: int = 50  # epochs of phase 1 without unlabelled crops
-    mask_warmup: int = 50  # the same in phase 2 (our reading)
-    ramp: float = 0.01  # growth per epoch of the weight of the unlabelled loss
-    ramp_start: float = 0.1  # its first value in phase 3
-    ramp_end: float = 2.0
+    phase1: Count = 1500  # points: epochs [0, phase1)
+    phase2: Count = 2000  # masks: [phase1, phase2)
+    phase3: Count = 2100  # points under the mask constraint
+    steps_per_epoch: CountOrZero = 0  # 0: one pass over all training images
+    warmup: CountOrZero = 50  # epochs of phase 1 without unlabelled crops
+    mask_warmup: CountOrZero = 50  # the same in phase 2 (our reading)
+    ramp: Amount = 0.01  # growth per epoch of the unlabelled loss's weight
+    ramp_start: Amount = 0.1  # its first value in phase 3
+    ramp_end: Amount = 2.0
     unlabelled: bool = True  # False: supervised only, same number of steps
+    ascending = (("phase1", "phase2", "phase3"),)
 
 
-@dataclass(frozen=True)
-class Augmentation:
+class Augmentation(Section):
     """How crops vary: a flip of every view, the rest of the student's view of unlabelled crops."""
 
-    flip: float = 0.5  # probability
-    jitter: float = 0.8  # probability of a change of all four:
-    brightness: float = 0.4
-    contrast: float = 0.4
-    saturation: float = 0.4
-    hue: float = 0.1
-    grey: float = 0.25  # probability
-    blur: float = 0.8  # probability
-    blur_min: float = 0.1  # sigma, px
-    blur_max: float = 2.0
-    cutout_min: float = 1 / 8  # of each side of the crop
-    cutout_max: float = 1 / 4
+    flip: Share = 0.5  # probability
+    jitter: Share = 0.8  # probability of a change of all four:
+    brightness: Share = 0.4
+    contrast: Share = 0.4
+    saturation: Share = 0.4
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.1  # share of the colour circle
+    grey: Share = 0.25  # probability
+    blur: Share = 0.8  # probability
+    blur_min: PositiveAmount = 0.1  # sigma, px
+    blur_max: PositiveAmount = 2.0
+    cutout_min: Share = 1 / 8  # of each side of the crop
+    cutout_max: Share = 1 / 4
+    ascending = (("blur_min", "blur_max"), ("cutout_min", "cutout_max"),)
 
 
-@dataclass(frozen=True)
-class Optimisation:
+class Optimisation(Section):
     """Batches, crops, learning rates, and the teacher's pace."""
 
-    batch: int = 16  # labelled crops a step, and as many unlabelled ones
-    crop: int = 256
-    scale_min: float = 0.7
-    scale_max: float = 1.3
-    lr: float = 5e-5
-    encoder_lr: float = 1e-5
-    phase2_lr: float = 5e-6
-    phase2_encoder_lr: float = 0.0  # 0: frozen, as in the paper
-    mask_head_lr: float = 5e-6  # in phase 2; the paper has one rate for all that learns there
-    phase3_lr: float = 5e-6  # published range 5e-6 to 5e-5; the value per dataset is not known
-    weight_decay: float = 1e-4  # published range 1e-6 to 5e-4
-    cosine: bool = False  # rates fall to zero over each phase; the paper keeps them constant
-    clip: float = 5.0
-    ema: float = 0.998
-    pseudo_threshold: float = 0.5  # probability of a teacher point in P2R (our reading)
-    confident: float = 0.9  # probability above which a pseudo point vouches for its mask
+    batch: Size = 16  # labelled crops a step, and as many unlabelled ones
+    crop: Annotated[int, Field(ge=32, le=8192, multiple_of=32)] = 256  # px
+    scale_min: PositiveAmount = 0.7
+    scale_max: PositiveAmount = 1.3
+    lr: Rate = 5e-5
+    encoder_lr: Rate = 1e-5
+    phase2_lr: Rate = 5e-6
+    phase2_encoder_lr: Share = 0.0  # 0: frozen, as in the paper
+    mask_head_lr: Rate = 5e-6  # in phase 2; the paper has one rate there
+    phase3_lr: Rate = 5e-6  # published per split, 5e-6 to 5e-5
+    decay_every: Count = 3500  # epochs after which all rates are multiplied
+    decay: Rate = 0.9  # by this (release: StepLR)
+    weight_decay: Share = 1e-4  # published per split, 1e-6 to 5e-4
+    cosine: bool = False  # rates fall to zero over each phase (ours; the paper: no)
+    clip: Annotated[float, Field(gt=0, le=10**6)] = 5.0  # norm of the gradient
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.998  # share of the teacher that a step keeps
+    pseudo_threshold: Share = 0.5  # of a teacher point in P2R; 0.5: logit >= 0
+    confident: Share = 0.9  # above it a pseudo point vouches for its mask
+    ascending = (("scale_min", "scale_max"),)
 
 
-@dataclass(frozen=True)
-class Machine:
+class Machine(Section):
     """What does not belong to the method but to where it runs."""
 
-    threads: int = 0  # CPU threads of one run; 0: all cores
-    workers: int = 4  # processes that load data; 0: in the training process
+    threads: Annotated[int, Field(ge=0, le=1024)] = 0  # CPU threads of one run; 0: all cores
+    # processes that load data; 0: in the training process
+    workers: Annotated[int, Field(ge=0, le=256)] = 4
     cache_images: bool = False  # keep decoded training images in memory
-    checkpoint_every: int = 10  # epochs
+    checkpoint_every: Count = 10  # epochs
 
 
-@dataclass(frozen=True)
-class Config:
+class Config(Section):
     """One experiment: all that decides its numbers. Made by `preset`, changed by `override`."""
 
-    profile: str
-    dataset: str
-    percent: int
-    seed: int = 2024
-    variant: str = "xmask"
-    max_side: int | None = None  # px, longer image side; None: the dataset's usual value
-    selection: str = "last"  # or "best-on-test", the authors' way: selects on test data
-    network: Network = field(default_factory=Network)
-    masks: Masks = field(default_factory=Masks)
-    loss: Loss = field(default_factory=Loss)
-    pseudo: Decoding = field(default_factory=Decoding)
-    evaluation: Decoding = field(
-        default_factory=lambda: Decoding(0.5, theta=1.1, geometry_weight=0.8, sigma=3.0)
-    )
-    schedule: Schedule = field(default_factory=Schedule)
-    augmentation: Augmentation = field(default_factory=Augmentation)
-    optimisation: Optimisation = field(default_factory=Optimisation)
-    machine: Machine = field(default_factory=Machine)
-
-    def __post_init__(self) -> None:
-        _one_of("profile", self.profile, PROFILES)
-        _one_of("dataset", self.dataset, (*DATASETS, "shb", "synthetic"))
-        _one_of("selection", self.selection, ("last", "best-on-test"))
-        _one_of("network.backbone", self.network.backbone, ("vgg16_bn", "slim"))
-        for name in ("percent", "seed"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise ValueError(f"{name}: {value!r} is not a whole number; give e.g. "
-                                 f"{'10' if name == 'percent' else '1'}")
-        if not 0 < self.percent <= 100:
-            raise ValueError(f"percent: {self.percent} is not in 1..100")
-        s = self.schedule
-        if not 0 < s.phase1 <= s.phase2 <= s.phase3:
-            raise ValueError(
-                "schedule: phases must end in order, 0 < phase1 <= phase2 <= phase3; "
-                f"found {s.phase1}, {s.phase2}, {s.phase3}"
-            )
-        o = self.optimisation
-        if o.crop % 32 or o.crop <= 0:
-            raise ValueError(f"optimisation.crop: {o.crop} is not a positive multiple of 32")
-        if not 0 < o.scale_min <= o.scale_max:
-            raise ValueError(
-                f"optimisation: 0 < scale_min <= scale_max, found {o.scale_min}, {o.scale_max}"
-            )
-        if o.batch < 1:
-            raise ValueError(f"optimisation.batch: {o.batch} is not a positive number")
+    profile: Profile
+    dataset: Dataset
+    percent: Annotated[int, Field(ge=1, le=100)]  # of the training images that are labelled
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 2024
+    variant: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.-]{0,99}$",
+                                  description="a name of letters, digits, - and .")] = "xmask"
+    # px, longer image side; None: the dataset's usual value
+    max_side: Annotated[int | None, Field(ge=32, le=10**6)] = None
+    # "best-on-test" is the authors' way: it selects on test data
+    selection: Literal["last", "best-on-test"] = "last"
+    network: Network = Network()
+    masks: Masks = Masks()
+    loss: Loss = Loss()
+    pseudo: Decoding = Decoding()
+    evaluation: Evaluation = Evaluation()
+    schedule: Schedule = Schedule()
+    augmentation: Augmentation = Augmentation()
+    optimisation: Optimisation = Optimisation()
+    machine: Machine = Machine()
 
     @property
     def run(self) -> str:
@@ -209,220 +241,117 @@ class Config:
         suffix = "" if self.variant == "xmask" else f"-{self.variant}"
         return f"{self.dataset}-{self.percent}-s{self.seed}{suffix}"
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """All fields, nested by section, JSON-ready; `from_dict` reads it back."""
-        return dataclasses.asdict(self)
+        return self.model_dump()
 
 
-def from_dict(values: dict) -> Config:
-    """The inverse of `Config.to_dict`; a name that no field has is a ValueError."""
-    parts = {f.name: f for f in dataclasses.fields(Config)}
-    built = {}
-    for name, value in values.items():
-        if name not in parts:
-            raise ValueError(_unknown(name, parts))
-        kind = _SECTIONS.get(name)
-        if kind is not None:
-            known = [f.name for f in dataclasses.fields(kind)]
-            for key in value:
-                if key not in known:
-                    raise ValueError(_unknown(f"{name}.{key}", [f"{name}.{k}" for k in known]))
-            value = kind(**value)
-        built[name] = value
-    return Config(**built)
+def preset(profile: str, dataset: str, percent: int, **options: Any) -> Config:
+    """The configuration of one run: `xmask.presets.preset`, which see."""
+    from xmask import presets
+
+    return presets.preset(profile, dataset, percent, **options)
 
 
-_SECTIONS = {
-    "network": Network,
-    "masks": Masks,
-    "loss": Loss,
-    "pseudo": Decoding,
-    "evaluation": Decoding,
-    "schedule": Schedule,
-    "augmentation": Augmentation,
-    "optimisation": Optimisation,
-    "machine": Machine,
-}
+def from_dict(values: dict[str, Any]) -> Config:
+    """The inverse of `Config.to_dict`; ValueError for what is no configuration.
 
-
-def override(config: Config, changes: dict[str, object]) -> Config:
-    """Change fields by dotted name, `{"loss.tau": 0.5}`.
-
-    Raises ValueError, with the nearest known name, for a name that does not exist or a value of
-    another type.
+    A field that is not there has its default.
     """
-    known = {}
-    for part in dataclasses.fields(Config):
-        kind = _SECTIONS.get(part.name)
-        if kind is None:
-            known[part.name] = getattr(config, part.name)
-        else:
-            section = getattr(config, part.name)
-            known |= {f"{part.name}.{f.name}": getattr(section, f.name)
-                      for f in dataclasses.fields(kind)}
-    grouped: dict[str, dict] = {}
+    if not isinstance(values, dict):
+        raise ValueError(f"configuration: {_short(values)} is not an object with fields by name")
+    for part in (values, *values.values()):
+        if isinstance(part, dict) and (odd := [key for key in part if not isinstance(key, str)]):
+            raise ValueError(f"configuration: {_short(odd[0])} is not a field's name")
+    return Config(**_renewed(values))
+
+
+def override(config: AnySection, changes: dict[str, Any]) -> AnySection:
+    """Change fields by dotted name: `override(config, {"loss.tau": 0.5})`, or those of a section:
+    `override(config.loss, {"tau": 0.5})`.
+
+    Raises ValueError, with the nearest known name, for a name that does not exist, and with what
+    is allowed for a value of another type or out of range.
+    """
+    values, known = config.model_dump(), _names(type(config))
     for name, value in changes.items():
         if name not in known:
-            raise ValueError(_unknown(name, known))
-        grouped.setdefault(name.partition(".")[0], {})[name.partition(".")[2]] = _typed(
-            name, value, known[name]
-        )
-    parts = {
-        name: values[""] if "" in values else replace(getattr(config, name), **values)
-        for name, values in grouped.items()
-    }
-    return replace(config, **parts)
+            raise ValueError(_unknown(str(name), known))
+        section, _, field = name.rpartition(".")
+        (values[section] if section else values)[field] = value
+    return type(config)(**values)
 
 
-def preset(
-    profile: str,
-    dataset: str,
-    percent: int,
-    *,
-    seed: int = 2024,
-    variant: str = "xmask",
-    overrides: dict[str, object] | None = None,
-) -> Config:
-    """The configuration of one run.
-
-    variant: "xmask", "supervised-only" or an ablation (`VARIANTS`). overrides: fields by dotted
-    name; the run's name gets a short hash of them, so that a sweep's runs differ (but not of
-    the paths of weights, which a study has one of: they are recorded with their checksums).
-    """
-    _one_of("profile", profile, PROFILES)
-    _one_of("variant", variant, tuple(VARIANTS))
-    config = Config(profile, dataset, percent, seed=seed, variant=variant)
-    config = override(config, _PROFILE[profile] | _per_split(profile, dataset, percent))
-    config = override(config, VARIANTS[variant])
-    overrides = overrides or {}
-    config = override(config, overrides)
-    swept = {k: v for k, v in overrides.items() if k not in ("masks.segmenter", "network.weights")}
-    if swept:
-        label = "x" + sha256(json.dumps(swept, sort_keys=True).encode()).hexdigest()[:6]
-        config = replace(config, variant=label if variant == "xmask" else f"{variant}-{label}")
-    return config
+def steps_per_epoch(schedule: Schedule, batch: int, images: int) -> int:
+    """Steps of an epoch: as set, else one pass over all `images` training images in batches, the
+    last of which may be smaller (release: 19, 76 and 142 on SHA, QNRF and JHU)."""
+    return schedule.steps_per_epoch or -(-images // batch)
 
 
-_CPU = {
-    "network.backbone": "slim",
-    "network.channels": 48,
-    "network.weights": "random",
-    "loss.background": 0.2,
-    "loss.foreground": 0.005,
-    "loss.one_point": 0.01,
-    # in a short phase 2 the point-mask term costs more counting than phase 3 can repair
-    "loss.consistency": 0.0,
-    # a random start and some thousand steps need larger rates than 2,000 epochs from ImageNet
-    "optimisation.batch": 2,
-    "optimisation.lr": 3e-3,
-    "optimisation.encoder_lr": 3e-3,
-    # a random start has no ImageNet features to freeze: masks and points go on learning together
-    "optimisation.phase2_encoder_lr": 1e-3,
-    "loss.phase2_p2r": 10.0,
-    "optimisation.phase2_lr": 1e-3,
-    "optimisation.mask_head_lr": 2e-3,
-    "optimisation.phase3_lr": 1e-4,
-    "optimisation.cosine": True,
-    "optimisation.ema": 0.98,
-    # P2R weighs heads twice, so a head that is there with probability q is learnt as
-    # 2q / (1 + q): 2/3 is where a pseudo point is more likely right than wrong, if the network
-    # is well calibrated; one that still underfits misses heads at 2/3
-    "optimisation.pseudo_threshold": 0.6,
-    # between the distances that training pulls below (0.5) and pushes beyond (1.0); on drawn
-    # scenes of another seed 3% more mean IoU (40% labelled) than the published 1.1 and 0.8
-    "evaluation.theta": 0.9,
-    "evaluation.geometry_weight": 0.6,
-    "schedule.phase1": 140,
-    "schedule.warmup": 120,
-    "schedule.phase2": 300,
-    "schedule.mask_warmup": 130,
-    "schedule.phase3": 315,
-    "schedule.ramp": 0.05,
-    "schedule.ramp_end": 1.0,
-    "machine.threads": 1,
-    "machine.workers": 0,
-    "machine.cache_images": True,
-}
-
-_PROFILE: dict[str, dict[str, object]] = {
-    "paper": {},
-    "demo": _CPU
-    | {"optimisation.crop": 128},
-    "reduced": _CPU
-    | {"optimisation.crop": 256},
-}
+def _renewed(values: dict[str, Any]) -> dict[str, Any]:
+    """A configuration stored before the point-mask term had its name: it evaluated the teacher,
+    and counted all points that took part."""
+    loss, old = values.get("loss"), values.get("evaluation", {})
+    if not (isinstance(loss, dict) and "consistency" in loss and isinstance(old, dict)):
+        return values
+    loss = dict(loss)
+    loss["point_mask"] = loss.pop("consistency")
+    evaluation = old | {"count_threshold": old.get("point_threshold", 0.5), "weights": "teacher"}
+    renamed = {"profile": "photo"} if values.get("profile") == "reduced" else {}
+    return values | renamed | {"loss": loss, "evaluation": evaluation}
 
 
-def _per_split(profile: str, dataset: str, percent: int) -> dict[str, object]:
-    """What a profile sets per dataset and percentage."""
-    if profile == "demo":  # 1.6 passes over the labelled ones of 100 images, at least 6 steps
-        return {"schedule.steps_per_epoch": max(6, percent * 8 // 10)}
-    if profile == "reduced":  # 40% of ShanghaiTech A: half a pass
-        return {"schedule.steps_per_epoch": max(12, percent * 3 // 4)}
-    return _published(dataset, percent)
+def _names(kind: type[Section]) -> list[str]:
+    """Dotted names of all values of a section and of the sections in it."""
+    names = []
+    for name, field in kind.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, Section):
+            names += [f"{name}.{part}" for part in _names(inner)]
+        else:
+            names.append(name)
+    return names
 
 
-def _published(dataset: str, percent: int) -> dict[str, object]:
-    """What the authors' configuration sets per dataset and percentage."""
-    table: dict[tuple[str, int], dict[str, object]] = {
-        ("sha", 5): {"schedule.phase3": 2100, "loss.foreground": 0.005, "loss.consistency": 10.0},
-        ("sha", 10): {"schedule.phase3": 2100, "loss.foreground": 0.005},
-        ("sha", 40): {
-            "schedule.phase3": 2075,
-            "loss.background": 0.1,
-            "loss.foreground": 0.005,
-            "loss.consistency": 0.0,
-            "pseudo.theta": 0.95,
-            "pseudo.geometry_weight": 0.4,
-        },
-        ("qnrf", 5): {
-            "schedule.phase3": 2050,
-            "loss.background": 0.05,
-            "loss.foreground": 0.0025,
-        },
-        ("qnrf", 10): {"schedule.phase3": 2500, "loss.one_point": 1.0},
-        ("qnrf", 40): {
-            "schedule.phase3": 4000,
-            "loss.background": 0.01,
-            "loss.one_point": 0.005,
-        },
-        ("jhu", 5): {
-            "schedule.phase3": 2300,
-            "loss.background": 0.05,
-            "loss.one_point": 0.01,
-        },
-        ("jhu", 10): {"schedule.phase3": 2300, "loss.background": 0.05},
-        ("jhu", 40): {"schedule.phase3": 2300, "loss.background": 0.05},
-    }
-    return table.get((dataset, percent), {})
+def _explain(kind: type[Section], error: ValidationError) -> str:
+    """The first fault in one line: field, what was found, what is allowed."""
+    fault = error.errors(include_url=False)[0]
+    name = ".".join(map(str, fault["loc"]))
+    if fault["type"] == "extra_forbidden":
+        return _unknown(name, list(kind.model_fields))
+    if fault["type"] == "missing":
+        return f"{name}: missing; give {_allowed(kind, name)}"
+    if fault["type"] == "value_error":  # said by a section in this one, or by a rule of this one
+        return (f"{name}." if name else "") + str(fault.get("ctx", {})["error"])
+    name = str(fault["loc"][0])  # a union adds the branch that failed
+    return f"{name}: {_short(fault['input'])} is not {_allowed(kind, name)}"
 
 
-def _typed(name: str, value: object, example: object) -> object:
-    if example is None or name == "max_side":
-        ok = value is None or (isinstance(value, int) and not isinstance(value, bool))
-    elif isinstance(example, bool):
-        ok = isinstance(value, bool)
-    elif isinstance(example, float):
-        if isinstance(value, str):  # YAML, so papermill's -y, takes 5e-5 for text
-            try:
-                value = float(value)
-            except ValueError:
-                pass
-        ok = isinstance(value, (int, float)) and not isinstance(value, bool)
-        value = float(value) if ok else value
-    else:
-        ok = isinstance(value, type(example)) and not isinstance(value, bool)
-    if not ok:
-        raise ValueError(f"{name}: expected {type(example).__name__}, found {value!r}")
-    return value
+def _allowed(kind: type[Section], name: str) -> str:
+    """What a field takes, in words: "a number > 0 and <= 1"."""
+    field = kind.model_fields[name]
+    if field.description:
+        return field.description
+    inner: Any = field.annotation
+    if get_args(inner) and not isinstance(inner, types.UnionType):
+        return f"one of {', '.join(get_args(inner))}"
+    optional = "null or " if isinstance(inner, types.UnionType) else ""
+    inner = next((k for k in get_args(inner) if k is not type(None)), inner)
+    noun = {bool: "true or false", int: "a whole number", float: "a number"}.get(
+        inner, "a section, an object with fields by name")
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "multiple_of": "a multiple of"}
+    limits = [f"{sign} {getattr(rule, key)}" for rule in field.metadata
+              for key, sign in signs.items() if getattr(rule, key, None) is not None]
+    return f"{optional}{noun} {' and '.join(limits)}".strip()
 
 
-def _unknown(name: str, known) -> str:
-    near = difflib.get_close_matches(name, list(known), n=3)
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3)
+    near += [k for k in known if k.rpartition(".")[2] == name and k not in near]
     hint = f"; did you mean {' or '.join(near)}?" if near else f"; known: {', '.join(known)}"
     return f"{name}: no such field{hint}"
-
-
-def _one_of(name: str, value: object, known: tuple) -> None:
-    if value not in known:
-        raise ValueError(f"{name}: {value!r} is not one of {', '.join(map(str, known))}")

@@ -20,52 +20,64 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from xmask.features import feature_bands, full_precision, smooth_at, smooth_rows, upsample
-from xmask.nnec import Spans, exclusion_radii, lowest_wins, row_spans, to_tensor
+from xmask.config import Evaluation
+from xmask.features import feature_bands, flat_features, full_precision, smooth_at, upsample
+from xmask.nnec import (
+    Incidence,
+    Spans,
+    exclusion_radii,
+    lowest_wins,
+    point_tensor,
+    row_spans,
+)
 
 # A lone head's radius in decoding, as a share of the shorter side (paper).
 LONE_RADIUS = 0.25
 # Density gate of pseudo-masks (paper): sigmoid(logit) in [0.1, 0.5] takes the whole circle.
 GATE = (0.1, 0.5)
+_PAIRS = 1 << 15  # pairs whose features are gathered at once: a few MB
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Heads of one image. points: (N, 2) float32 (x, y); scores: (N,) float32 in 0..1;
-    instances: (H, W) int32 label map, value k belongs to points[k - 1]."""
+    """Heads and masks of one image.
+
+    points: (N, 2) float32 (x, y) px, all points that take part in masks. scores: (N,) float32,
+    their probabilities. instances: (H, W) int32 label map, value k belongs to points[k - 1].
+    counted: (N,) bool, True where the point is a counted head. A point that is not counted keeps
+    its mask in `instances`; where both thresholds are equal there are none of these.
+    """
 
     points: np.ndarray
     scores: np.ndarray
     instances: np.ndarray
+    counted: np.ndarray
+
+    @property
+    def heads(self) -> np.ndarray:
+        """(K, 2) float32 (x, y) px: the counted points."""
+        return self.points[self.counted]
 
     @property
     def count(self) -> int:
-        """The number of heads."""
-        return len(self.points)
+        """The number of counted heads."""
+        return int(self.counted.sum())
 
 
 @torch.no_grad()
 def predict(
-    logits: torch.Tensor,
-    embedding: torch.Tensor,
-    shape: tuple[int, int],
-    *,
+    logits: torch.Tensor, embedding: torch.Tensor, shape: tuple[int, int], decoding: Evaluation, *,
     stride: int = 4,
-    point_threshold: float = 0.5,
-    threshold: float = 1.1,
-    geometry_weight: float = 0.8,
-    sigma: float | None = 3.0,
-    density_gate: bool = False,
 ) -> Prediction:
-    """Points, scores and label map of one image.
+    """Points, scores, counted heads and label map of one image.
 
     logits: (h, w); embedding: (D, h, w); cell (0, 0) of both covers the top-left `stride` pixels
     of the image. They may reach beyond `shape`, the image's (H, W), where it was padded at the
     right and bottom: cells that hold padding only are dropped.
-    point_threshold: a cell whose sigmoid reaches it is a head (paper: 0.5, that is logit > 0, for
-        counting; 0.1 for pseudo-labels).
-    threshold, geometry_weight, sigma: theta, lambda and smoothing of `instance_map`.
-    density_gate: True gates by the sigmoid of the logits, see `density` of `instance_map`.
+    decoding: a configuration's section `evaluation`. Points of at least `point_threshold` take
+        part in masks (paper: 0.1); of these, points are counted whose logit is above that of
+        `count_threshold` (paper: 0.5, so logit > 0). `theta`, `geometry_weight`, `sigma`: of
+        `instance_map`; `density_gate`: gate by the sigmoid of the logits, see `density` there.
     Raises ValueError if the maps do not cover the image.
     """
     height, width = shape
@@ -77,21 +89,23 @@ def predict(
         raise ValueError(
             f"embedding: {tuple(embedding.shape[-2:])} cells but logits have "
             f"{tuple(logits.shape)}; both must come from the same image")
-    rows, columns = -(-height // stride), -(-width // stride)
-    logits = full_precision(logits)[:rows, :columns]
-    points, scores = points_from_logits(logits, stride=stride, threshold=point_threshold)
+    logits = full_precision(logits.detach())[:-(-height // stride), :-(-width // stride)]
+    chosen = _above(logits, decoding.point_threshold)
+    counted = logits[chosen] > torch.logit(torch.tensor(decoding.count_threshold).double()).item()
+    points, scores = points_from_logits(
+        logits, stride=stride, threshold=decoding.point_threshold)
     # The centre of a cell cut by the border may lie outside: bring the head back in.
     border = torch.tensor([width - 1, height - 1], device=points.device, dtype=points.dtype)
     points = torch.minimum(points, border)
 
     density = None
-    if density_gate:
+    if decoding.density_gate:
         density = upsample(torch.sigmoid(logits)[None], stride)[:, :height, :width]
     labels = instance_maps(
-        embedding[None], [points], stride=stride, shape=shape, threshold=threshold,
-        geometry_weight=geometry_weight, sigma=sigma, density=density)[0]
-    return Prediction(
-        points.float().cpu().numpy(), scores.float().cpu().numpy(), labels.cpu().numpy())
+        embedding[None], [points], stride=stride, shape=shape, threshold=decoding.theta,
+        geometry_weight=decoding.geometry_weight, sigma=decoding.sigma, density=density)[0]
+    return Prediction(points.float().cpu().numpy(), scores.float().cpu().numpy(),
+                      labels.cpu().numpy(), counted.cpu().numpy())
 
 
 @torch.no_grad()
@@ -140,9 +154,8 @@ def instance_maps(
     """`instance_map` of a batch, all heads of all images on one incidence list.
 
     embedding: (B, D, h, w), a cell of which covers `stride` pixels of images of `shape` (H, W);
-    None: all of stride * (h, w). Both upsampling, as by `upsample`, and smoothing are linear and
-    separable: along the rows they are done once, on h rows, and along the columns a band of
-    rows at a time, so that features at image resolution never stand in memory as a whole.
+    None: all of stride * (h, w). Pixels are assigned a band of rows at a time, see
+    `features.feature_bands`: of what grows with the image, only the result is as large as it.
     points: B arrays or tensors (N, 2). density: (B, H, W) or None.
     Returns (B, H, W) int32; label k of image b is points[b][k - 1].
     """
@@ -165,11 +178,11 @@ def instance_maps(
     pairs_above = F.pad(torch.cumsum(length, 0), (1, 0)).index_select(0, spans_above).tolist()
     spans_above = spans_above.tolist()
 
-    cells = embedding.permute(0, 2, 3, 1).contiguous().transpose(1, 2).contiguous()
-    centres = smooth_at(cells, points, image, stride, (height, width), sigma)
-    wide = smooth_rows(cells, stride, width, sigma)
-    won = torch.empty((count * height, width), dtype=torch.int32, device=embedding.device)
-    for images, top, bottom, flat in feature_bands(wide, stride, height, sigma):
+    centres = smooth_at(embedding, points, image, stride, (height, width), sigma)
+    # the label of span k of an image's heads stands at k + 1, nobody's at 0
+    label = torch.cat([head.new_zeros(1), head - first.index_select(0, image[head]) + 1]).int()
+    labels = torch.empty((count * height, width), dtype=torch.int32, device=embedding.device)
+    for images, top, bottom, flat in feature_bands(embedding, stride, (height, width), sigma):
         begin = images.start * height + top
         end = (images.stop - 1) * height + bottom
         part = slice(spans_above[begin], spans_above[end])
@@ -194,10 +207,9 @@ def instance_maps(
             energy, span, pixel = energy[claims], span[claims], pixel[claims]
             below = math.inf
         # In one row the spans are in the order of their heads: of equal energies the lowest wins
-        won[begin:end] = lowest_wins(energy, span, pixel, (end - begin, width), below)
-    # the label of span k of an image's heads stands at k + 1, nobody's at 0
-    label = torch.cat([head.new_zeros(1), head - first.index_select(0, image[head]) + 1]).int()
-    return label.index_select(0, won.flatten()).view(count, height, width)
+        won = lowest_wins(energy, span, pixel, (end - begin, width), below)
+        labels[begin:end] = label.index_select(0, won.flatten()).view(-1, width)
+    return labels.view(count, height, width)
 
 
 def _by_row(spans: Spans, above: torch.Tensor) -> Spans:
@@ -212,7 +224,7 @@ def stack_points(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The heads of a batch as one list: (points (N, 2) float64, image (N,) int64, first (B,)
     int64, the number of heads before each image), on the device."""
-    parts = [to_tensor(p)[0].detach().to(device).double().reshape(-1, 2) for p in points]
+    parts = [point_tensor(p)[0].to(device) for p in points]
     sizes = torch.tensor([len(part) for part in parts])
     image = torch.repeat_interleave(torch.arange(len(parts)), sizes).to(device)
     return torch.cat(parts), image, (torch.cumsum(sizes, 0) - sizes).to(device)
@@ -228,10 +240,30 @@ def points_from_logits(
     Its place is the centre of the cell, stride * cell + (stride - 1) / 2.
     """
     logits = full_precision(logits.detach())
-    scores = torch.sigmoid(logits)
-    chosen = scores >= threshold
-    if threshold >= 0.5:
-        chosen &= logits > 0
+    chosen = _above(logits, threshold)
     row, column = torch.nonzero(chosen, as_tuple=True)
     points = torch.stack([column, row], dim=1).float() * stride + (stride - 1) / 2
-    return points, scores[row, column].float()
+    return points, torch.sigmoid(logits[row, column]).float()
+
+
+def _above(logits: torch.Tensor, threshold: float) -> torch.Tensor:
+    """(h, w) bool: the cells that are points."""
+    chosen = torch.sigmoid(logits) >= threshold
+    return chosen & (logits > 0) if threshold >= 0.5 else chosen
+
+
+def pair_terms(
+    features: torch.Tensor, centres: torch.Tensor, radii: torch.Tensor, pairs: Incidence
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two terms of the energy apart, for whoever moves lambda: |f(u) - f(p_i)| and
+    |u - p_i|^2 / r_i^2 of every pair, each (M,) of the features' type.
+
+    features: (D, H, W), smoothed. centres: (N, D), theirs at the heads. radii: (N,) px. pairs:
+    of `nnec.circles`, tensors.
+    """
+    flat = flat_features(features)
+    distance = torch.cat([
+        torch.linalg.vector_norm(
+            flat.index_select(0, pixel) - centres.index_select(0, head), dim=1)
+        for pixel, head in zip(pairs.pixel.split(_PAIRS), pairs.head.split(_PAIRS))])
+    return distance, (pairs.squared / radii[pairs.head].square()).to(flat.dtype)

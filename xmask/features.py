@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from xmask.nnec import to_tensor
+from xmask.nnec import point_tensor
 
 # Bytes of a band of features: what is made of it, too, stays in cache and below the size from
 # which the C library asks the system for fresh pages (ours, measured).
 _BAND = 1 << 21
+_ACCELERATOR_BAND = 1 << 28  # the same on an accelerator, where few and large steps are fast
+_ROWS = 1 << 26  # bytes of cells stretched to the width of the image at once
 _KERNEL = 7  # px, width of the Gaussian (paper)
 _SIDE = 64  # px, of a block in `upsample_smooth` (ours, measured)
 
@@ -56,15 +59,14 @@ def smooth(embedding: torch.Tensor, sigma: float | None) -> torch.Tensor:
     return x.reshape(embedding.shape) if embedding.ndim != 3 else x[0]
 
 
-def upsample_smooth(
-    maps: torch.Tensor, shape: tuple[int, int], sigma: float | None
-) -> torch.Tensor:
+def upsample_smooth(maps: torch.Tensor, shape: tuple[int, int], sigma: float | None
+                    ) -> torch.Tensor:
     """`smooth(upsample(maps, shape), sigma)` of (B, D, h, w) at once: (B, D, H, W).
 
     Both are linear and separable, so each axis is one small matrix, in blocks along its diagonal:
     for crops of 128 and 256 px at stride 4, with the gradient, less than a quarter of the time of
-    interpolation and convolution (measured). Where nothing is upsampled and images are large, `smooth`
-    is faster. Differentiable in the maps.
+    interpolation and convolution (measured). Where nothing is upsampled and images are large,
+    `smooth` is faster. Differentiable in the maps.
     """
     x = full_precision(maps).permute(0, 2, 3, 1)
     with _no_autocast(maps):
@@ -79,18 +81,17 @@ def upsample_smooth(
     return x.permute(0, 3, 1, 2)
 
 
-def sample_at(
-    features: torch.Tensor, points: Any, image: torch.Tensor | None = None
-) -> torch.Tensor:
+def sample_at(features: torch.Tensor, points: Any, image: torch.Tensor | None = None
+              ) -> torch.Tensor:
     """Bilinear samples (N, D) of features (D, H, W) at points (N, 2) (x, y).
 
     Of a batch (B, D, H, W), `image` (N,) int64 says where each point lies. Differentiable in the
-    features. A point outside the map reads the nearest place of its border.
+    features. A point outside the map reads the nearest place of its border. Raises ValueError if
+    points are not finite (N, 2).
     """
     height, width = features.shape[-2:]
-    points = to_tensor(points)[0].detach().to(features.device)
     flat = flat_features(features)
-    points = points.to(features.dtype).reshape(-1, 2)
+    points = point_tensor(points)[0].to(features.device, features.dtype)
     x = points[:, 0].clamp(0, width - 1)
     y = points[:, 1].clamp(0, height - 1)
     left = x.floor().clamp(max=max(width - 2, 0))
@@ -99,15 +100,13 @@ def sample_at(
     corner = top.long() * width + left.long()
     if image is not None:
         corner = corner + image * (height * width)
-    right = 1 if width > 1 else 0
-    down = width if height > 1 else 0
+    right, down = int(width > 1), width * int(height > 1)
 
-    def at(index: torch.Tensor) -> torch.Tensor:
-        return flat.index_select(0, index)
+    def along_row(index: torch.Tensor) -> torch.Tensor:
+        return (flat.index_select(0, index) * (1 - fx)
+                + flat.index_select(0, index + right) * fx)
 
-    upper = at(corner) * (1 - fx) + at(corner + right) * fx
-    lower = at(corner + down) * (1 - fx) + at(corner + down + right) * fx
-    return upper * (1 - fy) + lower * fy
+    return along_row(corner) * (1 - fy) + along_row(corner + down) * fy
 
 
 def flat_features(features: torch.Tensor) -> torch.Tensor:
@@ -121,24 +120,55 @@ def full_precision(value: torch.Tensor) -> torch.Tensor:
 
 
 def smooth_at(
-    cells: torch.Tensor, points: torch.Tensor, image: torch.Tensor, stride: int,
+    embedding: torch.Tensor, points: torch.Tensor, image: torch.Tensor, stride: int,
     shape: tuple[int, int], sigma: float | None,
 ) -> torch.Tensor:
-    """(N, D): `sample_at` of `smooth` after `upsample`, from the few cells (of (B, w, h, D)) that
-    have a say."""
-    columns, across = _taps(points[:, 0], cells.shape[1], stride, shape[1], sigma)
-    rows, down = _taps(points[:, 1], cells.shape[2], stride, shape[0], sigma)
-    at = (image[:, None] * cells.shape[1] + columns)[:, None] * cells.shape[2] + rows[:, :, None]
+    """(N, D): `sample_at` of `smooth` after `upsample` of (B, D, h, w) by `stride` to images of
+    `shape`, from the few cells that have a say. points: (N, 2) float64 (x, y) px; image: (N,)."""
+    columns, across = _taps(points[:, 0], embedding.shape[3], stride, shape[1], sigma)
+    rows, down = _taps(points[:, 1], embedding.shape[2], stride, shape[0], sigma)
+    cells = embedding[image[:, None, None], :, rows[:, :, None], columns[:, None, :]]
     weight = (down[:, :, None] * across[:, None]).to(cells.dtype)
-    return F.embedding_bag(
-        at.flatten(1), cells.flatten(0, 2), mode="sum", per_sample_weights=weight.flatten(1))
+    return (cells * weight[..., None]).sum((1, 2))
 
 
-def smooth_rows(
-    cells: torch.Tensor, stride: int, width: int, sigma: float | None
-) -> torch.Tensor:
-    """(B, h, W, D) from (B, w, h, D): upsampled and smoothed along the rows only."""
-    count, across, down, depth = cells.shape
+def feature_bands(
+    embedding: torch.Tensor, stride: int, shape: tuple[int, int], sigma: float | None
+) -> Iterator[tuple[slice, int, int, torch.Tensor]]:
+    """`smooth` after `upsample` of (B, D, h, w) to images of `shape`, in bands of rows.
+
+    Yields (images, top, bottom, features (pixels, D)): a few rows of one image on a CPU; on an
+    accelerator as many rows as 256 MB hold, or all images where these hold them whole. Features
+    of large images never stand in memory as a whole.
+    """
+    count, depth, cells, _ = embedding.shape
+    height, width = shape
+    line, together = max(4 * depth * width, 1), 1  # bytes of a row; images in a band
+    if embedding.device.type == "cpu":
+        tall = min(max(_BAND // line, 8), 64)
+    else:
+        tall = max(_ACCELERATOR_BAND // line, 8)
+        together = max(count, 1) if count * height <= tall else 1
+    bands = _blocks(cells, stride, height, sigma, tall)
+    several = max(stride * _ROWS // (line * tall), 1)  # bands whose rows are stretched at once
+    for first in range(0, count, together):
+        images = slice(first, first + together)
+        for start in range(0, len(bands), several):
+            part = bands[start:start + several]
+            low, high = part[0][2], max(base + weight.shape[1] for *_, base, weight in part)
+            rows = _smooth_rows(embedding[images, :, low:high], stride, width, sigma).flatten(2)
+            for top, bottom, base, weight in part:
+                with _no_autocast(rows):
+                    band = torch.matmul(
+                        weight.to(rows), rows[:, base - low:base - low + weight.shape[1]])
+                yield images, top, bottom, band.view(-1, depth)
+
+
+def _smooth_rows(embedding: torch.Tensor, stride: int, width: int, sigma: float | None
+                 ) -> torch.Tensor:
+    """(B, h, W, D) from (B, D, h, w): upsampled and smoothed along the rows only."""
+    count, depth, down, across = embedding.shape
+    cells = embedding.permute(0, 2, 3, 1).contiguous().transpose(1, 2).contiguous()
     out = cells.new_empty((count, down, width, depth))
     with _no_autocast(cells):
         for start, stop, base, weight in _blocks(across, stride, width, sigma, 32):
@@ -146,21 +176,6 @@ def smooth_rows(
             part = torch.matmul(weight.to(cells), part).view(count, -1, down, depth)
             out[:, :, start:stop] = part.transpose(1, 2)
     return out
-
-
-def feature_bands(wide: torch.Tensor, stride: int, height: int, sigma: float | None):
-    """`smooth_rows` along the columns: (images, top, bottom, features (pixels, D)) of band after
-    band, a few rows of one image on a CPU, everything at once on an accelerator."""
-    count, cells, width, depth = wide.shape
-    on_cpu = wide.device.type == "cpu"
-    tall = min(max(_BAND // (4 * depth * width), 8), 64) if on_cpu else height
-    parts = [slice(i, i + 1) for i in range(count)] if on_cpu else [slice(0, count)]
-    for images in parts:
-        rows = wide[images].flatten(2)
-        for top, bottom, base, weight in _blocks(cells, stride, height, sigma, tall):
-            with _no_autocast(wide):
-                band = torch.matmul(weight.to(wide), rows[:, base:base + weight.shape[1]])
-            yield images, top, bottom, band.view(-1, depth)
 
 
 @functools.lru_cache(maxsize=32)
@@ -259,12 +274,10 @@ def _extend(x: torch.Tensor, dim: int, reach: int) -> torch.Tensor:
     """
     length = x.shape[dim]
     if length > reach:
-        before = x.narrow(dim, 1, reach).flip(dim)
-        after = x.narrow(dim, length - 1 - reach, reach).flip(dim)
+        before, after = (x.narrow(dim, at, reach).flip(dim) for at in (1, length - 1 - reach))
     else:
         repeat = [reach if d == dim else -1 for d in range(x.ndim)]
-        before = x.narrow(dim, 0, 1).expand(repeat)
-        after = x.narrow(dim, length - 1, 1).expand(repeat)
+        before, after = (x.narrow(dim, at, 1).expand(repeat) for at in (0, length - 1))
     return torch.cat([before, x, after], dim=dim)
 
 

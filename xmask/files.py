@@ -1,43 +1,88 @@
-"""Reading and writing files so that a half-written one is never taken for a whole one."""
+"""Files: a half-written one is never taken for a whole one, and the user's are never touched.
+
+Everything the package writes goes through `replacing`. Results go into an `OutputFolder`, which
+lists what was written there, so that nothing else is ever replaced or removed.
+"""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import logging
 import os
-import tempfile
+import re
+import secrets
+import shutil
+import socket
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock, Timeout
 from PIL import Image
+
+HIDDEN = ".xmask"  # folder within an output folder: its record, its lock, notes of commands
+_RECORD = {"record of": "xmask", "version": 1}  # first line of .xmask/record.jsonl
+_NOBODYS = {HIDDEN, ".ds_store", "thumbs.db", "desktop.ini"}  # a folder with only these is empty
+_NEEDED = 64 << 20  # bytes: with less disk space than that, no work is begun
+_log = logging.getLogger("xmask")
 
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """Give a temporary path beside `path`; rename it to `path` on success, remove it on error.
 
-    The temporary name keeps the suffix of `path`, because writers such as Pillow read the
-    format from it, and starts with a dot, so that no reader lists it.
+    The content is on the disk before the name is. The temporary name keeps the suffix of `path`,
+    because writers such as Pillow read the format from it, and starts with a dot, so that no
+    reader lists it. Within an open `OutputFolder` the file is noted in its record first.
+    Raises FileExistsError where `path` is a file of the user in such a folder; an OSError
+    always names `path`.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=".partial-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    folder = OutputFolder.around(path)
+    if folder:
+        folder.make_way(path)
+    temporary = path.with_name(f".partial-{secrets.token_hex(6)}{path.suffix}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # opened so, and not by tempfile, the file gets the permissions that the umask asks for
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         yield temporary
-        os.chmod(temporary, 0o644)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        if folder:
+            folder.note(path, sha256(temporary))
         os.replace(temporary, path)
+        _sync(path.parent)
+    except OSError as error:
+        if error.filename not in (None, str(temporary), temporary):
+            raise  # it names another file
+        if error.errno is None:
+            raise OSError(f"{path}: {error}") from error
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync(folder: Path) -> None:
+    """Put the names in a folder on the disk; Windows cannot, and needs it less."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        except OSError:  # some network file systems refuse it
+            pass
+        finally:
+            os.close(handle)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Write a UTF-8 text file in one move: a reader sees the old one or the whole new one."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: str | os.PathLike, value: object) -> None:
@@ -46,13 +91,17 @@ def write_json(path: str | os.PathLike, value: object) -> None:
 
 
 def read_json(path: str | os.PathLike) -> dict:
-    """The content of a JSON file; ValueError, naming the file, if it is none."""
+    """The object in a JSON file; ValueError, naming the file, if it holds none."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested without end
         raise ValueError(
-            f"{path}: not valid JSON ({error}). Delete it and run the step again."
+            f"{path}: not valid JSON ({str(error)[:100]}). Delete it and run the step again."
         ) from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}. Delete it "
+                         "and run the step again.")
+    return value
 
 
 def write_png(path: str | os.PathLike, array: np.ndarray) -> None:
@@ -70,3 +119,260 @@ def sha256(path: str | os.PathLike) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def is_plain(name: object) -> bool:
+    """Whether `name` is the name of a file and no path: it cannot lead out of its folder."""
+    return (isinstance(name, str) and name not in ("", ".", "..")
+            and not re.search(r"[/\\\0]|^[A-Za-z]:", name))
+
+
+def check_new(path: str | os.PathLike, overwrite: bool) -> None:
+    """Raises FileExistsError where a result would replace a file that is there, unless wanted."""
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: is a folder; give the name of a file (--out)")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path}: is there already, and nothing was written. Give another "
+                              "name (--out), or --overwrite to replace it")
+    _check_space(path.parent)
+
+
+def _check_space(folder: Path) -> None:
+    """Raises OSError where the disk that will hold `folder` is full."""
+    there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    try:
+        space = shutil.disk_usage(there)
+    except OSError:
+        return
+    if space.total and space.free < _NEEDED:
+        raise OSError(errno.ENOSPC, f"{space.free >> 20} MB of disk space left, and results need "
+                      f"at least {_NEEDED >> 20}", str(folder))
+
+
+# -- output folders --------------------------------------------------------------------------
+
+
+class FolderInUse(ValueError):
+    """Another process is writing into the folder."""
+
+
+@contextmanager
+def lock(folder: str | os.PathLike, wait: float = 0.0) -> Iterator[None]:
+    """Hold a folder, made if need be, as the only process; it is free again when the process
+    ends, however it ends.
+
+    wait: seconds to wait for another process.
+    Raises FolderInUse, saying who holds the folder, if another one still does.
+    """
+    place = Path(folder) / HIDDEN
+    place.mkdir(parents=True, exist_ok=True)
+    holder, held = place / "holder.json", FileLock(place / "lock")
+    try:
+        held.acquire(timeout=wait)
+    except Timeout:
+        try:
+            who = read_json(holder)
+        except (OSError, ValueError):  # it has only just begun, or just ended
+            who = {}
+        raise FolderInUse(
+            f"{folder}: another process works in it (pid {who.get('pid', '?')} on "
+            f"{who.get('host', '?')}, since {who.get('since', '?')}). Wait for it or end it, then "
+            "run the same command again"
+        ) from None
+    except NotImplementedError:  # a file system without locks
+        yield
+        return
+    try:
+        write_json(holder, {"pid": os.getpid(), "host": socket.gethostname(),
+                            "since": time.strftime("%Y-%m-%d %H:%M:%S")})
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        held.release()
+
+
+class OutputFolder:
+    """A folder for results: new, empty, or one that carries the record of what we wrote there.
+
+    `with OutputFolder(path):` makes it, locks it (see `lock`), and from then on all that
+    `replacing` writes into it is listed in `.xmask/record.jsonl` with its SHA-256. A file that
+    the record does not list is the user's and stays as it is; one that it lists, but with another
+    content, was edited or damaged, and is set aside under a new name before it is made again.
+    A name has every checksum it ever had, because a process may be killed after it noted a new
+    content and before it renamed the file. Entering it again within it is fine.
+
+    overwrite: write beside the user's files, and replace those whose names are needed.
+    wait: seconds to wait for another process that is writing there.
+    Raises, before anything is written: NotADirectoryError for a file, FileExistsError for a
+    folder with other files and no record, ValueError for a damaged record, OSError where nothing
+    can be written or the disk is full, FolderInUse where another process is writing.
+    """
+
+    _open: dict[Path, OutputFolder] = {}
+
+    def __init__(self, path: str | os.PathLike, *, overwrite: bool = False,
+                 wait: float = 0.0) -> None:
+        self.path, self.overwrite, self.wait = Path(path), overwrite, wait
+        self._stack, self._key, self._made = ExitStack(), self.path.resolve(), False
+        self._known: dict[str, set[str]] = {}
+
+    @classmethod
+    def around(cls, path: Path) -> OutputFolder | None:
+        """The innermost open folder that `path` lies in; None for its hidden part."""
+        if not cls._open:
+            return None
+        for parent in path.absolute().parents:
+            if parent.name == HIDDEN:
+                return None
+            if found := cls._open.get(parent) or cls._open.get(parent.resolve()):
+                return found
+        return None
+
+    def __enter__(self) -> OutputFolder:
+        if self._key in self._open:
+            outer = self._open[self._key]
+            outer._known = read_record(self.path)
+            return outer
+        self.check()
+        self._made = not self.path.exists()
+        (self.path / HIDDEN).mkdir(parents=True, exist_ok=True)
+        self._stack.enter_context(lock(self.path, self.wait))
+        _begin_record(self.path)
+        return self.join()
+
+    def join(self) -> OutputFolder:
+        """Take part in the work of the process that has entered the folder, for its workers."""
+        self._known = read_record(self.path)
+        self._open[self._key] = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._open.get(self._key) is not self:
+            return  # entered within itself
+        del self._open[self._key]
+        self._stack.close()
+        if self._made and not any(not _is_nobodys(one) for one in self.path.iterdir()):
+            shutil.rmtree(self.path / HIDDEN)
+            self.path.rmdir()
+
+    def check(self) -> None:
+        """Raises, writing nothing, where results cannot go into this folder."""
+        if self.path.exists() and not self.path.is_dir():
+            raise NotADirectoryError(f"{self.path}: is a file; results need a folder, give the "
+                                     "name of one (--out)")
+        _check_space(self.path)
+        if not self.path.is_dir():
+            return
+        others = sorted(one.name for one in self.path.iterdir() if not _is_nobodys(one))
+        if others and not self.overwrite and not _record(self.path).is_file():
+            more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+            raise FileExistsError(
+                f"{self.path}: holds {others[0]}{more} and no record of xmask, so these are not "
+                "its results, and nothing was written. Give a new or empty folder (--out), or "
+                "--overwrite to write beside them and replace files of the same names")
+
+    def make_way(self, path: Path) -> None:
+        """Let `path` be written: raises FileExistsError if the user's file is there."""
+        if not os.path.lexists(path) or self.is_intact(path):
+            return
+        if self.is_listed(path):
+            self._set_aside(path)
+        elif not self.overwrite:
+            raise FileExistsError(
+                f"{path}: was not written by xmask, and stays as it is. Move or rename it, give "
+                "another folder (--out), or --overwrite to replace it")
+
+    def note(self, path: Path, checksum: str) -> None:
+        """Put a file that is about to get its name on record."""
+        name = self._name(path)
+        if checksum in self._known.get(name, ()):
+            return
+        line = json.dumps({"file": name, "sha256": checksum}) + "\n"
+        handle = os.open(_record(self.path), os.O_WRONLY | os.O_APPEND)
+        try:
+            os.write(handle, line.encode())  # in one piece: workers append to it, too
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        self._known.setdefault(name, set()).add(checksum)
+
+    def is_listed(self, path: Path) -> bool:
+        """Whether a file of this name was written by us."""
+        return self._name(path) in self._known
+
+    def is_intact(self, path: Path) -> bool:
+        """Whether a file is there and as we wrote it."""
+        return (self.is_listed(path) and path.is_file()
+                and sha256(path) in self._known[self._name(path)])
+
+    def remove(self, path: Path) -> None:
+        """Remove a file as we wrote it; set it aside if it was changed; leave the user's alone."""
+        if self.is_intact(path):
+            path.unlink()
+        elif self.is_listed(path) and os.path.lexists(path):
+            self._set_aside(path)
+
+    def names(self) -> list[str]:
+        """What was ever written, relative to the folder, in the order of first writing."""
+        return list(self._known)
+
+    def _name(self, path: Path) -> str:
+        path = Path(path)
+        for base in (self.path, self.path.absolute(), self._key):
+            if path.is_relative_to(base):
+                return path.relative_to(base).as_posix()
+        return (path.parent.resolve() / path.name).relative_to(self._key).as_posix()
+
+    def _set_aside(self, path: Path) -> None:
+        number = 1
+        while os.path.lexists(aside := path.with_name(f"{path.name}.set-aside-{number}")):
+            number += 1
+        os.rename(path, aside)
+        _log.warning("%s: changed since xmask wrote it; set aside as %s", path, aside.name)
+
+
+def read_record(folder: str | os.PathLike) -> dict[str, set[str]]:
+    """What this package wrote into a folder: name -> checksums; {} for a folder without record.
+
+    Raises ValueError, naming file and line, for a record that is none or whose names lead out
+    of the folder.
+    """
+    path = _record(Path(folder))
+    if not path.is_file():
+        return {}
+    lines = path.read_bytes().split(b"\n")[:-1]  # the last one is empty, or was cut off by a kill
+    known: dict[str, set[str]] = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = json.loads(line)
+            if number == 1 and entry == _RECORD:
+                continue
+            name, checksum = entry["file"], entry["sha256"]
+            good = (number > 1 and all(map(is_plain, name.split("/"))) and name.count("/") <= 1
+                    and re.fullmatch("[0-9a-f]{64}", checksum))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            good = False
+        if not good:
+            raise ValueError(f"{path}, line {number}: not a record of xmask, so nobody knows which "
+                             "files are its own. Give a new or empty folder (--out)")
+        known.setdefault(name, set()).add(checksum)
+    return known
+
+
+def _record(folder: Path) -> Path:
+    return folder / HIDDEN / "record.jsonl"
+
+
+def _begin_record(folder: Path) -> None:
+    """Make the record if there is none; cut off a last line that a kill left incomplete."""
+    path = _record(folder)
+    if not path.is_file() or not path.stat().st_size:
+        write_text(path, json.dumps(_RECORD) + "\n")
+    content = path.read_bytes()
+    if not content.endswith(b"\n"):
+        os.truncate(path, content.rfind(b"\n") + 1)
+
+
+def _is_nobodys(path: Path) -> bool:
+    return path.name.lower() in _NOBODYS or path.name.startswith(".partial-")

@@ -6,7 +6,12 @@
 - `mask_constraint`: instance masks as a prior for counting; with `point_mask_consistency`, which
   the authors compute on integers and which is differentiable here.
 
-Cells are those of the network's output: cell c has its centre at stride * c + (stride - 1) / 2.
+Each has a form for one image, which takes its numbers by keyword, and one for a batch, which takes
+the section `loss` of the configuration whole. Cells are those of the network's output: cell c has
+its centre at stride * c + (stride - 1) / 2.
+
+A crop also shows parts of persons whose dot lies outside it; their labels are above the number of
+dots. Nobody demands a head of them: see `mask_constraint` and `point_mask_consistency`.
 """
 
 from __future__ import annotations
@@ -19,28 +24,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from xmask import features
+from xmask.config import Loss
 from xmask.decode import stack_points
-from xmask.features import (
-    flat_features, full_precision, sample_at, smooth, upsample, upsample_smooth,
-)
 from xmask.nnec import exclusion_radii, incidence_rows, to_tensor
 
-# P2R (paper): distance weighs 8 in the cost of a cell; an empty image counts half.
-DISTANCE_COST = 8.0
-EMPTY_WEIGHT = 0.5
-# Exclusivity (paper): others are pushed beyond tau + 4 * margin.
-PUSH_MARGINS = 4.0
+_PAPER = Loss()  # published margins; the constraint's weights are 0
+PUSH_MARGINS = 4.0  # exclusivity (paper): others are pushed beyond tau + 4 * margin
 
 
 def p2r_loss(
-    logits: torch.Tensor,
-    points: Any,
-    stride: int,
-    *,
-    max_distance: float = 96.0,
-    min_radius: float = 8.0,
-    distance_cost: float = DISTANCE_COST,
-    empty_weight: float = EMPTY_WEIGHT,
+    logits: torch.Tensor, points: Any, stride: int, *, max_distance: float = 96.0,
+    min_radius: float = 8.0, distance_cost: float = 8.0, empty_weight: float = 0.5,
     weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Point-to-region loss of one image, a scalar.
@@ -52,36 +47,27 @@ def p2r_loss(
     weight: (h, w) factor per cell, 0 under a cut-out; None for 1 everywhere.
     The target is 1 in the cheapest cell of each region, at cost distance_cost * distance / radius
     - logit (paper: 8), and 0 elsewhere; the loss is binary cross-entropy with weight target + 1,
-    averaged over all cells. An image without points has an all-zero target and weight
-    empty_weight (paper: 0.5).
+    averaged over all cells. Without points the target is all zero, the weight empty_weight.
 
     A point that owns no cell, because another one is nearer to all of them or at the same place,
     joins the region that owns its nearest cell; a region of k points has its k cheapest cells as
     targets, so that every head is counted (ours; annotations hold exact duplicates).
     """
-    return p2r_losses(
-        logits[None], [points], stride, max_distance=max_distance, min_radius=min_radius,
-        distance_cost=distance_cost, empty_weight=empty_weight,
-        weight=None if weight is None else weight[None])[0]
+    section = Loss(max_distance=max_distance, min_radius=min_radius, distance_cost=distance_cost,
+                   empty_weight=empty_weight)
+    return p2r_losses(logits[None], [points], stride, section,
+                      weight=None if weight is None else weight[None])[0]
 
 
 def p2r_losses(
-    logits: torch.Tensor,
-    points: Sequence[Any],
-    stride: int,
-    *,
-    max_distance: float = 96.0,
-    min_radius: float = 8.0,
-    distance_cost: float = DISTANCE_COST,
-    empty_weight: float = EMPTY_WEIGHT,
+    logits: torch.Tensor, points: Sequence[Any], stride: int, section: Loss = _PAPER, *,
     weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`p2r_loss` of a batch: logits (B, h, w), B sets of points, weight (B, h, w) -> (B,)."""
-    logits = full_precision(logits)
-    target = p2r_targets(logits, points, stride, max_distance=max_distance, min_radius=min_radius,
-                         distance_cost=distance_cost)
+    logits = features.full_precision(logits)
+    target = p2r_targets(logits, points, stride, section)
     empty = torch.tensor([len(p) == 0 for p in points]).to(logits.device).view(-1, 1, 1)
-    cell_weight = torch.where(empty, empty_weight, target + 1)
+    cell_weight = torch.where(empty, section.empty_weight, target + 1)
     if weight is not None:
         cell_weight = cell_weight * weight.to(cell_weight)
     cost = F.binary_cross_entropy_with_logits(
@@ -90,34 +76,25 @@ def p2r_losses(
 
 
 def p2r_target(
-    logits: torch.Tensor,
-    points: Any,
-    stride: int,
-    *,
-    max_distance: float = 96.0,
+    logits: torch.Tensor, points: Any, stride: int, *, max_distance: float = 96.0,
     min_radius: float = 8.0,
 ) -> torch.Tensor:
     """The 0/1 target (h, w) of `p2r_loss`: as many ones as there are points, room permitting."""
-    return p2r_targets(logits[None], [points], stride, max_distance=max_distance,
-                       min_radius=min_radius)[0]
+    section = Loss(max_distance=max_distance, min_radius=min_radius)
+    return p2r_targets(logits[None], [points], stride, section)[0]
 
 
 @torch.no_grad()
 def p2r_targets(
-    logits: torch.Tensor,
-    points: Sequence[Any],
-    stride: int,
-    *,
-    max_distance: float = 96.0,
-    min_radius: float = 8.0,
-    distance_cost: float = DISTANCE_COST,
+    logits: torch.Tensor, points: Sequence[Any], stride: int, section: Loss = _PAPER
 ) -> torch.Tensor:
     """`p2r_target` of a batch, (B, h, w)."""
-    logits = full_precision(logits.detach())
+    logits = features.full_precision(logits.detach())
     shape = tuple(logits.shape[1:])
     points, image, _ = stack_points(points, logits.device)
     target = torch.zeros(logits.numel(), dtype=logits.dtype, device=logits.device)
-    owner, distance = _nearest_heads(points, image, len(logits), shape, stride, max_distance)
+    owner, distance = _nearest_heads(
+        points, image, len(logits), shape, stride, section.max_distance)
     cell = torch.nonzero(owner >= 0).squeeze(1)
     if len(cell) == 0:
         return target.reshape(logits.shape)
@@ -128,8 +105,8 @@ def p2r_targets(
     heads = _heads_per_region(points, image, owner, cells_owned, shape, stride)
     radius = torch.zeros(count, dtype=logits.dtype, device=logits.device)
     radius.scatter_reduce_(0, region, distance, "amax")
-    radius.clamp_(min_radius, max_distance)
-    cost = distance_cost * distance / radius[region] - logits.reshape(-1)[cell]
+    radius.clamp_(section.min_radius, section.max_distance)
+    cost = section.distance_cost * distance / radius[region] - logits.reshape(-1)[cell]
 
     # Rank of each cell in its region, by cost: two stable sorts.
     order = torch.argsort(cost, stable=True)
@@ -148,10 +125,9 @@ def p2r_assign(
 
     points: (N, 2), (x, y) pixels. cells_shape: (h, w).
     Returns (owner (h*w,) int64, -1 for none; distance (h*w,) float64 pixels, inf for none), on
-    the points' device. Of points at exactly the same distance the lowest index owns the cell.
+    the points' device. Of points equally far the lowest index owns the cell.
     """
-    points = to_tensor(points)[0]
-    points, image, _ = stack_points([points], points.device)
+    points, image, _ = stack_points([points], to_tensor(points)[0].device)
     return _nearest_heads(points, image, 1, cells_shape, stride, max_distance)
 
 
@@ -197,7 +173,7 @@ def _nearest_heads(
         best = torch.full((images * down * across,), math.inf, dtype=far.dtype, device=device)
         best.scatter_reduce_(0, square, far, "amin")
         # a hair's breadth more than exact: rounding must not lose the nearest point
-        limit = best.index_select(0, square) * (1 + 1e-12) if level else best.index_select(0, square)
+        limit = best.index_select(0, square) * (1 + 1e-12 if level else 1)
         kept = torch.nonzero((near <= limit) & (near < max_distance**2 * (1 + 1e-12))).squeeze(1)
         point, where, top, left = (v.index_select(0, kept) for v in (point, where, top, left))
     # Squares of one cell: near and far are one number, and only equal distances are left.
@@ -209,17 +185,9 @@ def _nearest_heads(
 
 
 def exclusivity_loss(
-    embedding: torch.Tensor,
-    points: Any,
-    label_map: Any,
-    *,
-    tau: float = 0.6,
-    margin: float = 0.1,
-    push_margins: float = PUSH_MARGINS,
-    sigma: float | None = 1.5,
-    ignore: Any = None,
-    differentiable_centers: bool = True,
-    nnec: bool = True,
+    embedding: torch.Tensor, points: Any, label_map: Any, *, tau: float = 0.6,
+    margin: float = 0.1, push_margins: float = PUSH_MARGINS, sigma: float | None = 1.5,
+    ignore: Any = None, differentiable_centers: bool = True, nnec: bool = True,
 ) -> torch.Tensor:
     """Exclusivity loss of one image, a scalar.
 
@@ -238,53 +206,47 @@ def exclusivity_loss(
     embedding space between pixel and centre, inside the point's circle: the mean of
     relu(d - (tau - margin)) over the pixels of the instance plus the mean of
     relu((tau + push_margins * margin) - d) over all others; averaged over those points. Without
-    any such point the loss is 0 and has a graph.
+    any such point the loss is 0 and has a graph. The pixels of a person cut by a crop are others
+    like those of any person: whose they are is known, also without the dot.
+    Raises ValueError for points that are not finite (N, 2), and for a label map or `ignore` that
+    does not fit the embedding.
     """
-    return exclusivity_losses(
-        embedding[None], [points], _labels(label_map, embedding.device)[None], tau=tau,
-        margin=margin, push_margins=push_margins, sigma=sigma,
-        differentiable_centers=differentiable_centers, nnec=nnec,
-        ignore=None if ignore is None else to_tensor(ignore)[0][None])[0]
+    section = Loss(tau=tau, margin=margin, push_margins=push_margins, sigma=sigma or 0.0,
+                   differentiable_centers=differentiable_centers, nnec=nnec)
+    return exclusivity_losses(embedding[None], [points], _one_map(label_map), section,
+                              None if ignore is None else _one_map(ignore))[0]
 
 
 def exclusivity_losses(
-    embedding: torch.Tensor,
-    points: Sequence[Any],
-    label_maps: torch.Tensor,
-    *,
-    tau: float = 0.6,
-    margin: float = 0.1,
-    push_margins: float = PUSH_MARGINS,
-    sigma: float | None = 1.5,
-    ignore: torch.Tensor | None = None,
-    differentiable_centers: bool = True,
-    nnec: bool = True,
+    embedding: torch.Tensor, points: Sequence[Any], label_maps: torch.Tensor,
+    section: Loss = _PAPER, ignore: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`exclusivity_loss` of a batch, all heads of all images on one incidence list.
 
     embedding: (B, D, h, w). points: B sets. label_maps: (B, H, W) int. ignore: (B, H, W) bool.
     Returns (B,); an image without a head on an instance gives 0.
     """
-    embedding = full_precision(embedding)
+    embedding = features.full_precision(embedding)
     device = embedding.device
-    labels = label_maps.to(device).long()
+    factor = max(label_maps.shape[-1] // embedding.shape[-1], 1)
+    labels = _fitting("label_map", label_maps, embedding, factor).long()
+    if ignore is not None:
+        ignore = _fitting("ignore", ignore, embedding, factor).bool()
     count, height, width = labels.shape
     if count > 1 and _one_at_a_time(device):
         return torch.cat([
-            exclusivity_losses(
-                embedding[i:i + 1], points[i:i + 1], labels[i:i + 1], tau=tau, margin=margin,
-                push_margins=push_margins, sigma=sigma,
-                ignore=None if ignore is None else ignore[i:i + 1],
-                differentiable_centers=differentiable_centers, nnec=nnec)
+            exclusivity_losses(embedding[i:i + 1], points[i:i + 1], labels[i:i + 1], section,
+                               None if ignore is None else ignore[i:i + 1])
             for i in range(count)])
     points, image, _ = stack_points(points, device)
 
-    label, position = _label_at(labels, points, image)
+    inside, position = _pixel_of(points, image, (height, width))
+    label = torch.where(inside, labels.reshape(-1)[position], 0)
     chosen = torch.nonzero(label > 0).squeeze(1)
     if len(chosen) == 0:
         return embedding.flatten(1)[:, :0].sum(1)
     radii = exclusion_radii(points, (height, width), image=image)
-    if not nnec:
+    if not section.nnec:
         side = min(height, width) / 2
         crowds = radii.split(torch.bincount(image, minlength=count).tolist())
         typical = torch.stack([r.median() if len(r) else r.new_zeros(()) for r in crowds])
@@ -293,17 +255,17 @@ def exclusivity_losses(
     head, row, column = incidence_rows(points, radii[chosen], (height, width))
     pixel = ((image * height).index_select(0, head) + row) * width + column
     if ignore is not None:
-        seen = ~ignore.to(device).reshape(-1).index_select(0, pixel)
+        seen = ~ignore.reshape(-1).index_select(0, pixel)
         head, pixel = head[seen], pixel[seen]
     same = labels.reshape(-1).index_select(0, pixel) == label.index_select(0, head)
 
     if embedding.shape[-2:] == labels.shape[1:]:
-        features = smooth(embedding, sigma)
+        fine = features.smooth(embedding, section.sigma)
     else:
-        features = upsample_smooth(embedding, (height, width), sigma)
-    flat = flat_features(features)
-    if differentiable_centers:
-        centres = sample_at(features, points, image)
+        fine = features.upsample_smooth(embedding, (height, width), section.sigma)
+    flat = features.flat_features(fine)
+    if section.differentiable_centers:
+        centres = features.sample_at(fine, points, image)
     else:
         centres = flat[position[chosen]].detach()
     # The norm has gradient zero, not NaN, where a pixel is its own centre.
@@ -311,8 +273,8 @@ def exclusivity_losses(
         flat.index_select(0, pixel) - centres.index_select(0, head), dim=1)
     cost = torch.where(
         same,
-        torch.relu(distance - (tau - margin)),
-        torch.relu((tau + push_margins * margin) - distance))
+        torch.relu(distance - (section.tau - section.margin)),
+        torch.relu((section.tau + section.push_margins * section.margin) - distance))
 
     # Mean per region, regions 2i (pull) and 2i + 1 (push) of head i, then over an image's heads.
     region = 2 * head + (~same).long()
@@ -329,140 +291,131 @@ def _one_at_a_time(device: torch.device) -> bool:
 
 
 def mask_constraint(
-    logits: torch.Tensor,
-    label_map: Any,
-    confident_points: Any = None,
-    *,
-    stride: int = 4,
-    background: float = 0.0,
-    foreground: float = 0.0,
-    one_point: float = 0.0,
+    logits: torch.Tensor, label_map: Any, confident_points: Any = None, *, stride: int = 4,
+    background: float = 0.0, foreground: float = 0.0, one_point: float = 0.0, visible: Any = None,
 ) -> torch.Tensor:
     """Instance-mask prior for counting, a scalar: the weighted sum of three terms.
 
-    logits: (h, w). label_map: (H, W) int. confident_points: (K, 2), (x, y) pixels; then only
-        instances that hold one of them count for foreground and one_point. None: all count.
+    logits: (h, w). label_map: (stride * h, stride * w) int. confident_points: (K, 2), (x, y)
+        pixels; an instance counts if one of them, rounded to a pixel, lies on it. None: all count.
+        The pixels of an instance that does not count are neither its own nor background: of a
+        person cut by a crop nothing is asked, and a pseudo-mask that nobody vouches for is not
+        evidence that there is no head.
     background, foreground, one_point: weights of the terms; a weight of 0 leaves a term out.
+    visible: (stride * h, stride * w) bool, False under a cut-out; None: all visible. Hidden
+        pixels are not background, and a point on one does not count: P2R asks for no head there,
+        and the network could only guess. An instance whose point is visible counts whole, with
+        its hidden pixels, as in the authors' release (which counts hidden points too).
 
-    R is the relu of the logits, upsampled bilinearly to the masks and rescaled to the total that
-    it has over the cells (the relu comes first, our reading: after the upsampling, a head that
+    R is the relu of the logits, upsampled bilinearly to the masks and divided by stride**2, so
+    that it keeps its total (the relu comes first, our reading: after the upsampling, a head that
     one cell alone marks would be drowned by its negative neighbours).
-    - background: mean of R over the pixels outside all masks.
+    - background: mean of R over the visible pixels outside all masks.
     - foreground: mean over instances of |sum of R over the instance - 1|.
     - one_point: mean over instances of |positive cells with their centre in the instance - 1|.
       The count is exact; its gradient is that of the sigmoids (straight-through, ours: the
       authors' term has no gradient).
-    A term without pixels or instances is 0.
+    A term without pixels or instances is 0. Raises ValueError for points that are not finite
+    (K, 2), and for a label map or `visible` of another shape.
     """
+    section = Loss(background=background, foreground=foreground, one_point=one_point)
     return mask_constraints(
-        logits[None], _labels(label_map, logits.device)[None],
-        None if confident_points is None else [confident_points], stride=stride,
-        background=background, foreground=foreground, one_point=one_point)[0]
+        logits[None], _one_map(label_map), None if confident_points is None else [confident_points],
+        section, stride=stride, visible=None if visible is None else _one_map(visible))[0]
 
 
 def mask_constraints(
-    logits: torch.Tensor,
-    label_maps: torch.Tensor,
-    confident_points: Sequence[Any] | None = None,
-    *,
-    stride: int = 4,
-    background: float = 0.0,
-    foreground: float = 0.0,
-    one_point: float = 0.0,
+    logits: torch.Tensor, label_maps: torch.Tensor,
+    confident_points: Sequence[Any] | None = None, section: Loss = _PAPER, *,
+    stride: int = 4, visible: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`mask_constraint` of a batch: logits (B, h, w), label_maps (B, H, W) int -> (B,)."""
-    logits = full_precision(logits)
-    labels = label_maps.to(logits.device).long()
+    """`mask_constraint` of a batch: logits (B, h, w), label_maps (B, H, W) int, B sets of points,
+    visible (B, H, W) bool -> (B,)."""
+    logits = features.full_precision(logits)
+    labels = _fitting("label_map", label_maps, logits, stride).long()
+    hidden = None if visible is None else ~_fitting("visible", visible, logits, stride).bool()
     count, cells = len(labels), tuple(logits.shape[1:])
     total = logits.flatten(1)[:, :0].sum(1)
-    # instance k of image b is number b * most + k, k = 0 its background
-    most = int(labels.max()) + 1 if labels.numel() else 1
-    numbers = labels + (torch.arange(count, device=labels.device) * most).view(-1, 1, 1)
-    counted = _counted_instances(labels, numbers, confident_points, count * most)
-    instances = counted.view(count, most).sum(1)
+    numbers, most = _numbered(labels)
+    counted = _counted_instances(numbers, most, confident_points, hidden)
+    instances = counted.sum(1).clamp(min=1)
 
     def over_instances(value: torch.Tensor) -> torch.Tensor:
         """Mean over the counted instances of each image; 0 without any."""
-        value = torch.where(counted, value, 0).view(count, most).sum(1)
-        return value / instances.clamp(min=1)
+        return torch.where(counted, value.view(count, most), 0).sum(1) / instances
 
-    if background or foreground:
-        coarse = torch.relu(logits)
-        fine = upsample(coarse[:, None], tuple(labels.shape[1:]))[:, 0]
-        mass = fine.sum((1, 2))
-        some = mass > 0
-        rescale = torch.where(some, coarse.sum((1, 2)) / torch.where(some, mass, 1), 1)
-        fine = fine * rescale.view(-1, 1, 1)
-        outside = labels == 0
-        if background:
+    if section.background or section.foreground:
+        fine = features.upsample(torch.relu(logits)[:, None], stride)[:, 0] / stride**2
+        if section.background:
+            outside = labels == 0 if hidden is None else (labels == 0) & ~hidden
             pixels = outside.sum((1, 2)).clamp(min=1)
-            total = total + background * (torch.where(outside, fine, 0).sum((1, 2)) / pixels)
-        if foreground:
-            inside = _sum_per_label(fine.reshape(-1), numbers.reshape(-1), len(counted))
-            total = total + foreground * over_instances((inside - 1).abs())
-    if one_point:
+            mean = torch.where(outside, fine, 0).sum((1, 2)) / pixels
+            total = total + section.background * mean
+        if section.foreground:
+            inside = _sum_per_label(fine.reshape(-1), numbers.reshape(-1), count * most)
+            total = total + section.foreground * over_instances((inside - 1).abs())
+    if section.one_point:
         soft = torch.sigmoid(logits).reshape(-1)
         hard = (logits.reshape(-1) > 0).to(soft.dtype)
         through = soft - soft.detach()  # exactly 0: a count of 1 stays 1, and its gradient 0
-        of_cell = _cell_labels(labels, cells, stride)
-        of_cell = of_cell + most * _image_of_cells(count, cells, labels.device)
-        number = _sum_per_label(hard + through, of_cell, len(counted))
-        total = total + one_point * over_instances((number - 1).abs())
+        number = _sum_per_label(hard + through, _at_cells(numbers, cells, stride), count * most)
+        total = total + section.one_point * over_instances((number - 1).abs())
     return total
 
 
 def point_mask_consistency(
-    logits: torch.Tensor, label_map: Any, *, stride: int = 4, ignore: Any = None
+    logits: torch.Tensor, label_map: Any, points: Any = None, *, stride: int = 4,
+    ignore: Any = None,
 ) -> torch.Tensor:
     """Every point on an instance, every instance with a point: a scalar, differentiable.
 
-    logits: (h, w). label_map: (H, W) int. ignore: (H, W) bool, cells centred there do not count.
+    logits: (h, w). label_map: (stride * h, stride * w) int. points: (K, 2), (x, y) pixels; an
+    instance counts if one of them, rounded to a pixel, lies on it: a person cut by a crop needs
+    no point. None: all count. ignore: (stride * h, stride * w) bool; cells centred there, and
+    points there, do not count.
     The mean sigmoid of the positive cells that lie on no instance, plus the mean over instances
-    of 1 - the largest sigmoid of the instance's cells. Instances too small to hold the centre of
-    a cell are left out; a part without cells or instances is 0. (The authors count mismatches
-    on integers, which has no gradient; this is our differentiable form.)
+    that count of 1 - the largest sigmoid of the instance's cells. Instances too small to hold the
+    centre of a cell are left out; a part without cells or instances is 0. (The authors count
+    mismatches on integers, which has no gradient; this is our differentiable form.) Raises
+    ValueError as `mask_constraint`.
     """
     return point_mask_consistencies(
-        logits[None], _labels(label_map, logits.device)[None], stride=stride,
-        ignore=None if ignore is None else to_tensor(ignore)[0][None])[0]
+        logits[None], _one_map(label_map), None if points is None else [points], stride=stride,
+        ignore=None if ignore is None else _one_map(ignore))[0]
 
 
 def point_mask_consistencies(
-    logits: torch.Tensor, label_maps: torch.Tensor, *, stride: int = 4,
-    ignore: torch.Tensor | None = None,
+    logits: torch.Tensor, label_maps: torch.Tensor, points: Sequence[Any] | None = None, *,
+    stride: int = 4, ignore: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`point_mask_consistency` of a batch: logits (B, h, w), label_maps (B, H, W), ignore
-    (B, H, W) bool or None -> (B,)."""
-    logits = full_precision(logits)
-    labels = label_maps.to(logits.device).long()
+    """`point_mask_consistency` of a batch: logits (B, h, w), label_maps (B, H, W), B sets of
+    points or None, ignore (B, H, W) bool or None -> (B,)."""
+    logits = features.full_precision(logits)
+    labels = _fitting("label_map", label_maps, logits, stride).long()
     count, cells = len(labels), tuple(logits.shape[1:])
-    label = _cell_labels(labels, cells, stride)
-    image = _image_of_cells(count, cells, labels.device)
+    numbers, most = _numbered(labels)
+    number = _at_cells(numbers, cells, stride)
     score = torch.sigmoid(logits).reshape(-1)
     if ignore is not None:
-        ignored = _cell_labels(ignore.to(logits.device).long(), cells, stride)
-        seen = torch.nonzero(ignored == 0).squeeze(1)
-        label, image, score = label[seen], image[seen], score[seen]
-    stray = (label == 0) & (score > 0.5)
+        ignore = _fitting("ignore", ignore, logits, stride).bool()
+        seen = torch.nonzero(~_at_cells(ignore, cells, stride)).squeeze(1)
+        number, score = number[seen], score[seen]
+    image = torch.div(number, most, rounding_mode="floor")
+    stray = (number == image * most) & (score > 0.5)
     strays = _sum_per_label(torch.where(stray, score, 0), image, count)
     total = strays / _sum_per_label(stray.to(score.dtype), image, count).clamp(min=1)
 
-    most = int(labels.max()) + 1 if labels.numel() else 1
-    number = image * most + label
     peak = torch.zeros(count * most, dtype=score.dtype, device=score.device)
     peak = peak.scatter_reduce(0, number, score, "amax").view(count, most)
-    present = (torch.bincount(number, minlength=count * most) > 0).view(count, most)[:, 1:]
-    missing = torch.where(present, 1 - peak[:, 1:], 0).sum(1)
-    return total + missing / present.sum(1).clamp(min=1)
+    asked = _counted_instances(numbers, most, points, ignore)
+    asked &= (torch.bincount(number, minlength=count * most) > 0).view(count, most)
+    missing = torch.where(asked, 1 - peak, 0).sum(1)
+    return total + missing / asked.sum(1).clamp(min=1)
 
 
 def _heads_per_region(
-    points: torch.Tensor,
-    image: torch.Tensor,
-    owner: torch.Tensor,
-    cells_owned: torch.Tensor,
-    cells_shape: tuple[int, int],
-    stride: int,
+    points: torch.Tensor, image: torch.Tensor, owner: torch.Tensor, cells_owned: torch.Tensor,
+    cells_shape: tuple[int, int], stride: int,
 ) -> torch.Tensor:
     """(N,) number of heads that region i answers for: its own, and those that own no cell."""
     heads = (cells_owned > 0).long()
@@ -477,56 +430,69 @@ def _heads_per_region(
     return heads
 
 
+def _numbered(labels: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Label maps (B, H, W) in which instance k of image b has the number b * most + k, k = 0 for
+    its background; and `most`."""
+    most = int(labels.max()) + 1 if labels.numel() else 1
+    return labels + (torch.arange(len(labels), device=labels.device) * most).view(-1, 1, 1), most
+
+
 def _counted_instances(
-    labels: torch.Tensor, numbers: torch.Tensor, confident_points: Sequence[Any] | None, most: int
+    numbers: torch.Tensor, most: int, points: Sequence[Any] | None, hidden: torch.Tensor | None
 ) -> torch.Tensor:
-    """(most,) bool: numbers of instances in the maps that hold a confident point (None: all)."""
-    present = torch.zeros(most, dtype=torch.bool, device=labels.device)
-    if confident_points is None:
-        present[numbers[labels > 0]] = True
-        return present
-    points, image, _ = stack_points(confident_points, labels.device)
-    hit, position = _label_at(labels, points, image)
-    present[numbers.reshape(-1)[position[hit > 0]]] = True
+    """(B, most) bool: which instances of maps (B, H, W), numbered b * most + label, hold one of
+    their image's points (None: all do) on a pixel that is not hidden."""
+    count = len(numbers)
+    present = torch.zeros(count * most, dtype=torch.bool, device=numbers.device)
+    if points is None:
+        present[numbers.reshape(-1)] = True
+    else:
+        at, image, _ = stack_points(points, numbers.device)
+        inside, position = _pixel_of(at, image, numbers.shape[1:])
+        if hidden is not None:
+            inside = inside & ~hidden.reshape(-1)[position]
+        present[numbers.reshape(-1)[position[inside]]] = True
+    present = present.view(count, most)
+    present[:, 0] = False  # the background
     return present
 
 
-def _labels(label_map: Any, device: torch.device) -> torch.Tensor:
-    """The label map as an int64 tensor on the device."""
-    if not isinstance(label_map, torch.Tensor):
-        label_map = torch.from_numpy(np.asarray(label_map).astype(np.int64))
-    return label_map.to(device).long()
+def _one_map(value: Any) -> torch.Tensor:
+    """(1, H, W) tensor of a map (H, W) of one image."""
+    if not isinstance(value, torch.Tensor):
+        value = np.asarray(value)
+        value = torch.from_numpy(value.astype(bool if value.dtype == bool else np.int64))
+    return value[None]
 
 
-def _label_at(
-    labels: torch.Tensor, points: torch.Tensor, image: torch.Tensor
+def _fitting(name: str, maps: torch.Tensor, output: torch.Tensor, stride: int) -> torch.Tensor:
+    """Maps (B, H, W), on the device of the network's output; ValueError if H and W are not
+    `stride` times its cells."""
+    height, width = output.shape[-2:]
+    if tuple(maps.shape) != (len(output), stride * height, stride * width):
+        raise ValueError(
+            f"{name}: found {' x '.join(map(str, maps.shape[1:]))} pixels, but the network's "
+            f"output has {height} x {width} cells of {stride} pixels; give a map of "
+            f"{stride * height} x {stride * width}")
+    return maps.to(output.device)
+
+
+def _pixel_of(
+    points: torch.Tensor, image: torch.Tensor, shape: tuple[int, int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Label and flat index, in maps (B, H, W), of the pixel that holds each point of an image;
-    label 0 outside the map."""
-    height, width = labels.shape[1:]
+    """(inside, index): whether each point lies in its image, and the flat index, in maps
+    (B, H, W), of the pixel that holds it, or of the nearest one."""
+    height, width = shape
     pixel = torch.floor(points + 0.5).long()
     x, y = pixel[:, 0], pixel[:, 1]
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-    index = (image * height + y.clamp(0, height - 1)) * width + x.clamp(0, width - 1)
-    return torch.where(inside, labels.reshape(-1)[index], torch.zeros_like(index)), index
+    return inside, (image * height + y.clamp(0, height - 1)) * width + x.clamp(0, width - 1)
 
 
-def _cell_labels(labels: torch.Tensor, cells: tuple[int, int], stride: int) -> torch.Tensor:
-    """(B*h*w,) label of the pixel that holds the centre of each cell; 0 beyond the map."""
-    height, width = labels.shape[1:]
-
-    def pixel(number: int) -> torch.Tensor:
-        centre = torch.arange(number, device=labels.device).double() * stride + (stride - 1) / 2
-        return torch.floor(centre + 0.5).long()
-
-    y, x = pixel(cells[0]), pixel(cells[1])
-    taken = labels[:, y.clamp(max=height - 1)][:, :, x.clamp(max=width - 1)]
-    return torch.where((y < height)[:, None] & (x < width), taken, 0).reshape(-1)
-
-
-def _image_of_cells(count: int, cells: tuple[int, int], device: torch.device) -> torch.Tensor:
-    """(B*h*w,) image of every cell of a batch."""
-    return torch.arange(count, device=device).repeat_interleave(cells[0] * cells[1])
+def _at_cells(maps: torch.Tensor, cells: tuple[int, int], stride: int) -> torch.Tensor:
+    """(B*h*w,) value of maps (B, stride * h, stride * w) at the pixel that holds the centre of
+    each cell."""
+    return maps[:, stride // 2::stride, stride // 2::stride].reshape(-1)
 
 
 def _sum_per_label(value: torch.Tensor, label: torch.Tensor, count: int) -> torch.Tensor:

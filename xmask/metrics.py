@@ -14,14 +14,23 @@ from scipy.sparse import coo_array, csr_array
 from scipy.sparse.csgraph import maximum_bipartite_matching, min_weight_full_bipartite_matching
 from scipy.spatial import cKDTree
 
+from xmask.nnec import Incidence, point_tensor
+
+# What `segmentation` adds up, in this order.
+_SUMS = ("iou_sum", "n_true", "n_pred", "tp50", "pq_iou_sum", "pq_tp", "aji_intersection",
+         "aji_union")
+
 
 def counting(pred: Sequence[float], true: Sequence[float]) -> dict[str, float | None]:
     """Errors of the counts of a data set.
 
-    pred, true: (n,) counts, one per image.
-    Returns mae: mean |pred - true|; rmse: root of the mean squared error (called MSE in this
-    field); nae: mean |pred - true| / true over the images with true > 0, None if there are none.
-    Raises ValueError if there are no images or the lengths differ.
+    pred, true: (n,) counts, one per image; of a `decode.Prediction` its `count`.
+    Returns
+    - mae: mean absolute error, mean |pred - true|;
+    - rmse: root of the mean squared error (called MSE in this field);
+    - nae: normalised absolute error, mean |pred - true| / true over the images with true > 0,
+      None if there are none.
+    Raises ValueError if there are no images, the lengths differ, or a count is not finite.
     """
     pred = np.asarray(pred, dtype=np.float64).reshape(-1)
     true = np.asarray(true, dtype=np.float64).reshape(-1)
@@ -29,6 +38,8 @@ def counting(pred: Sequence[float], true: Sequence[float]) -> dict[str, float | 
         raise ValueError(
             f"counting: {len(pred)} predicted and {len(true)} true counts; "
             "give one of each for every image, and at least one image")
+    if not (np.isfinite(pred).all() and np.isfinite(true).all()):
+        raise ValueError("counting: some counts are NaN or infinite; give numbers of heads")
     error = np.abs(pred - true)
     some = true > 0
     return {
@@ -41,19 +52,21 @@ def counting(pred: Sequence[float], true: Sequence[float]) -> dict[str, float | 
 def localization(pred_points: Any, true_points: Any, sigma: float) -> dict[str, float]:
     """One-to-one matching of predicted to true heads at most `sigma` pixels apart.
 
-    pred_points, true_points: (N, 2) and (M, 2), (x, y) pixels. The number of pairs is maximal.
-    Returns precision, recall and f1, with the counts behind them, matched, n_pred and n_true,
-    which `localization_total` sums over images. Nothing predicted and nothing there is perfect
-    (1.0 each); otherwise a share of nothing is 0.0.
-    Raises ValueError if sigma is negative.
+    pred_points, true_points: (N, 2) and (M, 2), (x, y) pixels; of a `decode.Prediction` its
+    `heads`. The number of pairs is maximal.
+    Returns
+    - precision: matched / n_pred; recall: matched / n_true; f1: their harmonic mean. Nothing
+      predicted and nothing there is perfect (1.0 each); otherwise a share of nothing is 0.0;
+    - the counts behind them, for `localization_total`: matched pairs, n_pred, n_true.
+    Raises ValueError if sigma is negative or points are not finite (N, 2).
     """
     if not sigma >= 0:
         raise ValueError(f"sigma: found {sigma}; give a distance in pixels, 0 or more")
-    pred, true = _numpy(pred_points).reshape(-1, 2), _numpy(true_points).reshape(-1, 2)
+    pred, true = (point_tensor(_numpy(p))[0].numpy() for p in (pred_points, true_points))
     matched = 0
     if len(pred) and len(true):
-        pairs = cKDTree(pred.astype(np.float64)).sparse_distance_matrix(
-            cKDTree(true.astype(np.float64)), sigma, output_type="ndarray")
+        pairs = cKDTree(pred).sparse_distance_matrix(
+            cKDTree(true), sigma, output_type="ndarray")
         matched = _matching_size(pairs["i"], pairs["j"], (len(pred), len(true)))
     return _localization_values(matched, len(pred), len(true))
 
@@ -68,7 +81,8 @@ def localization_total(images: Iterable[dict[str, float]]) -> dict[str, float]:
 def segmentation(pred_map: Any, true_map: Any) -> dict[str, float]:
     """Instance segmentation of one image.
 
-    pred_map, true_map: (H, W) int label maps (arrays or tensors).
+    pred_map, true_map: (H, W) int label maps (arrays or tensors); of a `decode.Prediction` its
+    `instances`, the masks of all points, counted or not (as the authors' release evaluates).
     Returns
     - mean_iou: IoU summed over the one-to-one matching of predicted to true instances that makes
       this sum largest (Hungarian), divided by the number of true instances (paper);
@@ -108,33 +122,26 @@ def segmentation(pred_map: Any, true_map: Any) -> dict[str, float]:
     chosen = order[first]
     unmet = np.setdiff1d(np.arange(n_true), served)
     idle = np.setdiff1d(np.arange(n_pred), i[chosen])
-    sums = {
-        "iou_sum": float(iou[best].sum()),
-        "n_true": n_true,
-        "n_pred": n_pred,
-        "tp50": _matching_size(i[fifty], j[fifty], (n_pred, n_true)),
-        "pq_iou_sum": float(iou[above].sum()),
-        "pq_tp": int(above.sum()),
-        "aji_intersection": int(overlap[chosen].sum()),
-        "aji_union": int(
-            union[chosen].sum() + true_area[unmet].sum() + pred_area[idle].sum()),
-    }
-    return _segmentation_values(sums)
+    together = union[chosen].sum() + true_area[unmet].sum() + pred_area[idle].sum()
+    return _segmentation_values(dict(zip(_SUMS, (
+        float(iou[best].sum()), n_true, n_pred,
+        _matching_size(i[fifty], j[fifty], (n_pred, n_true)),
+        float(iou[above].sum()), int(above.sum()),
+        int(overlap[chosen].sum()), int(together)))))
 
 
-def overlapping_iou_sum(head: np.ndarray, pixel: np.ndarray, true_map: np.ndarray) -> float:
+def overlapping_iou_sum(masks: Incidence, true_map: np.ndarray) -> float:
     """IoU summed over the best one-to-one matching, for predicted masks that may overlap.
 
-    head, pixel: (M,) int, an incidence list as of `xmask.nnec.incidence`: mask of head i covers
-    flat pixel u. true_map: (H, W) int label map. `segmentation` asks for exclusive masks; this
-    serves the baseline of equal discs.
+    masks: pairs of arrays, mask of head i covers pixel u. true_map: (H, W) int label map.
+    `segmentation` asks for exclusive masks; this serves the baseline of equal discs.
     """
     true, true_area = _compact(true_map, "true_map")
-    label = true.reshape(-1)[pixel]
+    head, label, people = masks.head, true[masks.pixel], max(len(true_area), 1)
     area = np.bincount(head) if len(head) else np.zeros(0, np.int64)
     key, overlap = np.unique(
-        head[label >= 0] * max(len(true_area), 1) + label[label >= 0], return_counts=True)
-    i, j = np.divmod(key, max(len(true_area), 1))
+        head[label >= 0] * people + label[label >= 0], return_counts=True)
+    i, j = np.divmod(key, people)
     iou = overlap / (area[i] + true_area[j] - overlap)
     return float(iou[_best_pairs(i, j, iou, (len(area), len(true_area)))].sum())
 
@@ -146,21 +153,15 @@ def segmentation_total(images: Iterable[dict[str, float]]) -> dict[str, float]:
     instances in all images (paper), not a mean over images; likewise ap50, pq and aji.
     """
     images = list(images)
-    keys = ("iou_sum", "n_true", "n_pred", "tp50", "pq_iou_sum", "pq_tp",
-            "aji_intersection", "aji_union")
-    return _segmentation_values({key: sum(image[key] for image in images) for key in keys})
+    return _segmentation_values({key: sum(image[key] for image in images) for key in _SUMS})
 
 
 def _localization_values(matched: int, n_pred: int, n_true: int) -> dict[str, float]:
-    empty = n_pred == 0 and n_true == 0
-    return {
-        "precision": 1.0 if empty else _share(matched, n_pred),
-        "recall": 1.0 if empty else _share(matched, n_true),
-        "f1": 1.0 if empty else _share(2 * matched, n_pred + n_true),
-        "matched": matched,
-        "n_pred": n_pred,
-        "n_true": n_true,
-    }
+    counts = {"matched": matched, "n_pred": n_pred, "n_true": n_true}
+    if n_pred == n_true == 0:
+        return {"precision": 1.0, "recall": 1.0, "f1": 1.0, **counts}
+    return {"precision": _share(matched, n_pred), "recall": _share(matched, n_true),
+            "f1": _share(2 * matched, n_pred + n_true), **counts}
 
 
 def _segmentation_values(sums: dict[str, float]) -> dict[str, float]:
@@ -183,9 +184,8 @@ def _runs(pred: np.ndarray, true: np.ndarray) -> tuple[np.ndarray, np.ndarray, n
     return pred[start], true[start], np.diff(start, append=len(pred))
 
 
-def _overlaps(
-    pred: np.ndarray, true: np.ndarray, length: np.ndarray, shape: tuple[int, int]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _overlaps(pred: np.ndarray, true: np.ndarray, length: np.ndarray, shape: tuple[int, int]
+              ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Pairs of instances that overlap, (i, j) sorted, and their common pixels.
 
     pred, true: instance of each run of pixels, -1 for none. shape: numbers of instances.
@@ -197,9 +197,8 @@ def _overlaps(
     return i, table.indices.astype(np.int64), table.data
 
 
-def _best_pairs(
-    i: np.ndarray, j: np.ndarray, iou: np.ndarray, shape: tuple[int, int]
-) -> np.ndarray:
+def _best_pairs(i: np.ndarray, j: np.ndarray, iou: np.ndarray, shape: tuple[int, int]
+                ) -> np.ndarray:
     """Positions in (i, j) of the one-to-one pairs with the largest total IoU.
 
     A full matching of rows exists once every row has a dummy column of its own. Costs are 2 - IoU
@@ -234,9 +233,8 @@ def _matching_size(i: np.ndarray, j: np.ndarray, shape: tuple[int, int]) -> int:
     return int((maximum_bipartite_matching(graph, perm_type="column") >= 0).sum())
 
 
-def _compact(
-    label_map: np.ndarray, name: str, length: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def _compact(label_map: np.ndarray, name: str, length: np.ndarray | None = None
+             ) -> tuple[np.ndarray, np.ndarray]:
     """Index of each pixel's instance, -1 for background; and the instances' areas. With `length`
     the labels are those of runs of so many pixels."""
     flat = np.ascontiguousarray(label_map).reshape(-1)

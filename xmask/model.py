@@ -1,27 +1,28 @@
-"""The network: VGG16-BN encoder, fusion, density decoder and mask head (paper's network section).
+"""The network: encoder, fusion, density decoder and mask head (paper's network section).
 
-Two backbones of one shape: `vgg16_bn`, as in the paper, and `slim`, the same layers at an eighth
-of the width, for CPUs.
+The encoder is a backbone of timm by name: `vgg16_bn`, as in the paper; `tf_efficientnet_lite0`,
+for CPUs; any other that gives maps of strides 8, 16 and 32.
 """
 
 from __future__ import annotations
 
-import warnings
+import difflib
 from dataclasses import dataclass
-from pathlib import Path
-from urllib.error import URLError
+from typing import Any
 
+import timm
 import torch
 import torch.nn.functional as F
+from timm.models import vgg
 from torch import Tensor, nn
 
 from xmask.config import Network
+from xmask.pretrained import initialise
 
 STRIDE = 4  # px per output cell
 MULTIPLE = 32  # images are padded to a multiple of this many px
-_LAYERS = ((64, 64), (128, 128), (256,) * 3, (512,) * 3, (512,) * 3)  # VGG16
-_MEAN = (0.485, 0.456, 0.406)  # ImageNet statistics, RGB in 0..1
-_STD = (0.229, 0.224, 0.225)
+_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # RGB in 0..1
+_NO_CLASSIFIER: dict[str, Any] = {"num_classes": 0, "mlp_ratio": 1 / 4096}  # a VGG's is large
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,9 @@ class XMask(nn.Module):
 
     def __init__(self, config: Network):
         super().__init__()
-        width = 1 if config.backbone == "vgg16_bn" else 1 / 8
-        self.encoder = Encoder(width)
+        self.encoder = Encoder(config.backbone, config.freeze_norm)
         c = config.channels
-        self.fusion = Fusion(self.encoder.fine, self.encoder.coarse, c)
+        self.fusion = Fusion(self.encoder.channels, c)
         self.decoder = nn.Sequential(
             nn.Conv2d(c, c, 3, padding=1),
             nn.ReLU(inplace=True),
@@ -54,64 +54,90 @@ class XMask(nn.Module):
             nn.PixelShuffle(2),
         )
         self.mask_head = MaskHead(c, config.embedding)
-        self.register_buffer("mean", torch.tensor(_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(_STD).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor, masks: bool = True, grid: Tensor | None = None) -> Output:
         """Logits (B, H/4, W/4) and embedding (B, D, H/4, W/4), or None without `masks`, of images
         (B, 3, H, W) in 0..1. grid: (2, H / 8, W / 8) coordinates, see `coordinates`, where the
         images are pieces of a larger one; None: they are whole."""
-        fused = self.fusion(*self.encoder((images - self.mean) / self.std))
+        fused = self.fusion(self.encoder(images))
         density = self.decoder(fused)
         embedding = self.mask_head(fused, grid) if masks else None
         return Output(density[:, 1] - density[:, 0], embedding)
 
 
 class Encoder(nn.Module):
-    """VGG16-BN: block 4 before its pooling (stride 8) and block 5 (stride 16)."""
+    """A backbone of timm without its classifier: one map per stride, finest first.
 
-    def __init__(self, width: float = 1):
+    Strides 8 and 16 of a VGG, as in the paper; 8, 16 and 32 of any other. Raises ValueError for a
+    backbone that timm does not know, or that lacks maps of those strides for any image size.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, backbone: str, freeze_norm: bool = False):
         super().__init__()
-        blocks, inputs = [], 3
-        for index, widths in enumerate(_LAYERS):
-            layers: list[nn.Module] = [nn.MaxPool2d(2)] if index else []
-            for full in widths:
-                outputs = int(full * width)
-                layers += [
-                    nn.Conv2d(inputs, outputs, 3, padding=1),
-                    nn.BatchNorm2d(outputs),
-                    nn.ReLU(inplace=True),
-                ]
-                inputs = outputs
-            blocks.append(nn.Sequential(*layers))
-        self.to_fine = nn.Sequential(*blocks[:4])
-        self.to_coarse = blocks[4]
-        self.fine, self.coarse = int(_LAYERS[3][-1] * width), int(_LAYERS[4][-1] * width)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-                nn.init.zeros_(module.bias)
+        self.freeze_norm = freeze_norm
+        strides = (8, 16) if backbone == "slim" or backbone.startswith("vgg") else (8, 16, 32)
+        with torch.device("meta"):  # takes no memory: only the shapes of its maps are wanted
+            probe = _create(backbone).eval()
+            try:
+                shapes = [tuple(m.shape[-2:]) for m in probe(torch.empty(1, 3, 64, 96))]
+                chosen = [shapes.index((64 // s, 96 // s)) for s in strides]
+            except Exception as error:  # of many types: whatever a backbone says to this size
+                raise ValueError(
+                    f"network.backbone: {backbone} has no maps of strides {strides} for images of "
+                    f"any size ({error}); take one such as tf_efficientnet_lite0 or resnet18"
+                ) from error
+        self.body = _create(backbone, tuple(probe.feature_info.out_indices[i] for i in chosen))
+        self.channels: list[int] = self.body.feature_info.channels()
+        scale = getattr(self.body, "pretrained_cfg", _IMAGENET)
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(scale[name]).view(3, 1, 1), persistent=False)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Fine (B, 512, H/8, W/8) and coarse (B, 512, H/16, W/16) maps of images (B, 3, H, W);
-        the slim encoder has fewer channels."""
-        fine = self.to_fine(images)
-        return fine, self.to_coarse(fine)
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Maps (B, C_i, H / stride_i, W / stride_i) of images (B, 3, H, W) in 0..1."""
+        return self.body((images - self.mean) / self.std)
+
+    def train(self, mode: bool = True) -> Encoder:
+        """With `freeze_norm`, BatchNorm keeps using its stored statistics while weights learn."""
+        super().train(mode)
+        for module in self.modules():
+            if self.freeze_norm and isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return self
+
+
+def _create(backbone: str, out_indices: tuple[int, ...] | None = None) -> Any:
+    """timm's feature extractor, randomly initialised; out_indices: which maps, None: all."""
+    options: dict[str, Any] = {} if out_indices is None else {"out_indices": out_indices}
+    if backbone == "slim":  # VGG16-BN at an eighth of its width
+        layers = [width if width == "M" else int(width) // 8 for width in vgg.cfgs["vgg16"]]
+        body = vgg.VGG(layers, norm_layer=nn.BatchNorm2d, **_NO_CLASSIFIER)
+        return timm.models.FeatureListNet(body, flatten_sequential=True, **options)
+    if not timm.is_model(backbone):
+        near = difflib.get_close_matches(backbone, timm.list_models(), n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() has them all"
+        raise ValueError(f"network.backbone: timm knows no {backbone!r}; {hint}")
+    if backbone.startswith("vgg"):
+        options |= _NO_CLASSIFIER
+    return timm.create_model(backbone, pretrained=False, features_only=True, **options)
 
 
 class Fusion(nn.Module):
-    """Both maps to one width, the coarse one upsampled and added, one 3×3 convolution."""
+    """All maps to one width, the coarser ones upsampled and added, one 3×3 convolution."""
 
-    def __init__(self, fine: int, coarse: int, channels: int):
+    def __init__(self, inputs: list[int], channels: int):
         super().__init__()
-        self.fine = nn.Conv2d(fine, channels, 1)
-        self.coarse = nn.Conv2d(coarse, channels, 1)
+        self.project = nn.ModuleList(nn.Conv2d(width, channels, 1) for width in inputs)
         self.mix = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, fine: Tensor, coarse: Tensor) -> Tensor:
-        """(B, channels, H/8, W/8) of the encoder's two maps."""
-        upsampled = F.interpolate(self.coarse(coarse), size=fine.shape[-2:], mode="bilinear")
-        return self.mix(self.fine(fine) + upsampled)
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        """(B, channels, H/8, W/8) of the encoder's maps, finest first."""
+        fused, *coarser = [project(m) for project, m in zip(self.project, maps)]
+        for m in coarser:
+            fused = fused + F.interpolate(m, size=fused.shape[-2:], mode="bilinear")
+        return self.mix(fused)
 
 
 class MaskHead(nn.Module):
@@ -156,66 +182,11 @@ def coordinates(height: int, width: int, device: torch.device | str = "cpu") -> 
 def build(config: Network) -> tuple[XMask, str]:
     """A fresh network and how its encoder was initialised, to be recorded with every result.
 
-    "imagenet" weights that cannot be reached leave the encoder random, with a warning. Raises
-    FileNotFoundError or ValueError for a weight file that is missing or of another network.
+    Raises ValueError for a backbone, and FileNotFoundError or ValueError for weights, that cannot
+    be used, see `Encoder` and `xmask.pretrained.initialise`.
     """
     network = XMask(config)
-    if config.weights == "random":
-        return network, "random"
-    if config.weights == "imagenet":
-        if config.backbone != "vgg16_bn":
-            raise ValueError(
-                "network.weights: ImageNet weights exist for vgg16_bn only; "
-                f"use network.weights='random' with {config.backbone}"
-            )
-        from torchvision.models import VGG16_BN_Weights
-
-        try:
-            state = VGG16_BN_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
-        except (URLError, OSError) as error:
-            warnings.warn(
-                f"ImageNet weights are out of reach ({error}); the encoder starts random, so "
-                "expect results well below the published ones. Give the file with "
-                "network.weights=/path/to/vgg16_bn.pth",
-                stacklevel=2,
-            )
-            return network, "random (ImageNet weights out of reach)"
-        _load_encoder(network.encoder, state, "ImageNet weights")
-        return network, "ImageNet (torchvision VGG16_BN IMAGENET1K_V1)"
-
-    path = Path(config.weights)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"network.weights: {path} does not exist; give 'imagenet', 'random', or the path of "
-            "a torchvision VGG16-BN state dict"
-        )
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many types here, none of them helpful alone
-        raise ValueError(
-            f"{path}: not a readable state dict ({type(error).__name__}: {error}); download it "
-            "again, or save it with torch.save(model.state_dict(), path)"
-        ) from error
-    _load_encoder(network.encoder, state, str(path))
-    from xmask.files import sha256
-
-    return network, f"{path.name} (sha256 {sha256(path)})"
-
-
-def _load_encoder(encoder: Encoder, state: dict, source: str) -> None:
-    """Copy torchvision's `features.*` into the encoder: same layers, other grouping."""
-    theirs = [value for key, value in state.items() if key.startswith("features.")]
-    ours = encoder.state_dict()
-    if len(theirs) == len(ours) * 5 // 6:  # a state dict older than num_batches_tracked
-        ours = {k: v for k, v in ours.items() if not k.endswith("num_batches_tracked")}
-    shapes = [tuple(value.shape) for value in ours.values()]
-    if [tuple(getattr(value, "shape", ())) for value in theirs] != shapes:
-        raise ValueError(
-            f"{source}: not a VGG16-BN state dict of torchvision (its `features.*` do not match "
-            f"the {sum(len(w) for w in _LAYERS)} convolutions of the encoder); with the slim "
-            "backbone use network.weights='random'"
-        )
-    encoder.load_state_dict(dict(zip(ours, theirs)), strict=False)
+    return network, initialise(network.encoder.body, config.backbone, config.weights)
 
 
 def pad_to_multiple(images: Tensor) -> Tensor:

@@ -48,8 +48,7 @@ def exclusion_radii(
     Raises ValueError if points are not (N, 2) or not finite.
     """
     points, numpy_out = point_tensor(points)
-    side = float(min(shape))
-    count = len(points)
+    side, count = float(min(shape)), len(points)
     if image is not None and count:
         # Images a side apart along a third axis: nobody's nearest neighbour is in another one,
         # and within one the third axis adds exactly nothing.
@@ -106,9 +105,8 @@ class Spans(NamedTuple):
         return Spans(*(value[chosen] for value in self))
 
 
-def circles(
-    points: Array, radii: Array, shape: tuple[int, int], *, split: bool = True
-) -> Incidence:
+def circles(points: Array, radii: Array, shape: tuple[int, int], *, split: bool = True
+            ) -> Incidence:
     """Every pixel inside every circle, with its distance.
 
     points: (N, 2) float, (x, y) pixels. radii: (N,) float, pixels. shape: (H, W).
@@ -134,9 +132,8 @@ def incidence(points: Array, radii: Array, shape: tuple[int, int]) -> tuple[Arra
     return _as_given(head, numpy_out), _as_given(row.mul_(shape[1]).add_(column), numpy_out)
 
 
-def incidence_rows(
-    points: torch.Tensor, radii: Array, shape: tuple[int, int]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def incidence_rows(points: torch.Tensor, radii: Array, shape: tuple[int, int]
+                   ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`incidence` as (head, row, column), three (M,) int64 tensors on the points' device."""
     return _pixels(row_spans(points, radii, shape, split=False))
 
@@ -206,9 +203,8 @@ def _integers(first: torch.Tensor, last: torch.Tensor) -> tuple[torch.Tensor, to
     return index, value.add_((first - end + length).index_select(0, index))
 
 
-def _share_out(
-    points: torch.Tensor, spans: Spans, place: torch.Tensor, sharers: torch.Tensor
-) -> Spans:
+def _share_out(points: torch.Tensor, spans: Spans, place: torch.Tensor, sharers: torch.Tensor
+               ) -> Spans:
     """The spans that heads keep of circles they share, see `row_spans`; place: (N,) int64, the
     place of each head; sharers: the number of heads at each place."""
     share = sharers[place]
@@ -239,9 +235,8 @@ def _share_out(
     return together.select(torch.argsort(together.head, stable=True))
 
 
-def _shared_places(
-    points: torch.Tensor, image: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor] | None:
+def _shared_places(points: torch.Tensor, image: torch.Tensor | None
+                   ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """(place (N,) int64 of each head, number of heads at each place), or None if no two heads
     (of one image) are at the same place."""
     if len(points) < 2:
@@ -270,21 +265,20 @@ def lowest_wins(
     energy, numpy_out = to_tensor(energy)
     energy = energy.detach()
     head, pixel = to_tensor(head)[0].to(energy.device), to_tensor(pixel)[0].to(energy.device)
-    height, width = shape
+    pixels = shape[0] * shape[1]
     if energy.dtype == torch.float32:
-        labels = _lowest_packed(energy, head, pixel, height * width, threshold)
-        return _as_given(labels.reshape(height, width), numpy_out)
+        labels = _lowest_packed(energy, head, pixel, pixels, threshold)
+        return _as_given(labels.reshape(shape), numpy_out)
     claims = energy < threshold
-    if not bool(claims.all()):
-        energy, head, pixel = energy[claims], head[claims], pixel[claims]
-    lowest = torch.full((height * width,), math.inf, dtype=energy.dtype, device=energy.device)
+    energy, head, pixel = energy[claims], head[claims], pixel[claims]
+    lowest = torch.full((pixels,), math.inf, dtype=energy.dtype, device=energy.device)
     lowest.scatter_reduce_(0, pixel, energy, "amin")
     won = energy == lowest[pixel]
     nobody = torch.iinfo(torch.int32).max
-    winner = torch.full((height * width,), nobody, dtype=torch.int32, device=energy.device)
+    winner = torch.full((pixels,), nobody, dtype=torch.int32, device=energy.device)
     winner.scatter_reduce_(0, pixel[won], head[won].to(torch.int32), "amin")
-    labels = torch.where(winner == nobody, torch.zeros_like(winner), winner + 1)
-    return _as_given(labels.reshape(height, width), numpy_out)
+    labels = torch.where(winner == nobody, 0, winner + 1)
+    return _as_given(labels.reshape(shape), numpy_out)
 
 
 def _lowest_packed(
@@ -314,11 +308,10 @@ def _lowest_packed(
 
 def _nearest_distance(points: torch.Tensor) -> torch.Tensor:
     """(N,) float64 distance of every point to its nearest other point, N >= 2, in 2 or 3 axes."""
-    if points.device.type == "cpu":
-        tree = cKDTree(points.numpy(), balanced_tree=False, compact_nodes=False)
-        distance, _ = tree.query(points.numpy(), k=2)
-        return torch.from_numpy(np.ascontiguousarray(distance[:, 1]))
-    return _nearest_by_slabs(points)
+    if points.device.type != "cpu":
+        return _nearest_by_slabs(points)
+    tree = cKDTree(points.numpy(), balanced_tree=False, compact_nodes=False)
+    return torch.from_numpy(tree.query(points.numpy(), k=2)[0][:, 1].copy())
 
 
 def _nearest_by_slabs(points: torch.Tensor) -> torch.Tensor:
@@ -338,8 +331,7 @@ def _nearest_by_slabs(points: torch.Tensor) -> torch.Tensor:
 def point_tensor(points: Array) -> tuple[torch.Tensor, bool]:
     """(N, 2) float64 tensor of the points, and whether they came as NumPy."""
     points, numpy_out = to_tensor(points)
-    if points.numel() == 0:
-        points = points.reshape(0, 2)
+    points = points.reshape(0, 2) if points.numel() == 0 else points
     if points.ndim != 2 or points.shape[1] != 2:
         raise ValueError(
             f"points: expected an (N, 2) array of (x, y), found shape {tuple(points.shape)}")

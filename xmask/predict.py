@@ -1,8 +1,15 @@
-"""Heads, count and masks of one's own photo: load a trained model, call it on an image.
+"""From an image of any size to its heads, count and masks: the one way, for evaluation and for
+one's own photos (paper section on evaluation).
 
-`load()` gives the small model that comes with the package. It was trained on synthetic crowds
-only (`.record` says on which, how and from which start): it shows what the method does, and its
-counts on photographs are not to be relied on. `load(path)` takes a model trained by `xmask train`.
+`load()` gives the small model that comes with the package, `load(path)` one of `xmask train`;
+both are called on an image. `predict_image` is what they do, and what evaluation does.
+
+Large images go through the network in pieces, with the same result as whole. An output cell sees
+the image through a window of a limited reach, so a piece with that margin computes its inner
+cells exactly, and the mask head is told where the piece lies in the whole image. Points, circles
+and masks come from the logits and the embedding of the whole image (`xmask.decode`), so a head
+on a seam is one cell like any other. What grows with the image is the image itself, its label
+map, and 4.25 bytes a pixel for logits and a 16-channel embedding at stride 4.
 """
 
 from __future__ import annotations
@@ -10,21 +17,110 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from xmask import decode, files, model, tiling
-from xmask.study import evaluate
 from xmask import config as configuration
+from xmask import decode, files, model
 from xmask.data.images import read_image, resize_image, resize_labels
+from xmask.data.transforms import to_tensor
 
 BUNDLED = Path(__file__).parent / "weights" / "xmask-slim.safetensors"
 MIN_SIDE = 8  # px: an image less wide or high than two output cells holds no head (ours)
+# px, least side of a piece without its margin (ours: 0.4 GB for the slim network on a CPU).
+TILE, TILE_ACCELERATOR = 1024, 2048
+
+
+def predict_image(network: nn.Module, image: np.ndarray, decoding: configuration.Evaluation, *,
+                  tile: int | None = None) -> decode.Prediction:
+    """Points, scores, counted heads and label map of one image, at its own resolution.
+
+    network: an `xmask.model.XMask` in evaluation mode. image: (H, W, 3) uint8 RGB. decoding: the
+    configuration's section `evaluation`. tile: as in `network_maps`.
+    """
+    logits, embedding = network_maps(network, image, tile=tile)
+    return decode.predict(logits, embedding, image.shape[:2], decoding, stride=model.STRIDE)
+
+
+@torch.inference_mode()
+def network_maps(network: nn.Module, image: np.ndarray, *, tile: int | None = None
+                 ) -> tuple[Tensor, Tensor]:
+    """Logits (h, w) and embedding (D, h, w) at stride 4 of an image, float32, on the network's
+    device; they cover the image padded to a multiple of 32 px.
+
+    image: (H, W, 3) uint8. tile: px, a multiple of 32, side of the pieces without their margins;
+    an image that is no larger than one piece with its margins is one piece. None: `TILE`, on an
+    accelerator `TILE_ACCELERATOR`, and at least four margins. It changes memory, not the result.
+    """
+    device = next(network.parameters()).device
+    half = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    height, width = (-(-side // model.MULTIPLE) * model.MULTIPLE for side in image.shape[:2])
+    smallest = TILE if device.type == "cpu" else TILE_ACCELERATOR
+    margin = reach(network) if max(height, width) > (tile or smallest) else 0
+    tile = max(height, width) if margin > _FARTHEST else tile or max(smallest, 4 * margin)
+    grid = model.coordinates(height // 8, width // 8, device)
+    logits = embedding = None
+    for top, bottom in _spans(height, tile, margin):
+        for left, right in _spans(width, tile, margin):
+            y0, y1 = max(top - margin, 0), min(bottom + margin, height)
+            x0, x1 = max(left - margin, 0), min(right + margin, width)
+            piece = model.pad_to_multiple(to_tensor(image[y0:y1, x0:x1])[None]).to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=half):
+                output = network(piece.contiguous(memory_format=torch.channels_last),
+                                 grid=grid[:, y0 // 8:y1 // 8, x0 // 8:x1 // 8])
+            if logits is None or embedding is None:
+                cells = height // model.STRIDE, width // model.STRIDE
+                logits = torch.empty(cells, device=device)
+                embedding = torch.empty((output.embedding.shape[1], *cells), device=device)
+            into = _cells(top, bottom), _cells(left, right)
+            out = _cells(top - y0, bottom - y0), _cells(left - x0, right - x0)
+            logits[into] = output.logits[0].float()[out]
+            embedding[(slice(None), *into)] = output.embedding[0].float()[(slice(None), *out)]
+    return logits, embedding
+
+
+_FARTHEST = 1024  # px
+_REACH: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+
+
+@torch.inference_mode()
+def reach(network: nn.Module) -> int:
+    """How far from an output cell, px, a pixel may change it: a multiple of 32, or more than
+    1,024 where a cell sees the whole image, which then is one piece whatever its size.
+
+    network: in evaluation mode. Found once for each, by where NaN in one block of a strip comes
+    out: 160 px for VGG16-BN, 512 for EfficientNet-Lite0.
+    """
+    if network not in _REACH:
+        block, half = model.MULTIPLE, _FARTHEST + model.MULTIPLE
+        strip = torch.zeros(1, 3, block, 2 * half + block, device=next(network.parameters()).device)
+        strip[..., half:half + block] = torch.nan
+        output = network(strip)
+        reached = output.logits[0].isnan().any(0) | output.embedding[0].isnan().any(0).any(0)
+        cell = torch.nonzero(reached).squeeze(1) * model.STRIDE
+        far = max(half - int(cell.min()), int(cell.max()) + model.STRIDE - half - block)
+        _REACH[network] = -(-far // block) * block
+    return _REACH[network]
+
+
+def _spans(length: int, tile: int, margin: int) -> Iterator[tuple[int, int]]:
+    """Equal parts of 0..length, cut at multiples of 32; one part if length <= tile + 2 margin."""
+    parts = 1 if length <= tile + 2 * margin else -(-length // tile)
+    step = -(-length // (parts * model.MULTIPLE)) * model.MULTIPLE
+    for start in range(0, length, step):
+        yield start, min(start + step, length)
+
+
+def _cells(start: int, stop: int) -> slice:
+    return slice(start // model.STRIDE, stop // model.STRIDE)
 
 
 class Predictor:
@@ -44,8 +140,8 @@ class Predictor:
         return next(self.network.parameters()).device
 
     def predict(self, image: np.ndarray | str | os.PathLike, *, max_side: int | None = None,
-                tile: int = tiling.TILE, name: str = "image") -> decode.Prediction:
-        """Points, scores and label map of one image, at its own size, whatever that is.
+                tile: int | None = None, name: str = "image") -> decode.Prediction:
+        """Points, scores, counted heads and masks of one image, at its own size, whatever that is.
 
         image: (H, W, 3) uint8 RGB, or the path of an image file (read upright and as 8-bit RGB,
             see `xmask.data.images.read_image`).
@@ -53,9 +149,9 @@ class Predictor:
             brought back to its own size. None: never. Heads should look about as large as in the
             training images, and those of a close-up do not.
         tile: px, a multiple of 32, side of the pieces in which large images are computed; it
-            changes memory, not the result.
+            changes memory, not the result. None: see `network_maps`.
         name: what errors call an array.
-        Returns a `Prediction`; its `count` is the number of heads.
+        Returns a `Prediction`; `heads` are its counted points and `count` their number.
         Raises FileNotFoundError or ValueError, naming the file, for what is no such image.
         """
         if isinstance(image, (str, os.PathLike)):
@@ -71,16 +167,15 @@ class Predictor:
             small = max(round(height * scale), 1), max(round(width * scale), 1)
             found = self.predict(resize_image(pixels, small), tile=tile, name=f"{name}, resized")
             return _enlarged(found, (height, width))
-        logits, embedding = self.maps(pixels, tile=tile)
-        return tiling.decode_maps(logits, embedding, pixels.shape[:2], self.decoding, tile=tile)
+        _check_tile(tile)
+        return predict_image(self.network, pixels, self.decoding, tile=tile)
 
-    def maps(self, image: np.ndarray | str | os.PathLike, *, tile: int = tiling.TILE
+    def maps(self, image: np.ndarray | str | os.PathLike, *, tile: int | None = None
              ) -> tuple[Tensor, Tensor]:
         """What the network says before decoding: logits (h, w) and embedding (D, h, w), float32,
         one cell for 4 x 4 px; they cover the image padded to a multiple of 32 px."""
-        if tile < model.MULTIPLE or tile % model.MULTIPLE:
-            raise ValueError(f"tile: {tile} is not a positive multiple of {model.MULTIPLE} px")
-        return tiling.network_maps(self.network, _pixels(image), tile=tile)
+        _check_tile(tile)
+        return network_maps(self.network, _pixels(image), tile=tile)
 
     def __repr__(self) -> str:
         r = self.record
@@ -106,14 +201,78 @@ def load(weights: str | os.PathLike | None = None, device: str | torch.device | 
         folder = path if path.is_dir() else path.parent
         network, config, record = _read_run(folder)
     else:
-        network, config, metadata = evaluate.load(path)
-        if "record" not in metadata:
-            raise ValueError(f"{path}: does not say what it was trained on. Export it from its "
-                             "run folder (`xmask export RUN_FOLDER --out FILE`), or give the "
-                             "run folder itself.")
-        record = json.loads(metadata["record"])
+        network, config, metadata = load_network(path)
+        record = _record(metadata, path)
     record = {"file": path.name, "sha256": _weights_digest(network)} | record
     return Predictor(network.to(device).eval(), config, record)
+
+
+def load_network(path: str | os.PathLike, device: str | torch.device = "cpu"
+                 ) -> tuple[nn.Module, configuration.Config, dict[str, str]]:
+    """A trained network in evaluation mode, its configuration and its safetensors metadata.
+
+    Raises FileNotFoundError, or ValueError that names the file for whatever is not a model of
+    this package: other content, other tensors than its configuration asks for (compared before
+    anything of their size is made), weights that are NaN or infinite.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such model. Check the path; `xmask train` makes a "
+                                "run folder with a model, `xmask export` one file of it.")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        values = json.loads(metadata["config"])
+        if not isinstance(values, dict):
+            raise ValueError(f"metadata config: a {type(values).__name__}, expected an object")
+        config = configuration.from_dict(values)
+        with torch.device("meta"):  # takes no memory, whatever the configuration says
+            empty = model.XMask(config.network).state_dict()
+        wanted = {name: tuple(value.shape) for name, value in empty.items()}
+        other = sorted(name for name in found.keys() | wanted.keys()
+                       if found.get(name) != wanted.get(name))
+        if other:
+            raise ValueError(f"tensor {other[0]}: {found.get(other[0], 'missing')}, its "
+                             f"configuration asks for {wanted.get(other[0], 'none')}")
+        network, state = model.XMask(config.network), load_file(path)
+        network.load_state_dict(state)
+    except Exception as error:  # damaged files raise many types in safetensors, json and torch
+        raise ValueError(
+            f"{path}: not a model of this version of xmask ({type(error).__name__}: {error}). "
+            "Give a run folder or a file made by `xmask export`, or train it again."
+        ) from error
+    _check_finite(state, path)
+    return network.to(device).eval(), config, metadata
+
+
+def _check_finite(state: dict[str, Tensor], path: Path) -> None:
+    for name, value in state.items():
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{path}: weights {name} hold NaN or infinite values. The training "
+                             "went wrong or the file is damaged: train or copy it again.")
+
+
+def _record(metadata: dict[str, str], path: Path) -> dict[str, Any]:
+    """The record of an exported file, see `load`."""
+    if "record" not in metadata:
+        raise ValueError(f"{path}: does not say what it was trained on. Export it from its "
+                         "run folder (`xmask export RUN_FOLDER --out FILE`), or give the "
+                         "run folder itself.")
+    try:
+        record = json.loads(metadata["record"])
+        texts = record["backbone"], record["initialisation"], record["trained_on"]["text"]
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError("a text is expected in backbone, initialisation and trained_on.text")
+    except Exception as error:  # anything may stand there
+        raise ValueError(f"{path}: its record is not as `xmask export` writes it "
+                         f"({type(error).__name__}: {error}). Export it again.") from error
+    return record
+
+
+def _check_tile(tile: int | None) -> None:
+    if tile is not None and (tile < model.MULTIPLE or tile % model.MULTIPLE):
+        raise ValueError(f"tile: {tile} is not a positive multiple of {model.MULTIPLE} px")
 
 
 def check_side(max_side: int | None) -> None:
@@ -126,8 +285,8 @@ def check_side(max_side: int | None) -> None:
 def export(run: str | os.PathLike, out: str | os.PathLike) -> Path:
     """Write the model of a run folder as one safetensors file that `load` takes.
 
-    The teacher's weights, as evaluation uses them; configuration and record go into the file's
-    metadata. Raises FileNotFoundError or ValueError for a folder that is no run.
+    The weights that evaluation uses (`evaluation.weights`); configuration and record go into the
+    file's metadata. Raises FileNotFoundError or ValueError for a folder that is no run.
     """
     network, config, record = _read_run(Path(run))
     state = {name: value.contiguous().cpu() for name, value in network.state_dict().items()}
@@ -139,13 +298,13 @@ def export(run: str | os.PathLike, out: str | os.PathLike) -> Path:
 
 
 def _read_run(folder: Path) -> tuple[nn.Module, configuration.Config, dict[str, Any]]:
-    """Network with the teacher's weights, configuration and record of a run folder."""
+    """Network with the weights that evaluation uses, configuration and record of a run folder."""
     file = folder / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{file}: missing, so nothing says what this model is. Give a run "
                                 "folder (results/<profile>/runs/<run>) as `xmask train` makes it.")
-    run = files.read_json(file)
     try:
+        run = files.read_json(file)
         config = configuration.from_dict(run["config"])
         data, selection = run["data"], run["selection"]
         record = {
@@ -157,12 +316,14 @@ def _read_run(folder: Path) -> tuple[nn.Module, configuration.Config, dict[str, 
             "selection": selection,
             "versions": run["versions"],
         }
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{file}: field {error} is missing or not as this version of xmask "
-                         "writes it. Train the run again.") from error
+    except KeyError as error:
+        raise ValueError(f"{file}: field {error} is missing. Train the run again.") from error
+    except Exception as error:  # anything may stand there
+        raise ValueError(f"{file}: not as this version of xmask writes it "
+                         f"({type(error).__name__}: {error}). Train the run again.") from error
     finished, halfway = folder / "model.safetensors", folder / "checkpoint.pt"
     if finished.is_file():
-        network = evaluate.load(finished)[0]
+        network = load_network(finished)[0]
         return network, config, record | {"epochs": config.schedule.phase3}
     if not halfway.is_file():
         raise FileNotFoundError(f"{finished}: missing, and no checkpoint.pt beside it (models are "
@@ -170,11 +331,13 @@ def _read_run(folder: Path) -> tuple[nn.Module, configuration.Config, dict[str, 
     network = model.XMask(config.network)
     try:
         state = torch.load(halfway, map_location="cpu", weights_only=True)
-        network.load_state_dict(state["teacher"])
+        network.load_state_dict(state[config.evaluation.weights])
+        record |= {"epochs": int(state["epoch"])}
     except Exception as error:  # torch raises many types here, none of them helpful alone
         raise ValueError(f"{halfway}: not a checkpoint of this run ({type(error).__name__}: "
                          f"{error}). Delete it and train again.") from error
-    return network, config, record | {"epochs": state["epoch"]}
+    _check_finite(network.state_dict(), halfway)
+    return network, config, record
 
 
 def _trained_on(run: dict, data: dict) -> dict[str, Any]:
@@ -192,7 +355,7 @@ def _enlarged(found: decode.Prediction, shape: tuple[int, int]) -> decode.Predic
     factor = np.array(shape[::-1]) / found.instances.shape[::-1]
     points = np.clip((found.points + 0.5) * factor - 0.5, 0, np.array(shape[::-1]) - 1)
     return decode.Prediction(points.astype(np.float32), found.scores,
-                             resize_labels(found.instances, shape))
+                             resize_labels(found.instances, shape), found.counted)
 
 
 def _weights_digest(network: nn.Module) -> str:
@@ -211,9 +374,15 @@ def _device(device: str | torch.device | None) -> torch.device:
         chosen = torch.device(device)
     except RuntimeError:
         raise ValueError(f"device: {device!r} is unknown; give cpu or cuda") from None
+    if chosen.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"device: {device!r} is not supported; give cpu or cuda")
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device: no Apple GPU is there; give cpu")
+    if chosen.type == "cuda" and (chosen.index or 0) >= max(torch.cuda.device_count(), 1):
+        raise ValueError(f"device: {device!r} is not there; there are "
+                         f"{torch.cuda.device_count()}, counted from 0")
     if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: no CUDA device is there (or this torch was built without CUDA); "
-                         "give cpu")
+        raise ValueError("device: no CUDA device is there (or this torch lacks CUDA); give cpu")
     return chosen
 
 

@@ -1,31 +1,29 @@
 """Three-phase mean teacher (paper section on training): points, masks, points under masks.
 
-The loop is plain: an epoch is `steps_per_epoch` steps, a step is one batch of labelled crops and,
-once their weight is above zero, one of unlabelled crops whose labels the teacher makes. A
-checkpoint holds everything, crops are a function of their index, so a run that was killed goes
-on exactly as if it had not been.
+The loop is plain: an epoch is one pass over all training images as unlabelled ones, a step is one
+batch of labelled crops and, once their weight is above zero, one of unlabelled crops whose labels
+the teacher makes. `Trainer.state` holds everything and crops are a function of their index, so a
+training that goes on from a state ends exactly as if it had not been interrupted. Files are the
+business of `xmask.study.training`.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 import math
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
-import pandas as pd
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
-from xmask import decode, features, files, losses, model, nnec
-from xmask.config import Config, Schedule
+from xmask import decode, losses, model, nnec
+from xmask.config import Config, Schedule, steps_per_epoch
 from xmask.data.sample import Sample
 from xmask.data.transforms import Batch, Crops, collate
-from xmask.provenance import digest
+from xmask.features import upsample
+
+OWN_POINTS = 0.5  # the student's own points: cells with a logit above 0 (paper)
 
 
 def learning_rates(config: Config, phase: int) -> dict[str, float]:
@@ -67,34 +65,21 @@ def unlabelled_weight(schedule: Schedule, epoch: int) -> float:
 
 
 class Trainer:
-    """Trains one configuration into `folder`.
+    """Trains the network of one configuration, epoch by epoch.
 
-    labelled: samples whose `instances` are the masks of EDP-SAM. unlabelled: the other training
-    images (their points and masks, if any, are never read). fingerprint: identifies data and
-    code; a checkpoint of another one is not resumed. cache: folder in which runs share what is
-    the same in all of them, and a fingerprint of the data and code that phase 1 depends on: the
-    end of the warm-up, with or without unlabelled images after it, and the end of phase 1,
-    whatever the masks and phases 2 and 3. score: returns a number to minimise for a network,
-    called every `checkpoint_every` epochs of phase 3 (configuration "best-on-test").
+    labelled: samples whose `instances` are the masks of EDP-SAM. unlabelled: all training images,
+    the labelled ones among them (their points and masks, if any, are never read).
+
+    student, teacher: the two networks. epoch: the number of epochs done. history: one row a done
+    epoch, `step`, `epoch`, `phase`, `weight` and the mean of every term of the loss. steps: the
+    number of steps of an epoch. initialisation: how the network started, in words.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        labelled: Sequence[Sample],
-        unlabelled: Sequence[Sample],
-        folder: Path,
-        *,
-        device: torch.device,
-        fingerprint: str = "",
-        cache: tuple[Path, str] | None = None,
-        score: Callable[[nn.Module], float] | None = None,
-        progress: bool = True,
-    ):
+    def __init__(self, config: Config, labelled: Sequence[Sample], unlabelled: Sequence[Sample], *,
+                 device: torch.device):
         if len(labelled) == 0:
             raise ValueError("no labelled image: training needs at least one")
-        self.config, self.device, self.folder = config, device, Path(folder)
-        self.score, self.progress = score, progress
+        self.config, self.device = config, device
         torch.manual_seed(config.seed)
         if config.machine.threads:
             torch.set_num_threads(config.machine.threads)
@@ -105,92 +90,69 @@ class Trainer:
         self.student.to(device, memory_format=torch.channels_last)
         self.teacher = copy.deepcopy(self.student).eval().requires_grad_(False)
         self.optimiser: torch.optim.Optimizer | None = None
+        # mixed precision on CUDA: bfloat16 where the device has it, else float16
+        self._amp = None if device.type != "cuda" else (
+            torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16)
         self.scaler = torch.amp.GradScaler(enabled=self._amp == torch.float16)
         self.epoch, self.history = 0, []
-        self.best: tuple[float, dict] | None = None
 
         o = config.optimisation
         crops = {"size": o.crop, "scale": (o.scale_min, o.scale_max), "seed": config.seed,
                  "augmentation": config.augmentation}
         self.labelled = Crops(labelled, **crops, strong=False)
         self.unlabelled = Crops(unlabelled, **crops, strong=True) if len(unlabelled) else None
-        s = config.schedule
-        self.steps = s.steps_per_epoch or -(-len(labelled) // o.batch)
-        self.fingerprint = digest(config.to_dict(), fingerprint, device.type, self.initialisation)
-        self.shared: dict[int, Path] = {}  # epoch -> file of the state after so many epochs
-        if cache:
-            place, inputs = cache
-            for epoch, part in ((s.warmup, _warmup_part), (s.phase1, _phase1_part)):
-                if 0 < epoch <= s.phase1:
-                    key = digest(part(config), inputs, device.type, self.initialisation)
-                    self.shared[epoch] = place / f"{key[:16]}.pt"
+        self.steps = steps_per_epoch(config.schedule, o.batch, len(unlabelled) or len(labelled))
+        self._batches: Iterator[tuple[Batch, Batch | None]] | None = None
 
     @property
-    def _amp(self) -> torch.dtype | None:
-        """Mixed precision on CUDA: bfloat16 where the device has it, else float16."""
-        if self.device.type != "cuda":
-            return None
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    def finished(self) -> bool:
+        """Whether the last epoch of phase 3 is done."""
+        return self.epoch >= self.config.schedule.phase3
+
+    @property
+    def network(self) -> nn.Module:
+        """Student or teacher, whichever is the result (`evaluation.weights`)."""
+        return self.student if self.config.evaluation.weights == "student" else self.teacher
 
     # -- the loop ---------------------------------------------------------------------------
 
-    def fit(self) -> nn.Module:
-        """Train to the end, resuming where a checkpoint stands; return the teacher.
+    def run_epoch(self) -> dict[str, float]:
+        """Train for one epoch; return its row of the history.
 
-        Writes history.csv and model.safetensors into the folder. Ctrl-C loses at most
-        `checkpoint_every` epochs. Raises RuntimeError, naming what to lower, when the device is
-        out of memory, and FloatingPointError when the loss is no longer finite.
+        An exception in the middle, Ctrl-C too, leaves half an epoch done: go on from a `state`.
+        Raises RuntimeError, naming what to lower, when the device is out of memory, and
+        FloatingPointError when the loss is no longer finite.
         """
         s = self.config.schedule
-        self._resume()
-        batches = self._batches(self.epoch)
-        bar = tqdm(total=s.phase3, initial=self.epoch, unit="epoch", disable=not self.progress,
-                   desc=self.config.run, mininterval=1.0)
-        while self.epoch < s.phase3:
-            phase = phase_of(s, self.epoch)
-            if self.optimiser is None:
-                self._enter(phase)
-            self._set_rate(phase)
-            weight = unlabelled_weight(s, self.epoch) if self.unlabelled else 0.0
-            rows = [self._step(phase, weight, batches) for _ in range(self.steps)]
-            row = pd.DataFrame(rows).mean().to_dict()
-            self.history.append(
-                {"step": (self.epoch + 1) * self.steps, "epoch": self.epoch, "phase": phase}
-                | row | {"weight": weight}
-            )
-            self.epoch += 1
-            if phase == 3 and self.score and (
-                self.epoch % self.config.machine.checkpoint_every == 0 or self.epoch == s.phase3
-            ):
-                value = self.score(self.teacher)
-                if self.best is None or value < self.best[0]:
-                    self.best = value, copy.deepcopy(self.teacher.state_dict())
-            ends_phase = self.epoch in (s.phase1, s.phase2, s.phase3)
-            if ends_phase:
-                self.optimiser = None
-            if ends_phase or self.epoch % self.config.machine.checkpoint_every == 0:
-                self._save(self.folder / "checkpoint.pt", self.fingerprint)
-                self._write_history()
-            if (shared := self.shared.get(self.epoch)) and not shared.exists():
-                self._save(shared, shared.stem)
-            bar.set_postfix(phase=phase, loss=f"{row['loss']:.4f}", refresh=False)
-            bar.update()
-        bar.close()
-        if self.best is not None:
-            self.teacher.load_state_dict(self.best[1])
-        self._write_history()
-        with files.replacing(self.folder / "model.safetensors") as temporary:
-            state = {k: v.contiguous().cpu() for k, v in self.teacher.state_dict().items()}
-            save_file(state, temporary, metadata={"config": json.dumps(self.config.to_dict()),
-                                                  "backbone": self.initialisation})
-        (self.folder / "checkpoint.pt").unlink(missing_ok=True)
-        return self.teacher
+        phase, weight = phase_of(s, self.epoch), self._weight(self.epoch)
+        if self.optimiser is None:
+            self._enter(phase)
+        self._set_rates(phase)
+        if self._batches is None:
+            self._batches = self._draw(self.epoch)
+        try:
+            rows = [self._step(phase, weight, *next(self._batches)) for _ in range(self.steps)]
+        except torch.cuda.OutOfMemoryError as error:
+            o = self.config.optimisation
+            raise RuntimeError(
+                f"{self.config.run}: out of GPU memory in epoch {self.epoch}; lower optimisation."
+                f"batch (now {o.batch}) or optimisation.crop (now {o.crop})") from error
+        row = {"step": (self.epoch + 1) * self.steps, "epoch": self.epoch, "phase": phase}
+        row |= {name: sum(r[name] for r in rows) / len(rows) for name in rows[0]}
+        self.history.append(row | {"weight": weight})
+        self.epoch += 1
+        if self.epoch in (s.phase1, s.phase2, s.phase3):
+            self.optimiser = None  # the next phase starts its own
+        return self.history[-1]
 
-    def _batches(self, epoch: int):
-        """Endless (labelled, unlabelled or None) batches from an epoch on."""
-        s, o, m = self.config.schedule, self.config.optimisation, self.config.machine
-        epochs = range(epoch, s.phase3)
-        weighted = [e for e in epochs if self.unlabelled and unlabelled_weight(s, e) > 0]
+    def _weight(self, epoch: int) -> float:
+        return unlabelled_weight(self.config.schedule, epoch) if self.unlabelled else 0.0
+
+    def _draw(self, epoch: int) -> Iterator[tuple[Batch, Batch | None]]:
+        """(labelled, unlabelled or None) batches of all steps from an epoch on."""
+        o, m = self.config.optimisation, self.config.machine
+        epochs = range(epoch, self.config.schedule.phase3)
+        weighted = [e for e in epochs if self._weight(e) > 0]
 
         def loader(crops: Crops | None, wanted: Sequence[int]):
             per_epoch = self.steps * o.batch
@@ -207,18 +169,7 @@ class Trainer:
             for _ in range(self.steps):
                 yield next(labelled), next(unlabelled) if e in wanted else None
 
-    def _step(self, phase: int, weight: float, batches) -> dict[str, float]:
-        labelled, unlabelled = next(batches)
-        try:
-            return self._update(phase, weight, labelled, unlabelled)
-        except torch.cuda.OutOfMemoryError as error:
-            o = self.config.optimisation
-            raise RuntimeError(
-                f"{self.config.run}: out of GPU memory in epoch {self.epoch}; lower "
-                f"optimisation.batch (now {o.batch}) or optimisation.crop (now {o.crop})"
-            ) from error
-
-    def _update(
+    def _step(
         self, phase: int, weight: float, labelled: Batch, unlabelled: Batch | None
     ) -> dict[str, float]:
         labelled = labelled.to(self.device)
@@ -226,33 +177,33 @@ class Trainer:
         if unlabelled is not None:
             unlabelled = unlabelled.to(self.device)
             images = torch.cat([images, unlabelled.strong])
-        with torch.autocast(self.device.type, self._amp, enabled=self._amp is not None):
-            output = self.student(_channels_last(images), masks=phase == 2)
-        logits, embedding = output.logits.float(), output.embedding
+        logits, embedding = self._see(self.student, images, masks=phase == 2)
         n = len(labelled.images)
+        mine, theirs = (None, None) if embedding is None else (embedding[:n], embedding[n:])
 
-        terms = self._labelled_terms(phase, logits[:n], embedding, labelled)
+        terms = self._labelled_terms(phase, logits[:n], mine, labelled)
         loss = own = sum(terms.values())
         other = torch.zeros((), device=self.device)
         if unlabelled is not None:
-            with torch.no_grad(), torch.autocast(
-                self.device.type, self._amp, enabled=self._amp is not None
-            ):
-                seen = self.teacher(_channels_last(unlabelled.images), masks=phase > 1)
-            theirs = self._unlabelled_terms(
-                phase, logits[n:], None if embedding is None else embedding[n:],
-                seen.logits.float(), seen.embedding, unlabelled,
-            )
-            other = sum(theirs.values())
+            with torch.no_grad():
+                seen = self._see(self.teacher, unlabelled.images, masks=phase > 1)
+            other = sum(
+                self._unlabelled_terms(phase, logits[n:], theirs, *seen, unlabelled).values())
             loss = (own + weight * other) / (1 + weight)
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"{self.config.run}: the loss is {loss.item()} in epoch {self.epoch} "
-                f"(phase {phase}); lower the learning rate of that phase"
-            )
+                f"(phase {phase}); lower the learning rate of that phase")
         self._learn(loss)
         row = {"loss": loss, "labelled": own, "unlabelled": other} | terms
         return {name: float(value.detach()) for name, value in row.items()}
+
+    def _see(self, network: nn.Module, images: Tensor, masks: bool) -> tuple[Tensor, Tensor | None]:
+        """Logits (B, h, w) and embedding (B, D, h, w), or None, of images."""
+        images = images.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, self._amp, enabled=self._amp is not None):
+            output = network(images, masks=masks)
+        return output.logits.float(), output.embedding
 
     def _learn(self, loss: Tensor) -> None:
         self.optimiser.zero_grad(set_to_none=True)
@@ -278,92 +229,122 @@ class Trainer:
     def _labelled_terms(
         self, phase: int, logits: Tensor, embedding: Tensor | None, batch: Batch
     ) -> dict[str, Tensor]:
+        """Losses of labelled crops. A person counts whose dot lies in the crop."""
+        c = self.config.loss
         instances = None if phase == 1 else torch.stack(batch.instances)
         if phase == 2:
-            points, _ = self._points(logits, 0.5)
-            terms = self._mask_terms(embedding, logits, points, instances, None)
-            if weight := self.config.loss.phase2_p2r:
-                terms["p2r"] = weight * self._p2r(logits, batch.points)
+            terms = self._mask_terms(logits, embedding, instances, batch.points, None)
+            if c.phase2_p2r:
+                terms["p2r"] = c.phase2_p2r * self._p2r(logits, batch.points)
             return terms
         terms = {"p2r": self._p2r(logits, batch.points)}
         if phase == 3:
-            terms["constraint"] = self._constraint(logits, instances, None)
+            terms["constraint"] = losses.mask_constraints(
+                logits, instances, batch.points, c, stride=model.STRIDE).mean()
         return terms
 
     def _unlabelled_terms(
-        self,
-        phase: int,
-        logits: Tensor,
-        embedding: Tensor | None,
-        teacher_logits: Tensor,
-        teacher_embedding: Tensor | None,
-        batch: Batch,
+        self, phase: int, logits: Tensor, embedding: Tensor | None, teacher_logits: Tensor,
+        teacher_embedding: Tensor | None, batch: Batch,
     ) -> dict[str, Tensor]:
-        c, o = self.config.loss, self.config.optimisation
+        """Losses of unlabelled crops, in which the teacher's output takes the place of labels.
+
+        P2R (phases 1 and 3) learns the teacher's points of probability `pseudo_threshold`, except
+        under the cut-out. Pseudo-masks (phases 2 and 3) are decoded from the teacher's points of
+        probability `pseudo.point_threshold`; one counts if a point above `confident` lies on it.
+        Phase 2: circles and centres are the student's own points; left out are the pixels under
+        the cut-out and in discs of `ignore_radius` px around the teacher's other points.
+        Phase 3: pseudo-masks pass the density gate; see `losses.mask_constraint` for the cut-out.
+        """
+        c, o, visible = self.config.loss, self.config.optimisation, batch.visible
         terms = {}
         if phase != 2:
             half = model.STRIDE // 2
-            visible = batch.visible[:, half :: model.STRIDE, half :: model.STRIDE].float()
             points, _ = self._points(teacher_logits, o.pseudo_threshold)
-            terms["p2r"] = self._p2r(logits, points, visible)
+            terms["p2r"] = self._p2r(logits, points,
+                                     visible[:, half::model.STRIDE, half::model.STRIDE].float())
         if phase == 1:
             return terms
 
-        shape = batch.images.shape[-2:]
         points, scores = self._points(teacher_logits, self.config.pseudo.point_threshold)
-        instances = self._pseudo_masks(teacher_logits, teacher_embedding, points, shape)
+        instances = self._pseudo_masks(phase, teacher_logits, teacher_embedding, points)
         sure = [s > o.confident for s in scores]
         confident = [p[s] for p, s in zip(points, sure)]
         if phase == 2:
-            doubtful = _discs([p[~s] for p, s in zip(points, sure)], c.ignore_radius, shape)
-            return self._mask_terms(embedding, logits, confident, instances,
-                                    doubtful | ~batch.visible)
-        terms["constraint"] = self._constraint(logits, instances, confident)
+            doubtful = _discs([p[~s] for p, s in zip(points, sure)], c.ignore_radius,
+                              tuple(visible.shape[1:]))
+            return self._mask_terms(logits, embedding, instances, confident, doubtful | ~visible)
+        terms["constraint"] = losses.mask_constraints(
+            logits, instances, confident, c, stride=model.STRIDE, visible=visible).mean()
         return terms
 
-    def _mask_terms(self, embedding, logits, points, instances, ignored) -> dict[str, Tensor]:
+    def _mask_terms(
+        self, logits: Tensor, embedding: Tensor, instances: Tensor, dots: list[Tensor],
+        ignored: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """Exclusivity loss around the student's own points, and the point-mask term, in which the
+        instances count that hold one of `dots`."""
         c = self.config.loss
-        terms = {
-            "exclusivity": losses.exclusivity_losses(
-                embedding, points, instances, tau=c.tau, margin=c.margin,
-                push_margins=c.push_margins, sigma=c.sigma, ignore=ignored, nnec=c.nnec,
-                differentiable_centers=c.differentiable_centers,
-            ).mean()
-        }
-        if c.consistency:
-            terms["consistency"] = c.consistency * losses.point_mask_consistencies(
-                logits, instances, stride=model.STRIDE, ignore=ignored
-            ).mean()
+        points, _ = self._points(logits, OWN_POINTS)
+        terms = {"exclusivity": losses.exclusivity_losses(
+            embedding, points, instances, c, ignored).mean()}
+        if c.point_mask:
+            terms["consistency"] = c.point_mask * losses.point_mask_consistencies(
+                logits, instances, dots, stride=model.STRIDE, ignore=ignored).mean()
         return terms
 
-    def _constraint(self, logits: Tensor, instances: Tensor, confident) -> Tensor:
-        c = self.config.loss
-        return losses.mask_constraints(
-            logits, instances, confident, stride=model.STRIDE,
-            background=c.background, foreground=c.foreground, one_point=c.one_point,
-        ).mean()
-
-    def _p2r(self, logits: Tensor, points, weight: Tensor | None = None) -> Tensor:
-        c = self.config.loss
-        return losses.p2r_losses(logits, points, model.STRIDE, max_distance=c.max_distance,
-                                 min_radius=c.min_radius, distance_cost=c.distance_cost,
-                                 empty_weight=c.empty_weight, weight=weight).mean()
+    def _p2r(self, logits: Tensor, points: list[Tensor], weight: Tensor | None = None) -> Tensor:
+        return losses.p2r_losses(
+            logits, points, model.STRIDE, self.config.loss, weight=weight).mean()
 
     def _points(self, logits: Tensor, threshold: float) -> tuple[list[Tensor], list[Tensor]]:
         found = [decode.points_from_logits(one, stride=model.STRIDE, threshold=threshold)
                  for one in logits.detach()]
         return [points for points, _ in found], [scores for _, scores in found]
 
-    def _pseudo_masks(self, logits, embedding, points, shape) -> Tensor:
-        p = self.config.pseudo
-        density = None
-        if p.density_gate:
-            density = features.upsample(torch.sigmoid(logits)[:, None], tuple(shape))[:, 0]
-        return decode.instance_maps(embedding, points, stride=model.STRIDE, shape=tuple(shape),
-                                    threshold=p.theta, geometry_weight=p.geometry_weight,
-                                    sigma=p.sigma, density=density)
+    def _pseudo_masks(
+        self, phase: int, logits: Tensor, embedding: Tensor, points: list[Tensor]
+    ) -> Tensor:
+        """(B, H, W) label maps of the teacher's output; the density gate is for phase 3 only."""
+        p, density = self.config.pseudo, None
+        if p.density_gate and phase == 3:
+            density = upsample(torch.sigmoid(logits)[:, None], model.STRIDE)[:, 0]
+        return decode.instance_maps(
+            embedding, points, stride=model.STRIDE, threshold=p.theta,
+            geometry_weight=p.geometry_weight, sigma=p.sigma, density=density)
 
     # -- state ------------------------------------------------------------------------------
+
+    def state(self) -> dict:
+        """All that the training has learnt so far, for `restore`; not a copy."""
+        return {
+            "epoch": self.epoch, "history": self.history,
+            "student": self.student.state_dict(), "teacher": self.teacher.state_dict(),
+            "optimiser": self.optimiser.state_dict() if self.optimiser else None,
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def restore(self, state: dict) -> None:
+        """Go on from a `state` of a trainer of this configuration.
+
+        Raises ValueError for anything else, and is then as before.
+        """
+        before = copy.deepcopy(self.state())
+        try:
+            self._take(state)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+            self._take(before)
+            raise ValueError(f"not a state of this training: {error!r}") from error
+
+    def _take(self, state: dict) -> None:
+        self.student.load_state_dict(state["student"])
+        self.teacher.load_state_dict(state["teacher"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.epoch, self.history = int(state["epoch"]), list(state["history"])
+        self.optimiser, self._batches = None, None
+        if state["optimiser"] is not None:
+            self._enter(phase_of(self.config.schedule, self.epoch))
+            self.optimiser.load_state_dict(state["optimiser"])
 
     def _enter(self, phase: int) -> None:
         """Free the parts that learn in this phase, freeze the others, start its optimiser."""
@@ -376,59 +357,16 @@ class Trainer:
         self.optimiser = torch.optim.Adam(
             groups, weight_decay=self.config.optimisation.weight_decay, fused=True)
 
-    def _set_rate(self, phase: int) -> None:
-        """Constant rates (paper), or a half cosine to zero over each phase."""
-        if not self.config.optimisation.cosine:
-            return
-        s = self.config.schedule
-        begin, end = {1: (0, s.phase1), 2: (s.phase1, s.phase2), 3: (s.phase2, s.phase3)}[phase]
-        share = 0.5 * (1 + math.cos(math.pi * (self.epoch - begin) / (end - begin)))
+    def _set_rates(self, phase: int) -> None:
+        """Rates of this epoch: times `decay` every `decay_every` epochs (paper), and with `cosine`
+        times a half cosine that falls to zero over each phase."""
+        o, s = self.config.optimisation, self.config.schedule
+        share = o.decay ** (self.epoch // o.decay_every)
+        if o.cosine:
+            begin, end = {1: (0, s.phase1), 2: (s.phase1, s.phase2), 3: (s.phase2, s.phase3)}[phase]
+            share *= 0.5 * (1 + math.cos(math.pi * (self.epoch - begin) / (end - begin)))
         for group in self.optimiser.param_groups:
             group["lr"] = group["initial_lr"] * share
-
-    def _save(self, path: Path, fingerprint: str) -> None:
-        state = {
-            "fingerprint": fingerprint,
-            "epoch": self.epoch,
-            "history": self.history,
-            "student": self.student.state_dict(),
-            "teacher": self.teacher.state_dict(),
-            "optimiser": self.optimiser.state_dict() if self.optimiser else None,
-            "scaler": self.scaler.state_dict(),
-            "best": self.best,
-        }
-        with files.replacing(path) as temporary:
-            torch.save(state, temporary)
-
-    def _resume(self) -> None:
-        """Take up the run's own checkpoint, else the latest shared state, else start anew."""
-        shared = [(path, path.stem) for _, path in sorted(self.shared.items(), reverse=True)]
-        for path, fingerprint in [(self.folder / "checkpoint.pt", self.fingerprint), *shared]:
-            if not path.is_file():
-                continue
-            state = torch.load(path, map_location=self.device, weights_only=True)
-            if state["fingerprint"] != fingerprint:
-                continue  # made by other code, data or configuration: not this run
-            self.student.load_state_dict(state["student"])
-            self.teacher.load_state_dict(state["teacher"])
-            self.epoch, self.history = state["epoch"], state["history"]
-            self.scaler.load_state_dict(state["scaler"])
-            self.best = state["best"]
-            if state["optimiser"] is not None:
-                self._enter(phase_of(self.config.schedule, self.epoch))
-                self.optimiser.load_state_dict(state["optimiser"])
-            return
-
-    def _write_history(self) -> None:
-        columns = ["step", "epoch", "phase", "loss", "labelled", "unlabelled", "weight", "p2r",
-                   "exclusivity", "constraint", "consistency"]
-        table = pd.DataFrame(self.history, columns=columns)
-        with files.replacing(self.folder / "history.csv") as temporary:
-            table.to_csv(temporary, index=False, float_format="%.6g")
-
-
-def _channels_last(images: Tensor) -> Tensor:
-    return images.contiguous(memory_format=torch.channels_last)
 
 
 def _discs(points: list[Tensor], radius: float, shape: tuple[int, int]) -> Tensor:
@@ -440,29 +378,3 @@ def _discs(points: list[Tensor], radius: float, shape: tuple[int, int]) -> Tenso
     covered = torch.zeros(len(points), height, width, dtype=torch.bool, device=stacked.device)
     covered[image[head], row, column] = True
     return covered
-
-
-def _warmup_part(config: Config) -> dict:
-    """The fields that the epochs before any unlabelled image depend on."""
-    values = _phase1_part(config)
-    for name in ("unlabelled", "ramp", "ramp_end"):
-        del values["schedule"][name]
-    del values["optimisation"]["pseudo_threshold"]
-    return values
-
-
-def _phase1_part(config: Config) -> dict:
-    """The fields that phase 1 depends on."""
-    values = config.to_dict()
-    for name in ("variant", "selection", "masks", "pseudo", "evaluation"):
-        del values[name]
-    values["loss"] = {k: values["loss"][k]
-                      for k in ("max_distance", "min_radius", "distance_cost", "empty_weight")}
-    for name in ("phase2", "phase3", "ramp_start", "mask_warmup"):
-        del values["schedule"][name]
-    for name in ("phase2_lr", "phase2_encoder_lr", "mask_head_lr", "phase3_lr", "confident"):
-        del values["optimisation"][name]
-    del values["machine"]["checkpoint_every"], values["machine"]["cache_images"]
-    del values["machine"]["workers"]
-    return values
-

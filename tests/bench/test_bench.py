@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tests import reference
 from xmask import bench, decode, features, losses, model
 from xmask.bench import dense, measure, report, rows, sam_image, sides
+from xmask.config import Loss
 from xmask.files import read_json
 
 SMALL = (64, 96)
@@ -260,7 +261,7 @@ def test_a_batch_gives_what_its_images_give(seed):
         (losses.exclusivity_losses(embedding, points, labels, ignore=ignore),
          [losses.exclusivity_loss(embedding[i], points[i], labels[i], ignore=ignore[i])
           for i in each]),
-        (losses.mask_constraints(logits, labels, points[::-1], **weights),
+        (losses.mask_constraints(logits, labels, points[::-1], Loss(**weights)),
          [losses.mask_constraint(logits[i], labels[i], points[::-1][i], **weights) for i in each]),
         (losses.point_mask_consistencies(logits, labels, ignore=ignore),
          [losses.point_mask_consistency(logits[i], labels[i], ignore=ignore[i]) for i in each]),
@@ -322,14 +323,13 @@ def test_bands_and_centres_are_upsampling_then_smoothing(stride, shape, sigma):
     cells = [-(-side // stride) for side in shape]
     embedding = torch.randn(2, 3, *cells, generator=torch.Generator().manual_seed(0)).double()
     whole = features.smooth(features.upsample(embedding, stride)[:, :, :shape[0], :shape[1]], sigma)
-    flat = embedding.permute(0, 3, 2, 1).contiguous()
-    wide = features.smooth_rows(flat, stride, shape[1], sigma)
-    bands = torch.cat([band for *_, band in features.feature_bands(wide, stride, shape[0], sigma)])
+    bands = torch.cat([
+        band for *_, band in features.feature_bands(embedding, stride, shape, sigma)])
     torch.testing.assert_close(bands, features.flat_features(whole))
     points = torch.rand(20, 2, dtype=torch.float64) * torch.tensor([shape[1], shape[0]])
     image = torch.arange(20) % 2
     torch.testing.assert_close(
-        features.smooth_at(flat, points, image, stride, shape, sigma),
+        features.smooth_at(embedding, points, image, stride, shape, sigma),
         features.sample_at(whole, points, image))
 
 

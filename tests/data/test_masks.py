@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -17,7 +19,6 @@ from xmask.data.masks import MasksFailed, mask_dataset, read_masks, summary
 from xmask.data.sample import Sample
 from xmask.edp_sam import generate_masks
 from xmask.segmenting.classical import ClassicalSegmenter
-
 
 # -- a whole data set ------------------------------------------------------------------------
 
@@ -66,7 +67,7 @@ def masks(out, segmenter, indices=range(5), broken=(), mended=(), **options):
 def test_masks_of_a_data_set_can_be_read_back(tmp_path):
     out = masks(tmp_path / "masks", ClassicalSegmenter())
     assert {p.name for p in out.iterdir()} == {
-        "manifest.json", "times.csv", *(f"IMG_{k}.{kind}" for k in range(5) for kind in ("png", "csv"))}
+        ".xmask", "manifest.json", "times.csv", *(f"IMG_{k}.{kind}" for k in range(5) for kind in ("png", "csv"))}
     sample = Dataset()[4]
     labels, table = generate_masks(sample.image, sample.points, ClassicalSegmenter())
     stored = read_masks(out, "IMG_4")
@@ -96,7 +97,8 @@ def test_masks_of_a_data_set_can_be_read_back(tmp_path):
 def test_a_stopped_run_goes_on_where_it_stopped(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         masks(tmp_path, Counting(stop_after=2))  # image 0 has no heads: 0, 1 and 2 are complete
-    (tmp_path / "IMG_3.png").write_bytes(b"half")  # killed between the two files of an image
+    with files.OutputFolder(tmp_path):  # killed between the two files of an image
+        files.write_png(tmp_path / "IMG_3.png", np.ones((24, 24), np.uint16))
     segmenter = Counting()
     masks(tmp_path, segmenter)
     assert segmenter.images == 2
@@ -114,7 +116,7 @@ def test_any_number_of_workers_gives_the_same_folder(tmp_path):
     alone = masks(tmp_path / "1", ClassicalSegmenter())
     together = masks(tmp_path / "3", ClassicalSegmenter(), workers=3)
     for path in alone.iterdir():
-        if path.name != "times.csv":
+        if path.name not in ("times.csv", ".xmask"):
             assert files.sha256(path) == files.sha256(together / path.name)
     with pytest.raises(ValueError, match="workers, threads: 0, 1"):
         masks(tmp_path / "0", ClassicalSegmenter(), workers=0)
@@ -213,31 +215,93 @@ def test_masks_that_a_killed_process_did_not_note_count_if_their_image_is_the_sa
     assert len(after["images"]) == 5 and after["todo"] == {}
 
 
-def test_only_masks_that_the_manifest_lists_are_removed(tmp_path):
+def test_only_masks_that_the_record_lists_are_removed(tmp_path):
     masks(tmp_path, ClassicalSegmenter(), indices=[1, 2])
     with pytest.raises(KeyboardInterrupt):
         masks(tmp_path, Counting(stop_after=0), indices=[3])
-    for name in ("IMG_3.png", "IMG_3.csv", "mine.png", "mine.csv"):  # 3 was begun by us
+    theirs = ("IMG_3.png", "IMG_3.csv", "mine.png", "mine.csv")  # 3 was begun, but not written
+    for name in theirs:
         (tmp_path / name).write_text("x")
     masks(tmp_path, ClassicalSegmenter(), indices=[1], nnec=False)
     assert {p.name for p in tmp_path.iterdir()} == {
-        "IMG_1.png", "IMG_1.csv", "mine.png", "mine.csv", "manifest.json", "times.csv"}
+        ".xmask", "IMG_1.png", "IMG_1.csv", *theirs, "manifest.json", "times.csv"}
+    with pytest.raises(MasksFailed, match="IMG_3.png: was not written by xmask, and stays"):
+        masks(tmp_path, ClassicalSegmenter(), indices=[1, 3], nnec=False)
+    assert all((tmp_path / name).read_text() == "x" for name in theirs)
 
 
 @pytest.mark.parametrize("content", ["[1, 2]", '{"name": "app", "version": "1"}', "{broken"])
 def test_a_manifest_that_is_not_ours_is_refused_and_nothing_removed(tmp_path, content):
     (tmp_path / "manifest.json").write_text(content)
     files.write_png(tmp_path / "IMG_1.png", np.zeros((4, 4, 3), np.uint8))
-    with pytest.raises(ValueError, match=r"manifest\.json: not .*give a new or empty folder"):
+    with pytest.raises(FileExistsError, match="holds IMG_1.png and 1 more.*new or empty folder"):
         masks(tmp_path, ClassicalSegmenter())
     assert (tmp_path / "IMG_1.png").is_file()
     assert (tmp_path / "manifest.json").read_text() == content
 
 
-def test_an_unreadable_manifest_alone_is_written_anew(tmp_path):
-    (tmp_path / "manifest.json").write_text("{broken")
+@pytest.mark.parametrize("content", ["{broken", "[]", '{"images": {}}', "\0"])
+def test_a_damaged_manifest_is_set_aside_and_all_masks_are_made_anew(tmp_path, content, caplog):
+    masks(tmp_path, ClassicalSegmenter(), indices=[1, 2])
+    (tmp_path / "manifest.json").write_text(content)
     masks(tmp_path, ClassicalSegmenter(), indices=[1])
     assert list(files.read_json(tmp_path / "manifest.json")["images"]) == ["IMG_1"]
+    assert (tmp_path / "manifest.json.set-aside-1").read_text() == content
+    assert "set aside as manifest.json.set-aside-1" in caplog.text
+    assert not (tmp_path / "IMG_2.png").exists()  # nobody knows of what it was
+
+
+@pytest.mark.parametrize("key", ["../victim/precious", "/etc/passwd", "..", "a/b", "a\\b", ""])
+def test_a_manifest_cannot_reach_outside_its_folder(tmp_path, key):
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    for kind in ("csv", "png"):
+        (victim / f"precious.{kind}").write_text("x")
+    out = tmp_path / "out"
+    masks(out, ClassicalSegmenter(), indices=[1])
+    manifest = files.read_json(out / "manifest.json")
+    for field in ("images", "failed", "todo"):
+        changed = {**manifest, field: {**manifest[field], key: manifest["images"]["IMG_1"]}}
+        (out / "manifest.json").write_text(json.dumps(changed))
+        masks(out, ClassicalSegmenter(), indices=[1], nnec=field == "images")
+    record = out / ".xmask" / "record.jsonl"
+    whole = record.read_text()
+    name = f"{key}.png" if key else key
+    record.write_text(whole + json.dumps({"file": name, "sha256": "0" * 64}) + "\n")
+    if key != "a/b":  # a folder below is allowed
+        with pytest.raises(ValueError, match="record.jsonl, line .*: not a record of xmask"):
+            masks(out, ClassicalSegmenter(), indices=[1], nnec=False)
+    assert {p.read_text() for p in victim.iterdir()} == {"x"} and len(list(victim.iterdir())) == 2
+
+
+@pytest.mark.parametrize("kind", ["png", "csv"])
+@pytest.mark.parametrize("how", ["blank", "cut", "edited", "gone"])
+def test_a_damaged_mask_is_found_set_aside_and_made_again(tmp_path, kind, how):
+    masks(tmp_path, ClassicalSegmenter(), indices=[1, 2])
+    path = tmp_path / f"IMG_2.{kind}"
+    whole = path.read_bytes()
+    if how == "gone":
+        path.unlink()
+    else:
+        path.write_bytes({"blank": b"", "cut": whole[:20], "edited": whole + b"\n"}[how])
+    segmenter = Counting()
+    masks(tmp_path, segmenter, indices=[1, 2])
+    assert segmenter.images == 1 and path.read_bytes() == whole
+    assert (tmp_path / f"IMG_2.{kind}.set-aside-1").exists() == (how != "gone")
+
+
+def test_a_second_process_is_told_who_holds_the_folder(tmp_path):
+    code = ("import sys, time; from xmask import files\n"
+            "with files.OutputFolder(sys.argv[1]): print('in', flush=True); time.sleep(60)")
+    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline() == b"in\n"
+        with pytest.raises(files.FolderInUse, match=f"pid {holder.pid} on .* since 20"):
+            masks(tmp_path, ClassicalSegmenter(), indices=[1])
+    finally:
+        holder.kill()
+        holder.wait()
+    masks(tmp_path, ClassicalSegmenter(), indices=[1])  # free as soon as it is dead
 
 
 def test_half_written_files_are_removed_once_they_are_old(tmp_path):
@@ -281,7 +345,7 @@ def test_one_broken_image_does_not_cost_the_others(tmp_path):
 
 def test_a_folder_of_somebody_elses_pictures_is_left_alone(tmp_path):
     files.write_png(tmp_path / "IMG_1.png", np.zeros((4, 4, 3), np.uint8))
-    with pytest.raises(ValueError, match="holds IMG_1.png but no manifest.json"):
+    with pytest.raises(FileExistsError, match="holds IMG_1.png and no record of xmask"):
         masks(tmp_path, ClassicalSegmenter())
     assert (tmp_path / "IMG_1.png").is_file()
 
@@ -289,10 +353,10 @@ def test_a_folder_of_somebody_elses_pictures_is_left_alone(tmp_path):
 def test_unusable_mask_files_are_named(tmp_path):
     masks(tmp_path, ClassicalSegmenter(), indices=[1])
     (tmp_path / "IMG_1.png").write_bytes(b"half a file")
-    with pytest.raises(ValueError, match=r"IMG_1\.png: not a readable PNG"):
+    with pytest.raises(ValueError, match=r"IMG_1\.png: cannot be read as a label map"):
         read_masks(tmp_path, "IMG_1")
     files.write_png(tmp_path / "IMG_1.png", np.zeros((4, 4, 3), np.uint8))
-    with pytest.raises(ValueError, match="expected a 16-bit grey label map"):
+    with pytest.raises(ValueError, match="a label map is a grey PNG"):
         read_masks(tmp_path, "IMG_1")
 
 

@@ -1,15 +1,13 @@
 """Crops keep points on their masks, and are a function of their index alone."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from xmask.config import Augmentation, override
 from xmask.data.sample import Sample
-from xmask.config import Augmentation
 from xmask.data.transforms import Crops, collate, random_crop, strong_view, to_tensor
 
 
@@ -96,7 +94,7 @@ def test_every_augmentation_can_be_switched_off():
         assert torch.equal(view, to_tensor(crop.image) * visible)
         assert (~visible).sum() == 32 * 32
     flipped = Crops([scene(0)], 64, (1, 1), 3, strong=True,
-                    augmentation=dataclasses.replace(off, flip=1))
+                    augmentation=override(off, {"flip": 1}))
     assert np.array_equal(flipped[2][0].image, crops[2][0].image[:, ::-1])
 
 

@@ -12,10 +12,10 @@ import torch
 
 from tests.test_segmenters import tiny_sam
 from xmask import files
-from xmask.segmenting import checkpoints
-from xmask.segmenting.checkpoints import Published
 from xmask.cli import main
 from xmask.segmenters import open_segmenter
+from xmask.segmenting import checkpoints
+from xmask.segmenting.checkpoints import Published
 
 NAME = "sam_vit_b_01ec64.pth"
 

@@ -14,12 +14,12 @@ from segment_anything import SamPredictor
 
 from tests.test_segmenters import as_sam_does, crowd, picture
 from xmask import files
-from xmask.segmenting import sam, sam_training
-from xmask.synthetic import draw_scene
 from xmask.edp_sam import generate_masks
 from xmask.segmenters import Prompts, open_segmenter
+from xmask.segmenting import sam, sam_training
 from xmask.segmenting.classical import ClassicalSegmenter
 from xmask.segmenting.sam_segmenter import SamSegmenter
+from xmask.synthetic import draw_scene
 
 UNSEEN = 9_600_000  # seeds of scenes that neither trained nor tuned anything
 

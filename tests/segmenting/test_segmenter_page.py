@@ -9,9 +9,9 @@ import numpy as np
 from segment_anything import SamPredictor
 
 from tests.test_segmenters import crowd, picture
-from xmask.segmenting import sam
 from xmask.edp_sam import generate_masks
 from xmask.segmenters import Prompts
+from xmask.segmenting import sam
 from xmask.segmenting.sam_segmenter import SamSegmenter
 
 PAGE = Path(__file__).parents[2] / "docs" / "add_a_segmenter.md"

@@ -7,10 +7,10 @@ import pandas as pd
 import pytest
 
 from xmask import files, nnec
-from xmask.study import edp_study
 from xmask.cli import main
 from xmask.data.sample import Sample
 from xmask.segmenting.classical import ClassicalSegmenter
+from xmask.study import edp_study
 
 
 def test_masks_are_compared_person_by_person():
@@ -97,9 +97,9 @@ def test_the_page_has_a_block_that_builds_up_and_one_that_takes_away():
     table = pd.DataFrame([
         {"segmenter": "none", "block": edp_study.SIMPLE, "method": "watershed", **numbers, **rest},
         {"segmenter": "bundled", "block": edp_study.BUILD, "method": "EDP-SAM",
-         **{k: 0.7654 for k in numbers}, **rest},
+         **dict.fromkeys(numbers, 0.7654), **rest},
         {"segmenter": "bundled", "block": edp_study.TAKE, "method": "without the clip",
-         **{k: 0.7642 for k in numbers}, **rest}])
+         **dict.fromkeys(numbers, 0.7642), **rest}])
     first, second = edp_study.markdown(table, 3, 9_700_000).split("## Taking away")
     assert "| bundled | EDP-SAM | **76.5** | **76.5** |" in first and "without the clip" not in first
     assert "|  | watershed | 50.0 |" in first

@@ -3,12 +3,16 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from tests.test_trainer import tiny
 from tests.data.test_transforms import scene
+from tests.test_trainer import tiny
 from xmask import files, model
-from xmask.study import evaluate
+from xmask.config import override
 from xmask.data.sample import Sample
+from xmask.predict import load_network, predict_image
+from xmask.study import evaluate
 
 
 class Images(list):
@@ -28,7 +32,7 @@ def network():
 @pytest.mark.parametrize("shape", [(1, 1), (31, 50), (64, 64), (65, 33)])
 def test_a_prediction_has_the_size_of_the_image(network, shape):
     image = np.random.default_rng(0).integers(0, 255, (*shape, 3), dtype=np.uint8)
-    prediction = evaluate.predict(network, image, tiny().evaluation)
+    prediction = predict_image(network, image, tiny().evaluation)
     assert prediction.instances.shape == shape
     assert len(prediction.points) == len(prediction.scores)
     assert (prediction.points <= np.array(shape[::-1]) - 1).all()
@@ -43,12 +47,33 @@ def test_what_metrics_json_holds_agrees_with_the_predictions_on_disk(network, tm
     assert [row["true_count"] for row in rows] == [12, 0, 5]
     for row in rows:
         lines = (tmp_path / "predictions" / f"{row['name']}.csv").read_text().splitlines()
-        assert len(lines) - 1 == row["count"]
+        assert lines[0] == "x,y,score,counted"
+        assert sum(line.endswith(",1") for line in lines[1:]) == row["count"]
     errors = [abs(row["count"] - row["true_count"]) for row in rows]
     assert result["counting"]["mae"] == pytest.approx(np.mean(errors))
-    assert result["baselines"]["constant_count"] == {"value": 5.0, "mae": 4.0}
+    assert result["baselines"]["constant_count"] == pytest.approx({
+        "value": 5.0, "mae": 4.0, "rmse": (74 / 3) ** 0.5, "mean": 17 / 3,
+        "mean_rmse": np.std([12, 0, 5])})
     assert result["selection"] == "last" and result["synthetic"] is True
     assert rows[1]["mean_iou"] is None
+
+
+def test_uncounted_points_have_masks_and_are_no_heads(network, tmp_path):
+    low = override(tiny(), {"evaluation.point_threshold": 0.0001,
+                            "evaluation.count_threshold": 0.999})
+    result = evaluate.evaluate(network, Images([scene(1)]), low, tmp_path, progress=False)
+    assert result["per_image"][0]["count"] == result["localization"]["4"]["n_pred"] == 0
+    assert result["segmentation"]["mean_iou"] > 0
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 3000), min_size=1, max_size=30), st.floats(0, 3000))
+def test_no_constant_count_beats_the_median_in_mae_or_the_mean_in_rmse(true, other):
+    true = np.array(true)
+    best, rival = evaluate.best_constant_count(true), np.abs(true - other)
+    assert best["mae"] <= rival.mean() + 1e-6
+    assert best["mean_rmse"] <= (rival**2).mean() ** 0.5 + 1e-6
+    assert best["mae"] <= best["rmse"] + 1e-6 and best["mean_rmse"] <= best["rmse"] + 1e-6
 
 
 def test_without_truth_masks_nothing_is_said_of_masks(network, tmp_path):
@@ -92,7 +117,7 @@ def test_discs_at_no_predicted_point_reach_nothing():
 
 def test_a_file_that_is_not_a_model_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="none.safetensors: no such model"):
-        evaluate.load(tmp_path / "none.safetensors")
+        load_network(tmp_path / "none.safetensors")
     (tmp_path / "half.safetensors").write_bytes(b"12345")
     with pytest.raises(ValueError, match="half.safetensors: not a model of this version"):
-        evaluate.load(tmp_path / "half.safetensors")
+        load_network(tmp_path / "half.safetensors")

@@ -18,6 +18,7 @@ import xmask
 from tests.study.test_tables import write_run
 from xmask import files
 from xmask.study import figures, tables
+from xmask.tools.overlay import INSTANCES, overlay
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 
@@ -93,7 +94,7 @@ def test_every_figure_names_all_its_runs_and_no_date(written):
     for name, path in written.items():
         text = Image.open(path).text
         assert set(text) == {"Description"}
-        assert "synthetic crowds, profile demo, selection last, runs:" in text["Description"]
+        assert "drawn crowds, profile demo, selection last, runs:" in text["Description"]
         assert "sha-40-s1" in text["Description"], name
     assert "sha-5-s1-supervised-only" in Image.open(written["mean_iou.png"]).text["Description"]
     assert "without-nnec" not in Image.open(written["counts_sha.png"]).text["Description"]
@@ -127,7 +128,7 @@ def test_pictures_of_real_people_never_enter_the_figures_folder(tmp_path):
 
 def test_a_run_on_drawn_crowds_is_not_pictured_on_photographs(tmp_path):
     DrawnSplit().predict_into(write_run(tmp_path))
-    with pytest.raises(ValueError, match="measured on synthetic images, but the sha test set"):
+    with pytest.raises(ValueError, match="measured on drawn images, but the sha test set"):
         figures.write_figures(tmp_path, tmp_path / "out", lambda name: DrawnSplit(synthetic=False))
 
 
@@ -176,20 +177,20 @@ def test_an_overlay_paints_instances_contours_and_points_and_nothing_else():
     image = np.full((20, 30, 3), 100, np.uint8)
     label_map = np.zeros((20, 30), np.int32)
     label_map[4:11, 4:11], label_map[4:11, 11:18] = 1, 8  # neighbours of one colour
-    painted = figures.overlay(image, label_map, np.array([[7.0, 7.0], [29.4, 0.0]]))
+    painted = overlay(image, label_map, np.array([[7.0, 7.0], [29.4, 0.0]]))
     assert painted.dtype == np.uint8 and painted.shape == image.shape
     assert (image == 100).all()
     outside = label_map == 0
     outside[0:2, 28:30] = False  # the second point, cut by the image's corner
     assert (painted[outside] == 100).all()
-    colour = figures.INSTANCES[0]
+    colour = INSTANCES[0]
     assert (painted[4, 4] == colour).all() and (painted[8, 10:12] == colour).all()  # contours
     assert (painted[5, 5] == (0.6 * 100 + 0.4 * colour).round()).all()
     assert (painted[7, 7] == 255).all() and (painted[6, 6] == 0).all()
     with pytest.raises(ValueError, match="label_map is"):
-        figures.overlay(image, label_map[:5])
+        overlay(image, label_map[:5])
     with pytest.raises(ValueError, match="uint8"):
-        figures.overlay(image / 255, label_map)
+        overlay(image / 255, label_map)
 
 
 def test_pictured_are_a_sparse_a_middle_and_a_dense_image():
@@ -298,7 +299,7 @@ def closest(colours, matrix):
 
 @pytest.mark.parametrize("missing", WITHOUT_CONES)
 def test_instance_colours_differ_for_colour_blind_eyes(missing):
-    assert closest(figures.INSTANCES, WITHOUT_CONES[missing]) > 12  # 2 is just noticeable
+    assert closest(INSTANCES, WITHOUT_CONES[missing]) > 12  # 2 is just noticeable
 
 
 def test_red_and_green_of_one_lightness_would_not_pass():

@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 
 from xmask.study import illustrations, sweeps, walkthroughs
-from xmask.tools import learn
 from xmask.synthetic import draw_scene
+from xmask.tools import learn
 
 
 def test_coverage_counts_circles():

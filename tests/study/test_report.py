@@ -13,8 +13,8 @@ from tests import browser
 from tests.study.test_figures import DrawnSplit
 from tests.study.test_tables import write_run
 from xmask import files
-from xmask.study import figures, report, tables
 from xmask.cli import main
+from xmask.study import figures, report, tables
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 
@@ -215,9 +215,10 @@ def test_only_the_worst_images_get_a_picture(study, tmp_path, monkeypatch):
 def test_the_command_writes_the_committed_demo_results(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(report.Path(__file__).parents[2])
     out = tmp_path / "page.html"
-    assert main(["report", "--profile", "reduced", "--out", str(out)]) == 0
+    assert main(["report", "--profile", "demo", "--out", str(out)]) == 0
     page = Page(out.read_text(encoding="utf-8"))
-    assert not [a for a in page.all("img") if a["src"].startswith("data:image/jpeg")]
+    shown = [a for a in page.all("img") if a["src"].startswith("data:image/jpeg")]
+    assert len(shown) == len(list(report.Path("figures/demo").glob("predictions_*.png"))) == 3
     assert {"run-sha-5-s1", "run-sha-40-s1"} <= {a.get("id") for _, a in page.tags}
 
 

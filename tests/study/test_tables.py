@@ -92,37 +92,70 @@ def test_load_runs_gives_one_flat_row_a_run(study):
 
 def test_the_counting_table_holds_means_spreads_seeds_and_runs(study):
     table = tables.counting_table(tables.load_runs(study))
-    row = row_of(table.numbers, dataset="ShanghaiTech A", method="XMask (ours)",
+    row = row_of(table.numbers, dataset="drawn, ShanghaiTech A layout", method="XMask (ours)",
                  **{"labelled %": 40})
-    assert row["MAE, synthetic (ours)"] == 11.0
-    assert row["std of MAE, synthetic (ours)"] == 1.4
-    assert row["RMSE, synthetic (ours)"] == 22.0
+    assert row["MAE, drawn (ours)"] == 11.0
+    assert row["std of MAE, drawn (ours)"] == 1.4
+    assert row["RMSE, drawn (ours)"] == 22.0
     assert row["seeds"] == 2 and row["runs"] == "sha-40-s1 sha-40-s2"
-    text = row_of(table.text, dataset="UCF-QNRF", method="XMask (ours)", **{"labelled %": "5"})
-    assert text["MAE, synthetic (ours)"] == "11.0 ± 1.4"
-    alone = row_of(table.text, dataset="UCF-QNRF", method="supervised only (ours)",
+    text = row_of(table.text, dataset="drawn, UCF-QNRF layout", method="XMask (ours)",
+                  **{"labelled %": "5"})
+    assert text["MAE, drawn (ours)"] == "11.0 ± 1.4"
+    alone = row_of(table.text, dataset="drawn, UCF-QNRF layout", method="supervised only (ours)",
                    **{"labelled %": "5"})
-    assert alone["MAE, synthetic (ours)"] == "20.0" and alone["seeds"] == "1"
-    constant = row_of(table.text, dataset="UCF-QNRF", method="constant count (baseline)",
-                      **{"labelled %": "5"})
-    assert constant["MAE, synthetic (ours)"] == "40.0"
-    assert constant["RMSE, synthetic (ours)"] == tables.UNKNOWN
+    assert alone["MAE, drawn (ours)"] == "20.0" and alone["seeds"] == "1"
+    constant = row_of(table.text, dataset="drawn, UCF-QNRF layout",
+                      method="constant count (baseline)", **{"labelled %": "5"})
+    assert constant["MAE, drawn (ours)"] == "40.0"
+    assert constant["RMSE, drawn (ours)"] == tables.UNKNOWN  # not in these metrics.json
+
+
+def test_the_constant_count_has_an_rmse_where_it_was_measured(study):
+    for path in (study / "runs").glob("*/metrics.json"):
+        edit(path, lambda content: content["baselines"]["constant_count"].update(rmse=55.04))
+    runs = tables.load_runs(study)
+    row = row_of(tables.counting_table(runs).text, dataset="drawn, UCF-QNRF layout",
+                 method="constant count (baseline)", **{"labelled %": "5"})
+    assert row["RMSE, drawn (ours)"] == "55.0"
+    assert set(tables.summary_table(runs).text["constant-count RMSE, drawn (ours)"]) == {
+        "55.0", tables.UNKNOWN}  # unknown: the mean over datasets
+
+
+def test_every_table_with_counts_says_how_well_heads_were_found(study):
+    runs = tables.load_runs(study)
+    for table in (tables.counting_table(runs), tables.summary_table(runs),
+                  tables.ablation_table(runs, "sha", 40)):
+        assert "MAE, drawn (ours)" in table.text
+        for distance, value in ((4, "33.3"), (8, "60.0")):
+            shown = table.text[f"F1 % at {distance} px, drawn (ours)"]
+            assert shown.str.startswith(value).any()
+
+
+def test_numbers_not_checked_where_they_were_published_are_marked(study):
+    table = tables.counting_table(tables.load_runs(study))
+    row = row_of(table.text, method="TMTB (published)", dataset="ShanghaiTech A")
+    assert row["MAE, real (published)"] == "72.4 (secondary)"
+    assert "Secondary: see the source" in table.caption
+    assert row_of(table.numbers, method="TMTB (published)", dataset="ShanghaiTech A")[
+        "MAE, real (published)"] == 72.4
 
 
 @pytest.mark.parametrize("make", [tables.counting_table, tables.segmentation_table])
-def test_published_and_synthetic_numbers_never_share_a_column(study, make):
+def test_published_and_drawn_numbers_never_share_a_column(study, make):
     write_run(study, "jhu", 10, 1, synthetic=False, mean_iou=None, disc=None)
     table = make(tables.load_runs(study))
     for frame in (table.numbers, table.text):
-        assert set(frame["images"]) == {"synthetic", "real"}
+        assert set(frame["images"]) == {"drawn", "real"}
+        assert all(name.startswith("drawn, ") == (kind == "drawn")
+                   for name, kind in zip(frame["dataset"], frame["images"]))
         for column in frame:
             if "(ours)" not in column and "(published)" not in column:
                 continue
-            assert ("synthetic" in column) != ("real" in column)
+            assert ("drawn" in column) != ("real" in column)
             for _, row in frame.iterrows():
                 shown = not (pd.isna(row[column]) or row[column] == tables.UNKNOWN)
-                if shown and "synthetic" in column:
-                    assert row["images"] == "synthetic" and "(published)" not in row["method"]
+                if shown and "drawn" in column:
+                    assert row["images"] == "drawn" and "(published)" not in row["method"]
                 if shown and "(published)" in column:
                     assert row["images"] == "real" and "(published)" in row["method"]
 
@@ -139,7 +172,9 @@ def test_every_published_number_of_the_datasets_stands_in_a_table(study):
     for line in published.itertuples():
         where = {"dataset": tables.DATASETS[line.dataset], "method": f"{line.method} (published)",
                  "labelled %": line.labelled_percent or "unknown"}
-        assert row_of(made[line.metric].text, **where)[columns[line.metric]] == line.value
+        shown = line.value + " (secondary)" * line.source.startswith("secondary")
+        row = row_of(made[line.metric].text, **where)
+        assert row[columns[line.metric]] == shown and line.source in row["source"]
         where["labelled %"] = float(line.labelled_percent or "nan")
         numbers = made[line.metric].numbers
         if not line.labelled_percent:
@@ -166,20 +201,21 @@ def test_drawn_crowds_of_no_published_dataset_have_no_published_rows(tmp_path):
 
 def test_a_study_of_one_dataset_shows_that_dataset_alone(tmp_path):
     write_run(tmp_path, "qnrf", 10)
-    assert set(tables.counting_table(tables.load_runs(tmp_path)).text["dataset"]) == {"UCF-QNRF"}
+    assert set(tables.counting_table(tables.load_runs(tmp_path)).text["dataset"]) == {
+        "UCF-QNRF", "drawn, UCF-QNRF layout"}
     assert tables.write_tables(tmp_path, tmp_path / "tables")
 
 
 def test_segmentation_is_in_percent_with_its_baselines(study):
     table = tables.segmentation_table(tables.load_runs(study))
-    where = {"dataset": "ShanghaiTech A", "labelled %": "5"}
+    where = {"dataset": "drawn, ShanghaiTech A layout", "labelled %": "5"}
     ours = row_of(table.text, method="XMask (ours)", **where)
-    assert ours["mean IoU %, synthetic (ours)"] == "55.0 ± 7.1"
-    assert ours["PQ %, synthetic (ours)"] == "20.0 ± 0.0"
+    assert ours["mean IoU %, drawn (ours)"] == "55.0 ± 7.1"
+    assert ours["PQ %, drawn (ours)"] == "20.0 ± 0.0"
     for discs, value in (("discs", "40.0"), ("discs, exclusive,", "45.0")):
         row = row_of(table.text, method=f"{discs} at the points of XMask (baseline)", **where)
-        assert row["mean IoU %, synthetic (ours)"] == value
-        assert row["PQ %, synthetic (ours)"] == tables.UNKNOWN
+        assert row["mean IoU %, drawn (ours)"] == value
+        assert row["PQ %, drawn (ours)"] == tables.UNKNOWN
     assert "may overlap; discs, exclusive: the same" in table.caption
 
 
@@ -188,15 +224,15 @@ def test_real_data_without_truth_masks_has_unknown_mean_iou(tmp_path):
     table = tables.segmentation_table(tables.load_runs(tmp_path))
     row = row_of(table.text, method="XMask (ours)")
     assert row["mean IoU %, real (ours)"] == tables.UNKNOWN
-    assert not [column for column in table.text if "synthetic" in column]
+    assert not [column for column in table.text if "drawn" in column]
     assert "measured on real photographs" in table.caption
 
 
 def test_localisation_shows_every_distance(study):
     row = row_of(tables.localisation_table(tables.load_runs(study)).numbers,
-                 dataset="ShanghaiTech A", method="XMask (ours)", **{"labelled %": 5})
-    assert row["recall % at 4 px, synthetic (ours)"] == 25.0
-    assert row["F1 % at 8 px, synthetic (ours)"] == 60.0
+                 dataset="drawn, ShanghaiTech A layout", method="XMask (ours)", **{"labelled %": 5})
+    assert row["recall % at 4 px, drawn (ours)"] == 25.0
+    assert row["F1 % at 8 px, drawn (ours)"] == 60.0
 
 
 def test_the_summary_gives_ratios_and_their_mean_over_datasets(tmp_path):
@@ -204,38 +240,38 @@ def test_the_summary_gives_ratios_and_their_mean_over_datasets(tmp_path):
     write_run(tmp_path, "jhu", 5, mae=30.0, constant=40.0, mean_iou=0.5, disc=0.4, exclusive=0.5)
     table = tables.summary_table(tables.load_runs(tmp_path))
     numbers = table.numbers
-    sha = row_of(numbers, dataset="ShanghaiTech A")
-    assert sha["MAE / constant count, synthetic (ours)"] == 0.25
-    assert sha["mean IoU % of discs, synthetic (ours)"] == 40.0
-    assert sha["mean IoU % of discs, exclusive, synthetic (ours)"] == 50.0
-    assert sha["mean IoU / discs, synthetic (ours)"] == 1.5
-    assert sha["mean IoU / discs, exclusive, synthetic (ours)"] == 1.2
+    sha = row_of(numbers, dataset="drawn, ShanghaiTech A layout")
+    assert sha["MAE / constant count, drawn (ours)"] == 0.25
+    assert sha["mean IoU % of discs, drawn (ours)"] == 40.0
+    assert sha["mean IoU % of discs, exclusive, drawn (ours)"] == 50.0
+    assert sha["mean IoU / discs, drawn (ours)"] == 1.5
+    assert sha["mean IoU / discs, exclusive, drawn (ours)"] == 1.2
     mean = row_of(numbers, dataset="mean of 2 datasets")
-    assert mean["MAE / constant count, synthetic (ours)"] == 0.5
-    assert mean["mean IoU / discs, synthetic (ours)"] == 1.375
-    assert mean["mean IoU / discs, exclusive, synthetic (ours)"] == 1.1
-    assert math.isnan(mean["MAE, synthetic (ours)"])  # a mean of MAEs would mean nothing
-    assert math.isnan(mean["mean IoU % of discs, exclusive, synthetic (ours)"])
+    assert mean["MAE / constant count, drawn (ours)"] == 0.5
+    assert mean["mean IoU / discs, drawn (ours)"] == 1.375
+    assert mean["mean IoU / discs, exclusive, drawn (ours)"] == 1.1
+    assert math.isnan(mean["MAE, drawn (ours)"])  # a mean of MAEs would mean nothing
+    assert math.isnan(mean["mean IoU % of discs, exclusive, drawn (ours)"])
     for written in (table.csv(), table.markdown(), table.latex()):
-        assert "mean IoU / discs, exclusive, synthetic (ours)" in written
+        assert "mean IoU / discs, exclusive, drawn (ours)" in written
 
 
 def test_a_ratio_to_discs_that_hit_nothing_is_unknown(tmp_path):
     write_run(tmp_path, disc=0.4, exclusive=0.0)
     row = tables.summary_table(tables.load_runs(tmp_path)).text.iloc[0]
-    assert row["mean IoU / discs, exclusive, synthetic (ours)"] == tables.UNKNOWN
-    assert row["mean IoU / discs, synthetic (ours)"] == "1.250"
+    assert row["mean IoU / discs, exclusive, drawn (ours)"] == tables.UNKNOWN
+    assert row["mean IoU / discs, drawn (ours)"] == "1.250"
 
 
 def test_ablation_differences_are_paired_by_seed(study):
     table = tables.ablation_table(tables.load_runs(study), "sha", 40)
     assert list(table.text["variant"])[0] == "XMask"
     nnec = row_of(table.numbers, variant="without NNEC")
-    assert nnec["MAE difference, synthetic (ours)"] == 2.0  # (3.5 + 0.5) / 2
-    assert nnec["std of MAE difference, synthetic (ours)"] == 2.1
-    assert nnec["mean IoU % difference, synthetic (ours)"] == -17.5
+    assert nnec["MAE difference, drawn (ours)"] == 2.0  # (3.5 + 0.5) / 2
+    assert nnec["std of MAE difference, drawn (ours)"] == 2.1
+    assert nnec["mean IoU % difference, drawn (ours)"] == -17.5
     lone = row_of(table.text, variant="without mask constraint")
-    assert lone["MAE difference, synthetic (ours)"] == "-1.0"  # against seed 1 only, not the mean
+    assert lone["MAE difference, drawn (ours)"] == "-1.0"  # against seed 1 only, not the mean
     assert lone["seeds"] == "1" and "not evidence" in table.caption
 
 
@@ -252,8 +288,8 @@ def test_a_variant_without_a_shared_seed_has_no_difference(tmp_path):
     write_run(tmp_path, seed=2, variant="without-nnec", mae=7.0)
     table = tables.ablation_table(tables.load_runs(tmp_path), "sha", 5)
     row = row_of(table.text, variant="without NNEC")
-    assert row["MAE, synthetic (ours)"] == "7.0"
-    assert row["MAE difference, synthetic (ours)"] == tables.UNKNOWN
+    assert row["MAE, drawn (ours)"] == "7.0"
+    assert row["MAE difference, drawn (ours)"] == tables.UNKNOWN
 
 
 def test_an_ablation_without_variants_says_what_to_train(tmp_path):
@@ -300,7 +336,7 @@ def test_latex_is_escaped(study, tmp_path):
         r"a\_b \& 5\% $\pm$ \{x\} --- \textbackslash{}\textasciitilde{}\textasciicircum{}"
         r"\textless{}\textgreater{}\#\$")
     tex = tables.segmentation_table(tables.load_runs(study)).latex()
-    assert r"mean IoU \%, synthetic (ours)" in tex and r"\toprule" in tex
+    assert r"mean IoU \%, drawn (ours)" in tex and r"\toprule" in tex
     body = [line for line in tex.splitlines() if not line.startswith("%")]
     assert not re.search(r"(?<!\\)%", "\n".join(body))
     columns = re.search(r"tabular}\{(l+)\}", tex).group(1)

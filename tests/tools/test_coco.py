@@ -13,10 +13,10 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from tests.data.test_masks import masks
-from xmask.tools import coco
 from xmask.data.masks import read_masks
 from xmask.edp_sam import source_names
 from xmask.segmenting.classical import ClassicalSegmenter
+from xmask.tools import coco
 
 
 @settings(max_examples=60, deadline=None)

@@ -11,10 +11,10 @@ from skimage.measure import label as connected_components
 
 from tests.data.test_masks import Dataset, masks
 from xmask import files, nnec
-from xmask.tools import correct
 from xmask.data.masks import read_masks
 from xmask.edp_sam import check_label_map
 from xmask.segmenting.classical import ClassicalSegmenter
+from xmask.tools import correct
 
 
 @pytest.fixture

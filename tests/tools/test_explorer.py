@@ -13,9 +13,9 @@ from PIL import Image
 
 import xmask
 from xmask import decode, features
-from xmask.tools import explorer
 from xmask.synthetic import draw_scene
-from xmask.tools.explorer import Scene, View
+from xmask.tools import explorer
+from xmask.tools.explorer import Explorer, ExplorerSettings
 
 
 @pytest.fixture(scope="module")
@@ -25,13 +25,13 @@ def model():
 
 @pytest.fixture(scope="module")
 def small(model):
-    return Scene.of(model, draw_scene(seed=8, shape=(150, 200), people=30).image)
+    return Explorer.of(model, draw_scene(seed=8, shape=(150, 200), people=30).image)
 
 
 @pytest.mark.parametrize("sigma", explorer.SIGMAS)
 @pytest.mark.parametrize("theta, weight", [(1.1, 0.8), (0.8, 0.6), (0.3, 0.0), (2.0, 2.0)])
 def test_the_masks_are_those_of_the_decoding(model, small, sigma, theta, weight):
-    view = View(theta, weight, sigma)
+    view = ExplorerSettings(theta, weight, sigma)
     full = features.upsample(model.maps(small.image)[1], 4)[:, :150, :200]
     expected = decode.instance_map(full, small.points, threshold=theta, geometry_weight=weight,
                                    sigma=sigma)
@@ -46,17 +46,17 @@ def test_a_scene_has_the_heads_of_the_prediction(model, small):
 
 def test_theta_decides_between_owner_and_background(small):
     owner, energy = small.assign(0.8, 3.0)
-    labels = small.label_map(View(theta=0.6))
+    labels = small.label_map(ExplorerSettings(theta=0.6))
     assert ((labels == owner) | (labels == 0)).all() and ((labels > 0) == (energy < 0.6)).all()
     assert np.isinf(energy[owner == 0]).all() and np.isfinite(energy[owner > 0]).all()
-    grown = small.label_map(View(theta=0.9))
+    grown = small.label_map(ExplorerSettings(theta=0.9))
     assert (grown > 0).sum() > (labels > 0).sum() > 0
     assert (grown[labels > 0] == labels[labels > 0]).all()
 
 
 def test_every_view_paints_something_of_its_own(small):
-    plain = View(points=False)
-    pictures = {show: small.paint(replace(plain, show=show)) for show in explorer.VIEWS}
+    plain = ExplorerSettings(points=False)
+    pictures = {show: small.paint(replace(plain, show=show)) for show in explorer.PICTURES}
     np.testing.assert_array_equal(pictures["image"], small.image)
     shown = list(pictures.values())
     for number, picture in enumerate(shown):
@@ -78,34 +78,34 @@ def test_every_view_paints_something_of_its_own(small):
 
 
 def test_the_summary_counts_what_the_map_holds(small):
-    view = View(theta=0.5)
+    view = ExplorerSettings(theta=0.5)
     labels, summary = small.label_map(view), small.summary(view)
     assert summary["with_mask"] == len(np.unique(labels[labels > 0])) <= summary["heads"]
     assert summary["covered"] == pytest.approx((labels > 0).mean())
-    assert "0 with a mask" in explorer.describe(small, View(theta=0.0))
+    assert "0 with a mask" in explorer.describe(small, ExplorerSettings(theta=0.0))
 
 
 def test_a_sigma_that_was_not_prepared_and_an_unknown_picture_are_named(small):
     with pytest.raises(ValueError, match="sigma: 2.0 was not prepared; choose one of 0.0, 0.75"):
-        small.paint(View(sigma=2.0))
+        small.paint(ExplorerSettings(sigma=2.0))
     with pytest.raises(ValueError, match="show: 'mask' is not one of masks"):
-        small.paint(View(show="mask"))
+        small.paint(ExplorerSettings(show="mask"))
 
 
 def test_no_heads_and_coincident_heads_are_no_trouble():
     image = np.full((40, 50, 3), 90, np.uint8)
     embedding = torch.nn.functional.normalize(torch.randn(4, 16, 16), dim=0)
-    empty = Scene(image, np.zeros((0, 2)), embedding)
-    for show in explorer.VIEWS:
-        empty.paint(View(show=show, circles=True))
-    assert empty.summary(View())["heads"] == 0
-    twins = Scene(image, np.array([[20, 20], [20, 20], [35, 10]]), embedding)
-    assert twins.summary(View(theta=3.0))["with_mask"] == 3
+    empty = Explorer(image, np.zeros((0, 2)), embedding)
+    for show in explorer.PICTURES:
+        empty.paint(ExplorerSettings(show=show, circles=True))
+    assert empty.summary(ExplorerSettings())["heads"] == 0
+    twins = Explorer(image, np.array([[20, 20], [20, 20], [35, 10]]), embedding)
+    assert twins.summary(ExplorerSettings(theta=3.0))["with_mask"] == 3
 
 
 def test_sliders_repaint(small):
     pytest.importorskip("ipywidgets")
-    box = explorer.explore(small, View(theta=0.8))
+    box = explorer.explore(small, ExplorerSettings(theta=0.8))
     picture, line = box.children[-1], box.children[-2]
 
     def state():
@@ -117,7 +117,7 @@ def test_sliders_repaint(small):
         box.controls[name].value = value
         seen.append(state())
         assert seen[-1][0] != seen[-2][0], name
-    final = View(0.3, 1.5, 0.0, "energy", True, False)
+    final = ExplorerSettings(0.3, 1.5, 0.0, "energy", True, False)
     shown = np.asarray(Image.open(io.BytesIO(picture.value))).astype(int)
     assert np.abs(shown - small.paint(final)).mean() < 8  # JPEG
     assert line.value == explorer.describe(small, final)
@@ -130,7 +130,7 @@ def test_a_move_takes_less_than_a_fifth_of_a_second():
     image = rng.integers(0, 255, (768, 1024, 3), dtype=np.uint8)
     points = rng.uniform(0, 1, (500, 2)) * [1023, 767]
     embedding = torch.nn.functional.normalize(torch.randn(16, 192, 256), dim=0)
-    scene = Scene(image, points, embedding)
+    scene = Explorer(image, points, embedding)
 
     def seconds(view):
         begun = time.process_time()
@@ -138,11 +138,11 @@ def test_a_move_takes_less_than_a_fifth_of_a_second():
         explorer.describe(scene, view)
         return time.process_time() - begun
 
-    for show in explorer.VIEWS:
-        best = min(seconds(View(0.7, weight, 1.5, show, circles=True))
+    for show in explorer.PICTURES:
+        best = min(seconds(ExplorerSettings(0.7, weight, 1.5, show, circles=True))
                    for weight in (0.1, 0.2, 0.3, 0.4, 0.5))
         assert best < 0.2, f"{show}: {best:.3f} s"
-    moves = {"theta": [View(theta=t) for t in (0.4, 0.5, 0.6, 0.7, 0.8)],
-             "sigma": [View(sigma=s) for s in explorer.SIGMAS]}
-    for name, views in moves.items():
-        assert min(map(seconds, views)) < 0.2, name
+    moves = {"theta": [ExplorerSettings(theta=t) for t in (0.4, 0.5, 0.6, 0.7, 0.8)],
+             "sigma": [ExplorerSettings(sigma=s) for s in explorer.SIGMAS]}
+    for name, settings in moves.items():
+        assert min(map(seconds, settings)) < 0.2, name

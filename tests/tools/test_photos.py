@@ -13,10 +13,10 @@ from pycocotools.coco import COCO
 
 import xmask
 from xmask import files
-from xmask.tools import photos
 from xmask.cli import main
 from xmask.data.images import read_labels
 from xmask.synthetic import draw_scene
+from xmask.tools import photos
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +30,9 @@ def model():
 
 
 @pytest.fixture
-def folder(tmp_path, scene):
+def folder(tmp_path_factory, scene):
     """Good images and bad ones."""
-    folder = tmp_path / "mine"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("mine")
     picture = Image.fromarray(scene)
     picture.save(folder / "plain.png")
     picture.convert("L").save(folder / "grey.png")
@@ -199,7 +198,7 @@ def test_a_failure_names_its_file_once(folder, tmp_path, capsys):
 
 
 def test_an_overlay_painted_in_strips_has_no_seam(model, monkeypatch, scene):
-    from xmask.study.figures import overlay
+    from xmask.tools.overlay import overlay
 
     found = model.predict(scene)
     whole = overlay(scene, found.instances, found.points)

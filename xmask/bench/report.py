@@ -9,8 +9,9 @@ from typing import Any
 import matplotlib.style
 from matplotlib.axes import Axes
 
-from xmask.study import figures
 from xmask.bench import sam_image
+from xmask.tools.described_figure import DescribedFigure
+from xmask.tools.overlay import BLUE, GREEN, GREY, ORANGE, VERMILION
 
 
 def table(found: dict[str, Any]) -> str:
@@ -84,28 +85,28 @@ def table(found: dict[str, Any]) -> str:
 
 def figure(found: dict[str, Any], path: Path) -> None:
     """Write the picture as PNG; left: time against heads; right: how far each target is met."""
-    figures.save(picture(found), path)
+    picture(found).write(path)
 
 
-def picture(found: dict[str, Any]) -> figures.Picture:
+def picture(found: dict[str, Any]) -> DescribedFigure:
     with matplotlib.style.context(["default", {
             "font.family": "DejaVu Sans", "font.size": 8, "axes.grid": True,
             "grid.color": "#E5E5E5", "axes.axisbelow": True}]):
-        made = figures.Picture(figsize=(8.4, 3.4), layout="constrained")
+        made = DescribedFigure(figsize=(8.4, 3.4), layout="constrained")
         left, right = made.subplots(1, 2, width_ratios=(1, 1))
         _draw_growth(left, found["rows"])
         _draw_targets(right, [row for row in found["rows"] if row["met"]])
         machine = found["machine"]
         made.description = (
             f"make bench: {machine['processor']}, {machine['threads']} threads, synthetic inputs")
-        made.supxlabel(made.description, fontsize=6.5, color=figures.GREY)
+        made.supxlabel(made.description, fontsize=6.5, color=GREY)
     return made
 
 
 def _draw_growth(axes: Axes, rows: list[dict[str, Any]]) -> None:
     for operation, label, colour in (
-        ("decoding, every head", "decoding", figures.BLUE),
-        ("exclusivity loss with gradient", "exclusivity loss + gradient", figures.VERMILION),
+        ("decoding, every head", "decoding", BLUE),
+        ("exclusivity loss with gradient", "exclusivity loss + gradient", VERMILION),
     ):
         series = sorted((row for row in rows if row["operation"] == operation
                          and row["shape"] == [768, 1024]), key=lambda row: row["heads"])
@@ -141,7 +142,7 @@ def _draw_targets(axes: Axes, rows: list[dict[str, Any]]) -> None:
                          + (" (memory)" if name == "leaner" else ""))
             values.append((reached[name] or 0) / need)
     place = range(len(values))
-    axes.barh(place, values, color=[figures.GREEN if v >= 1 else figures.ORANGE for v in values])
+    axes.barh(place, values, color=[GREEN if v >= 1 else ORANGE for v in values])
     axes.axvline(1, color="black", lw=1)
     axes.set(xscale="log", xlabel="reached ÷ target (right of the line: met)")
     axes.set_yticks(place, names, fontsize=6)

@@ -25,9 +25,9 @@ def edp_sam(heads: int, shape: tuple[int, int], model: str = "vit_b"
     import torch
     from segment_anything import sam_model_registry
 
-    from xmask.synthetic import draw_scene
     from xmask.edp_sam import generate_masks
     from xmask.segmenting.sam_segmenter import SamSegmenter
+    from xmask.synthetic import draw_scene
 
     torch.manual_seed(0)
     segmenter = SamSegmenter.from_model(sam_model_registry[model]())

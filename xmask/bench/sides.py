@@ -8,10 +8,8 @@ only, not on what they show. Two sides of one comparison get the same inputs fro
 from __future__ import annotations
 
 import io
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -313,7 +311,7 @@ def _network(memory_format: torch.memory_format = torch.channels_last) -> nn.Mod
 
 
 def forward(shape: Shape) -> Callable[[], None]:
-    """VGG16-BN and both decoders on one test image, as `xmask.study.evaluate.predict` runs them."""
+    """VGG16-BN and both decoders on one test image, as `xmask.predict.predict_image` runs them."""
     network = _network().eval()
     image = torch.rand(1, 3, *shape).contiguous(memory_format=torch.channels_last)
 
@@ -337,6 +335,9 @@ def _network_output(points: Tensor, cells: Shape) -> tuple[Tensor, Tensor]:
 
 def after_network(heads: int, shape: Shape, score: bool = False) -> Callable[[], int]:
     """Points and masks of one test image; score: and its metrics against a truth."""
+    from xmask.config import preset
+
+    decoding = preset("paper", "sha", 40).evaluation
     cells = tuple(side // model.STRIDE for side in shape)
     logits, embedding = _network_output(crowd(heads, shape), cells)
     true_points = crowd(heads, shape)
@@ -344,7 +345,7 @@ def after_network(heads: int, shape: Shape, score: bool = False) -> Callable[[],
 
     def call() -> int:
         with torch.inference_mode():
-            found = decode.predict(logits, embedding, shape, stride=model.STRIDE)
+            found = decode.predict(logits, embedding, shape, decoding)
         if score:
             metrics.segmentation(found.instances, true)
             for sigma in (4, 8):
@@ -395,11 +396,10 @@ def training_terms(phase: int, batch: int, heads: int, crop: int = 256) -> Calla
 
     shape, cells = (crop, crop), (crop // model.STRIDE,) * 2
     config = override(preset("paper", "sha", 40), {
-        "network.weights": "random", "loss.consistency": 1.0, "loss.one_point": 0.01,
+        "network.weights": "random", "loss.point_mask": 1.0, "loss.one_point": 0.01,
         "machine.threads": torch.get_num_threads()})
     sample = Sample(np.zeros((crop, crop, 3), np.uint8), np.zeros((0, 2), np.float32))
-    trainer = Trainer(config, [sample], [sample], Path(tempfile.gettempdir()),
-                      device=torch.device("cpu"), progress=False)
+    trainer = Trainer(config, [sample], [sample], device=torch.device("cpu"))
     dots = [crowd(heads, shape, seed) for seed in range(2 * batch)]
     seen = [_network_output(d, cells) for d in dots]
     logits = torch.stack([s[0] for s in seen]).requires_grad_()

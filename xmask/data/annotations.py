@@ -1,4 +1,5 @@
-"""Annotation files: the head points (and head boxes) of one image, as the data sets store them.
+"""Annotation files: the head points (and head boxes) of one image, as the data sets and own
+photos store them.
 
 Coordinates are taken as annotated, as everybody in the field does: no shift by half a pixel or
 by one. (In ShanghaiTech they run from 0 to W, so the true place of a head is known to about
@@ -7,14 +8,19 @@ half a pixel anyway.)
 
 from __future__ import annotations
 
+import csv
+import io
 import os
 from pathlib import Path
 
 import numpy as np
-from scipy.io import loadmat
+from scipy.io import loadmat, whosmat
 
 #: (points (N, 2) float64 as annotated, boxes (N, 2) float64 of width and height, or None)
 Annotation = tuple[np.ndarray, "np.ndarray | None"]
+
+MOST_HEADS = 65535  # of an image: what a 16-bit label map can number
+_MOST_BYTES = 64 << 20  # of an annotation file; the largest of the benchmarks has under 1 MB
 
 
 def read_shanghaitech(path: str | os.PathLike) -> Annotation:
@@ -35,9 +41,10 @@ def read_qnrf(path: str | os.PathLike) -> Annotation:
 def read_jhu(path: str | os.PathLike) -> Annotation:
     """Read `nnnn.txt` of JHU-CROWD++: a line `x y w h occlusion blur` per head; may be empty."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = _content(path).decode("utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a text file ({error}). Download it again.") from None
+    _check_number(len(lines), path)
     rows = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -53,6 +60,75 @@ def read_jhu(path: str | os.PathLike) -> Annotation:
         rows.append(row)
     table = np.array(rows, dtype=np.float64).reshape(-1, 6)
     return _as_points(table[:, :2], path, "x y"), table[:, 2:4]
+
+
+def read_dots(path: str | os.PathLike) -> np.ndarray:
+    """Read the dots of an own photo: a CSV in UTF-8 with columns x and y in pixels, a line a head.
+
+    Further columns are left out. Returns (N, 2) float64, (0, 2) for a table without lines.
+    Raises FileNotFoundError, or ValueError naming file and line.
+    """
+    expected = "expected a table with columns x and y: a line 'x,y' first, then one line a head"
+    content = _content(path)
+    try:
+        text = content.decode("utf-8-sig")
+        if "\0" in text:
+            raise ValueError("it holds zero bytes")
+    except ValueError as error:
+        raise ValueError(f"{path}: {expected}; it is no text in UTF-8 ({str(error)[:80]}). Save "
+                         "it as CSV in UTF-8") from None
+    _check_number(text.count("\n") - 1, path)
+    reader, points, header = csv.reader(io.StringIO(text, newline="")), [], None
+    try:
+        for fields in reader:
+            if not any(field.strip() for field in fields):
+                continue
+            if header is None:
+                header = [field.strip().lower() for field in fields]
+                if header.count("x") != 1 or header.count("y") != 1:
+                    raise ValueError(f"{path}: {expected}; the first line is "
+                                     f"{', '.join(fields)[:60]!r}")
+                at = header.index("x"), header.index("y")
+                continue
+            where = f"{path}: line {reader.line_num}"
+            if len(fields) > len(header):
+                raise ValueError(f"{where} has more fields than the header ({', '.join(header)}); "
+                                 f"{expected}. Name every column, or remove what is too much")
+            found = [fields[k].strip() if k < len(fields) else "" for k in at]
+            if "" in found:
+                raise ValueError(f"{where} lacks x or y; complete or delete it")
+            try:
+                points.append([float(value) for value in found])
+            except ValueError:
+                points.append([np.nan, np.nan])
+            if not np.isfinite(points[-1]).all():
+                raise ValueError(f"{where} is {','.join(fields)[:60]!r}, not a place in an image. "
+                                 "Correct or remove it")
+    except csv.Error as error:
+        raise ValueError(f"{path}: line {reader.line_num}: {error}; {expected}") from None
+    if header is None:
+        raise ValueError(f"{path}: {expected}; the file is empty. For a photo without heads write "
+                         "the line 'x,y' alone")
+    return np.array(points, dtype=np.float64).reshape(-1, 2)
+
+
+def _content(path: str | os.PathLike) -> bytes:
+    """The bytes of an annotation file, unless they are too many."""
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file. Check the path.") from None
+    if size > _MOST_BYTES:
+        raise ValueError(f"{path}: {size >> 20} MB, and dots need at most {_MOST_BYTES >> 20}. "
+                         "Is this the file of the dots?")
+    return path.read_bytes()
+
+
+def _check_number(heads: int, path: str | os.PathLike) -> None:
+    if heads > MOST_HEADS:
+        raise ValueError(f"{path}: {heads} heads, and an image has at most {MOST_HEADS}. Cut the "
+                         "image and its dots in parts")
 
 
 def clip_points(
@@ -74,10 +150,13 @@ def clip_points(
 
 
 def _load_mat(path: str | os.PathLike) -> dict:
+    content = io.BytesIO(_content(path))
     try:
-        return loadmat(os.fspath(path))
-    except FileNotFoundError:
-        raise
+        for name, shape, _ in whosmat(content):  # packed values may be much larger than the file
+            if np.prod(shape, dtype=float) > 16 * MOST_HEADS:
+                raise ValueError(f"field {name} has shape {tuple(shape)}")
+        content.seek(0)
+        return loadmat(content)
     except NotImplementedError:
         raise ValueError(f"{path}: a MATLAB 7.3 (HDF5) file, which is not how the data set is "
                          "distributed. Download it again, or save it with MATLAB's -v7.") from None
@@ -115,6 +194,7 @@ def _as_points(value: object, path: str | os.PathLike, field: str) -> np.ndarray
     if array.dtype.kind not in "iuf" or array.ndim != 2 or array.shape[1] != 2:
         raise ValueError(f"{path}: field {field} should be an N×2 array of numbers, found shape "
                          f"{array.shape} of {array.dtype}. Download the file again.")
+    _check_number(len(array), path)
     array = array.astype(np.float64)
     if not np.isfinite(array).all():
         row = int(np.flatnonzero(~np.isfinite(array).all(axis=1))[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections import Counter
 from pathlib import Path
 
@@ -13,9 +14,16 @@ from tqdm.auto import tqdm
 from xmask.data import images
 from xmask.data.annotations import clip_points
 from xmask.data.layouts import (
-    MARKER, Layout, Listing, find_folder, layout_of, list_split, mask_path, no_folder)
-from xmask.data.readers import (
-    expected_images, first_few, read_marker, read_true_masks, turns_upright)
+    MARKER,
+    Layout,
+    Listing,
+    find_folder,
+    layout_of,
+    list_split,
+    mask_path,
+    no_folder,
+)
+from xmask.data.readers import expected_images, read_marker, read_true_masks, turns_upright
 
 COLUMNS = ["split", "item", "found", "expected", "status", "remedy"]
 
@@ -170,11 +178,25 @@ def _note(split: str, item: str, found: int, handled: str) -> tuple:
 def _faults(
     split: str, item: str, faults: list, remedy: str, *, status: str = "error",
 ) -> tuple:
-    """A row about things that should not be: none expected; the first few are named."""
+    """A row about things that should not be: none expected; each is named on its own line."""
     if not faults:
         return (split, item, 0, 0, "ok", "")
-    if isinstance(faults[0], Path):
-        what = first_few(faults)
-    else:
-        what = " ".join(faults[:3]) + (" ..." if len(faults) > 3 else "")
-    return (split, item, len(faults), 0, status, f"{remedy} ({what})")
+    named = [one.name if isinstance(one, Path) else one for one in faults]
+    return (split, item, len(faults), 0, status, "\n".join([remedy, *named]))
+
+
+def as_text(table: pd.DataFrame, width: int = 120) -> str:
+    """The report for a terminal: a line per finding, below it what to do and every file, none
+    longer than `width` characters."""
+    lines = []
+    for row in table.itertuples():
+        number = "" if pd.isna(row.expected) else f" of {row.expected}"
+        title = f"{row.status:8}{row.split} {row.item}: {row.found}{number}"
+        if row.status == "ok" and row.remedy:
+            title += f" ({row.remedy})"
+        lines.append(title)
+        if row.status != "ok":
+            for line in row.remedy.splitlines():
+                lines += textwrap.wrap(line, width, initial_indent=" " * 8,
+                                       subsequent_indent=" " * 12)
+    return "\n".join(lines)

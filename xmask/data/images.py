@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import os
 import struct
+import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+#: All formats that are opened, whatever a file is called: their decoders run inside this process.
+FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp")
+MAX_PIXELS = 100_000_000  # of an image, unless XMASK_MAX_PIXELS (--max-pixels) says otherwise
+
 #: What Pillow raises on a file that is not an image, is cut short, or is damaged.
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, TypeError, IndexError, KeyError,
-           OverflowError, struct.error, zlib.error, Image.DecompressionBombError)
+           OverflowError, struct.error, zlib.error, RuntimeError, MemoryError)
 
 _ORIENTATION = 0x0112  # EXIF tag "Orientation"
 
@@ -50,23 +58,60 @@ def decode(path: str | os.PathLike) -> Decoded:
     """Read an image file as stored, with its EXIF orientation; errors as in `read_image`."""
     path = Path(path)
     try:
-        with Image.open(path) as image:
+        with _opened(path) as image:
             image.load()
             orientation = image.getexif().get(_ORIENTATION, 1)
             rgb, mode = _to_rgb(image, path), image.mode
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such image. Check the path.") from None
-    except _UnsupportedDepth:
+    except (_Unusable, PermissionError, IsADirectoryError):
         raise
-    except Image.DecompressionBombError:
-        raise ValueError(
-            f"{path}: more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels, which Pillow takes for an "
-            "attack. Cut it in parts, or read it yourself and pass the array.") from None
     except _BROKEN as error:
         raise ValueError(
-            f"{path}: cannot be read as an image ({error or type(error).__name__}). The file is "
-            "cut short, damaged or no image: copy or download it again.") from None
+            f"{path}: cannot be read as an image ({_said(error)}). The file is cut short, damaged "
+            f"or none of {', '.join(FORMATS)}: convert, copy or download it again.") from None
     return Decoded(rgb, orientation if orientation in range(1, 9) else 1, mode)
+
+
+@contextmanager
+def _opened(path: str | os.PathLike) -> Iterator[Image.Image]:
+    """An image of one of `FORMATS`, not decoded yet; _Unusable if it has too many pixels."""
+    limit = max_pixels()
+    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # the limit here is our own
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about odd metadata; errors are raised
+            image = Image.open(path, formats=FORMATS)
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+    with image:
+        if image.width * image.height > limit:
+            raise _Unusable(
+                f"{path}: {image.width} x {image.height} px, more than the {limit:,} allowed. "
+                "Make it smaller or cut it in parts, or allow more with --max-pixels.")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield image
+
+
+def max_pixels() -> int:
+    """How many pixels an image may have: XMASK_MAX_PIXELS where it is set, else `MAX_PIXELS`.
+
+    An environment variable, because the processes that make masks side by side inherit it.
+    """
+    text = os.environ.get("XMASK_MAX_PIXELS", str(MAX_PIXELS))
+    if not text.isdecimal() or not int(text):
+        raise ValueError(f"XMASK_MAX_PIXELS (--max-pixels): {text!r} is no number of pixels")
+    return int(text)
+
+
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split())[:120] or type(error).__name__
+
+
+def is_image(path: Path) -> bool:
+    """Whether this is an image file by its suffix; hidden ones, as macOS makes them, are not."""
+    return (path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file())
 
 
 def conversion(mode: str) -> str:
@@ -79,12 +124,12 @@ def conversion(mode: str) -> str:
 def image_size(path: str | os.PathLike) -> tuple[int, int]:
     """(H, W) as stored, from the head of the file, without decoding it."""
     try:
-        with Image.open(path) as image:
+        with _opened(path) as image:
             return image.height, image.width
-    except FileNotFoundError:
+    except (FileNotFoundError, _Unusable):
         raise
     except _BROKEN as error:
-        raise ValueError(f"{path}: not an image ({error or type(error).__name__}). "
+        raise ValueError(f"{path}: not an image ({_said(error)}). "
                          "Copy or download it again.") from None
 
 
@@ -120,13 +165,13 @@ def resize_labels(labels: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 def read_labels(path: str | os.PathLike) -> np.ndarray:
     """Read a label map, a grey PNG of 8 or 16 bits, as (H, W) int32; ValueError otherwise."""
     try:
-        with Image.open(path) as image:
+        with _opened(path) as image:
             image.load()
             mode, labels = image.mode, np.array(image)
-    except FileNotFoundError:
+    except (FileNotFoundError, _Unusable):
         raise
     except _BROKEN as error:
-        raise ValueError(f"{path}: cannot be read as a label map ({error or type(error).__name__})."
+        raise ValueError(f"{path}: cannot be read as a label map ({_said(error)})."
                          " Delete it and make it again.") from None
     if mode not in ("L", "I", "I;16", "I;16B"):
         raise ValueError(f"{path}: a label map is a grey PNG of 8 or 16 bits, found colour mode "
@@ -134,21 +179,21 @@ def read_labels(path: str | os.PathLike) -> np.ndarray:
     return labels.astype(np.int32)
 
 
-class _UnsupportedDepth(ValueError):
-    """The file is whole, but its numbers have no natural 8-bit range."""
+class _Unusable(ValueError):
+    """The file is whole, but too large, or its numbers have no natural 8-bit range."""
 
 
 def _to_rgb(image: Image.Image, path: Path) -> np.ndarray:
     if image.mode.startswith("I"):
         values = np.array(image).astype(np.int64)
         if values.size and (values.min() < 0 or values.max() > 65535):
-            raise _UnsupportedDepth(
+            raise _Unusable(
                 f"{path}: grey values from {values.min()} to {values.max()} have no natural "
                 "8-bit range. Convert the file to 8 or 16 bits.")
         grey = (values >> 8).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
     if image.mode == "F":
-        raise _UnsupportedDepth(f"{path}: floating-point pixels have no natural 8-bit range. "
+        raise _Unusable(f"{path}: floating-point pixels have no natural 8-bit range. "
                                 "Convert the file to 8 or 16 bits.")
     if image.has_transparency_data:
         layer = image.convert("RGBA")

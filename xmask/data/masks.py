@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -22,10 +24,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
 from tqdm.auto import tqdm
 
 from xmask import files
+from xmask.data.images import read_labels
 from xmask.edp_sam import ALGORITHM, generate_masks, source_names
 from xmask.segmenters import Segmenter
 
@@ -38,7 +40,9 @@ _NOTE_EVERY = 10.0  # seconds between two writes of a growing manifest
 _ABANDONED = 3600.0  # seconds after which a half-written file is nobody's
 _OWN_FILES = ("manifest", "times", "coco", "worst")  # beside the masks; no image's names
 _PROGRESS = ("images", "failed", "todo")  # of a manifest; the rest is what masks depend on
+_COUNTS = ("sources", "flags", "repairs")  # what the manifest counts for every image
 _KEYS = {"algorithm", "segmenter", "options", "dataset", "images", "failed"}
+_log = logging.getLogger("xmask")
 
 # On record, options hold what nobody chose, too. Head sizes come from the samples, if wanted.
 _DEFAULTS = {name: one.default for name, one in inspect.signature(generate_masks).parameters.items()
@@ -52,7 +56,8 @@ class MasksFailed(RuntimeError):
 def mask_dataset(
     dataset: Any, indices: Iterable[int], segmenter: Segmenter, out: str | os.PathLike, *,
     workers: int = 1, threads: int = 1, progress: bool = True,
-    depends: dict[str, Any] | None = None, **options: Any,
+    depends: dict[str, Any] | None = None, anew: bool = True, overwrite: bool = False,
+    wait: float = 0.0, **options: Any,
 ) -> Path:
     """Masks of many images as a folder; run again after an interruption, it goes on.
 
@@ -63,107 +68,222 @@ def mask_dataset(
     on this number, while no result depends on the number of workers.
     depends: further facts that the masks depend on (JSON values, such as versions): masks made
     under other ones are made anew. They are stored as "depends".
+    anew: False refuses, instead, where the folder's masks were made under another request.
+    overwrite, wait: as of `files.OutputFolder`, which `out` is.
 
     Writes into `out`, per image, <id>.png (label map, 16-bit grey) and then <id>.csv (table),
     each in one move, so that an image with both is complete whenever the process is stopped.
     manifest.json holds what all masks depend on (algorithm, segmenter, every option, settings of
     the data set), and for each image its checksum, statistics, and what was repaired in its
     annotation, or why it failed, or that it is still to do.
-    Images complete under the same manifest are skipped unless their own checksum changed; masks
-    that the manifest of another request lists are removed, other files are left alone.
+    Images complete under the same manifest are skipped unless their own checksum changed or a
+    file of theirs was damaged; other files than the folder's own are left alone.
     times.csv tells how long the images of this call took, and the memory used.
 
     Returns `out`. An image that fails does not stop the others.
-    Raises MasksFailed at the end if any failed, and ValueError at once if `out` holds pictures
-    or tables without a manifest of ours: that is somebody else's folder; or if an image has the
-    name of a file that this package writes beside the masks.
+    Raises MasksFailed at the end if any failed, and at once what `files.OutputFolder` does, or
+    ValueError if an image has the name of a file that this package writes beside the masks.
     """
-    if workers < 1 or threads < 1:
-        raise ValueError(f"workers, threads: {workers}, {threads}; each has to be 1 or more")
-    out = Path(out)
-    indices = list(indices)
-    chosen = {dataset.ids[i] for i in indices}
-    for name in sorted(chosen):
-        if name.lower() in _OWN_FILES:
-            raise ValueError(
-                f"image {name}: {out} has files of its own with this name ("
-                f"{', '.join(_OWN_FILES)} are taken); rename the image and its annotation")
-    out.mkdir(parents=True, exist_ok=True)
+    if not (1 <= workers <= 1024 and 1 <= threads <= 1024):
+        raise ValueError(f"workers, threads: {workers}, {threads}; each has to be 1 or more, and "
+                         "at most 1024")
+    out, indices = Path(out), list(indices)
+    _check_names([dataset.ids[i] for i in indices], out)
     request = json.loads(json.dumps({
         "algorithm": ALGORITHM, "segmenter": segmenter.describe(),
         "options": {**_DEFAULTS, **options}, "dataset": dataset.settings,
         **({} if depends is None else {"depends": depends})}))
-    manifest = _read_manifest(out)
-    _remove_abandoned(out)
-    statistics: dict[str, Any] = dict(manifest.get("images", {}))
-    failures: dict[str, str] = dict(manifest.get("failed", {}))
-    # Checksums of what was begun: a process that is killed leaves masks that it has not noted.
-    begun: dict[str, str] = dict(manifest.get("todo", {}))
-    if {key: value for key, value in manifest.items() if key not in _PROGRESS} != request:
-        # Removed before the new manifest is there: stopped in between, the old one is still
-        # true of what is left.
-        for name in (*statistics, *failures, *begun):
-            _remove_masks(out, name)
-        statistics, failures, begun = {}, {}, {}
-    checksums = {name: dataset.image_checksum(i) for i, name in enumerate(dataset.ids)
-                 if name in chosen or name in statistics}
-    for name in list(statistics):
-        if name in checksums and statistics[name]["checksum"] != checksums[name]:
-            _remove_masks(out, name)
-            del statistics[name]
-    todo = []
-    for i in indices:
-        name = dataset.ids[i]
-        failures.pop(name, None)
-        if is_complete(out, name) and name in statistics:
-            continue
-        if is_complete(out, name) and begun.get(name) == checksums[name]:
-            table = pd.read_csv(out / f"{name}.csv", keep_default_na=False)
-            statistics[name] = {"checksum": checksums[name],
-                                **_statistics(table, dataset[i].repairs, segmenter)}
-            continue
-        statistics.pop(name, None)
-        _remove_masks(out, name)  # so that no old table stands beside a new label map
-        begun[name] = checksums[name]
-        todo.append(i)
-    order = list(dict.fromkeys((*dataset.ids, *statistics, *failures, *begun)))
+    with files.OutputFolder(out, overwrite=overwrite, wait=wait) as folder:
+        manifest = _Manifest(folder, request, dataset, segmenter, anew)
+        todo = [i for i in indices if manifest.begins(i)]
+        _make(_Job(dataset, segmenter, out, threads, options, overwrite), todo, workers, manifest,
+              progress)
+    failed = [dataset.ids[i] for i in indices if dataset.ids[i] in manifest.failed]
+    if failed:
+        raise MasksFailed(
+            f"{out}: masks failed for {len(failed)} of {len(indices)} images, the first "
+            f"{failed[0]} ({manifest.failed[failed[0]]}); all are listed in "
+            f"{out / 'manifest.json'}. The others are done: mend these and run again")
+    return out
+
+
+def _check_names(names: list[str], out: Path) -> None:
+    seen: dict[str, str] = {}
+    for name in names:
+        if not files.is_plain(name):
+            raise ValueError(f"image {name!r}: not a file name; rename the image and its "
+                             "annotation")
+        if name.lower() in _OWN_FILES:
+            raise ValueError(
+                f"image {name}: {out} has files of its own with this name ("
+                f"{', '.join(_OWN_FILES)} are taken); rename the image and its annotation")
+        if name.lower() in seen:
+            raise ValueError(f"image {name}: {seen[name.lower()]} has the same name, and so would "
+                             "its masks; rename one of the two")
+        seen[name.lower()] = name
+
+
+def _make(job: _Job, todo: list[int], workers: int, manifest: _Manifest, progress: bool) -> None:
+    """Make the masks of the images `todo`, noting every one."""
     times: list[dict[str, Any]] = []
-
-    def note() -> None:
-        files.write_json(out / "manifest.json", {
-            **request,
-            "images": {name: statistics[name] for name in order if name in statistics},
-            "failed": {name: failures[name] for name in order if name in failures},
-            "todo": {name: begun[name] for name in order
-                     if name in begun and name not in statistics and name not in failures}})
-
-    note()
-    job = _Job(dataset, segmenter, out, threads, options)
-    noted = time.monotonic()
+    manifest.write()
     results = _in_order(job, todo) if workers == 1 else _in_parallel(job, todo, workers)
     try:
         for name, found, error, took in tqdm(
                 results, desc="masks", unit="image", total=len(todo), disable=not progress):
+            manifest.ends(name, found, error)
             if error:
-                failures[name] = error
-                tqdm.write(f"masks of {name} failed: {error}")
+                tqdm.write(f"masks of {name} failed: {error}", file=sys.stderr)
             else:
-                statistics[name] = {"checksum": checksums[name], **found}
                 times.append({"image": name, "heads": found["heads"], **took})
-            if time.monotonic() - noted > _NOTE_EVERY:
-                note()
-                noted = time.monotonic()
     finally:
-        note()
-        files.write_text(out / "times.csv", pd.DataFrame(times).to_csv(
+        manifest.write()
+        files.write_text(job.out / "times.csv", pd.DataFrame(times).to_csv(
             index=False, float_format="%.3f"))
-    failed = [name for name in order if name in failures and name in chosen]
-    if failed:
-        raise MasksFailed(
-            f"{out}: masks failed for {len(failed)} of {len(indices)} images, the first "
-            f"{failed[0]} ({failures[failed[0]]}); all are listed in {out / 'manifest.json'}. The "
-            "others are done: mend these and run again")
-    return out
+
+
+class _Manifest:
+    """What a folder of masks holds: `images` that are done (name -> checksum and statistics),
+    `failed` ones (name -> why) and those `todo` (name -> checksum), which a killed process may
+    have finished without noting it."""
+
+    def __init__(self, folder: files.OutputFolder, request: dict[str, Any], dataset: Any,
+                 segmenter: Segmenter, anew: bool) -> None:
+        self.folder, self.request = folder, request
+        self.dataset, self.segmenter = dataset, segmenter
+        stored = self._read()
+        self.images, self.failed, self.todo = (dict(stored.get(key, {})) for key in _PROGRESS)
+        before = {key: value for key, value in stored.items() if key not in _PROGRESS}
+        if before != request:
+            if before and not anew and self.images:
+                differ = [key for key in request if before.get(key) != request[key]]
+                raise ValueError(
+                    f"{folder.path}: holds masks of {len(self.images)} images that were made with "
+                    f"another {' and '.join(differ)}. Give another folder (--out), or --overwrite "
+                    "to make masks anew in this one")
+            # Removed before the new manifest is there: stopped in between, the old one is still
+            # true of what is left.
+            for name in (*self.images, *self.failed, *self.todo):
+                self._remove(name)
+            self.images, self.failed, self.todo = {}, {}, {}
+        self._written = 0.0
+        self._checksums: dict[str, str] = {}
+        for i, name in enumerate(dataset.ids):
+            if name in self.images and self.images[name]["checksum"] != self._checksum(i):
+                there = self.images[name].get("file")
+                if not anew and there not in (None, self._file(i)):
+                    raise ValueError(
+                        f"{self._file(i)}: {folder.path} holds masks of {there}, which has the "
+                        "same name. Rename one of the two, give another folder (--out), or "
+                        "--overwrite to replace them")
+                self._remove(name)
+                del self.images[name]
+
+    def _checksum(self, i: int) -> str:
+        name = self.dataset.ids[i]
+        if name not in self._checksums:
+            self._checksums[name] = self.dataset.image_checksum(i)
+        return self._checksums[name]
+
+    def _file(self, i: int) -> str | None:
+        """Where an own photo lies; images of a data set are known by their names."""
+        path = getattr(self.dataset, "source", None)
+        return path(i) if path else None
+
+    def begins(self, i: int) -> bool:
+        """Whether the masks of image `i` are to be made; if so, its place is cleared."""
+        name, folder = self.dataset.ids[i], self.folder
+        self.failed.pop(name, None)
+        paths = _paths(folder.path, name)
+        complete = all(folder.is_intact(path) for path in paths)
+        if complete and name in self.images:
+            return False
+        if complete and self.todo.get(name) == self._checksum(i):
+            table = pd.read_csv(paths[1], keep_default_na=False)
+            self._enter(i, _statistics(table, self.dataset[i].repairs, self.segmenter))
+            return False
+        self.images.pop(name, None)
+        try:
+            self._remove(name)  # so that no old table stands beside a new label map
+            for path in paths:
+                folder.make_way(path)
+        except FileExistsError as error:
+            self.failed[name] = str(error)
+            return False
+        self.todo[name] = self._checksum(i)
+        return True
+
+    def ends(self, name: str, found: dict[str, Any] | None, error: str) -> None:
+        """Note what became of an image: its statistics, or why it failed."""
+        if error:
+            self.failed[name] = error
+        else:
+            self._enter(self.dataset.ids.index(name), found)
+        if time.monotonic() - self._written > _NOTE_EVERY:
+            self.write()
+
+    def _enter(self, i: int, found: dict[str, Any]) -> None:
+        file = self._file(i)
+        self.images[self.dataset.ids[i]] = {
+            "checksum": self._checksum(i), **({"file": file} if file else {}), **found}
+
+    def write(self) -> None:
+        """Store it, images in the order of the data set."""
+        order = dict.fromkeys((*self.dataset.ids, *self.images, *self.failed, *self.todo))
+        files.write_json(self.folder.path / "manifest.json", {
+            **self.request,
+            "images": {name: self.images[name] for name in order if name in self.images},
+            "failed": {name: self.failed[name] for name in order if name in self.failed},
+            "todo": {name: self.todo[name] for name in order
+                     if name in self.todo and name not in (*self.images, *self.failed)}})
+        self._written = time.monotonic()
+
+    def _remove(self, name: str) -> None:
+        """The table first: without it the image is not complete."""
+        for path in reversed(_paths(self.folder.path, name)):
+            self.folder.remove(path)
+
+    def _read(self) -> dict[str, Any]:
+        """What the folder's manifest says; {} where there is none, or a damaged one, whose masks
+        are removed, because nobody knows of what they are."""
+        for half in self.folder.path.glob(".partial-*"):
+            try:
+                abandoned = time.time() - half.stat().st_mtime > _ABANDONED
+            except FileNotFoundError:  # its process has just finished it
+                continue
+            if abandoned:  # by a process that was killed
+                half.unlink(missing_ok=True)
+        path = self.folder.path / "manifest.json"
+        if self.folder.is_listed(path) and path.is_file():
+            try:
+                return _check_manifest(files.read_json(path), path)
+            except ValueError as error:
+                _log.warning("%s", error)
+            for name in self.folder.names():
+                if name.endswith((".png", ".csv")) and Path(name).stem not in _OWN_FILES:
+                    self.folder.remove(self.folder.path / name)
+        return {}
+
+
+def _check_manifest(manifest: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The manifest itself; ValueError if it is none, or if its names lead out of the folder."""
+    good = set(manifest) >= _KEYS and all(
+        isinstance(manifest.get(key, {}), dict) and all(map(files.is_plain, manifest.get(key, {})))
+        for key in _PROGRESS)
+    if not good or not all(
+            isinstance(one, dict) and isinstance(one.get("checksum"), str)
+            and isinstance(one.get("heads"), int)
+            and all(isinstance(one.get(key), dict) for key in _COUNTS)
+            for one in manifest["images"].values()):
+        raise ValueError(
+            f"{path}: not a manifest of masks, which has the fields {', '.join(sorted(_KEYS))} and "
+            "plain image names. The masks are made anew")
+    return manifest
+
+
+def _paths(out: Path, name: str) -> tuple[Path, Path]:
+    """Label map and table of an image."""
+    return out / f"{name}.png", out / f"{name}.csv"
 
 
 @dataclass(frozen=True)
@@ -175,6 +295,7 @@ class _Job:
     out: Path
     threads: int
     options: dict[str, Any]
+    overwrite: bool
 
     def run(self, i: int) -> tuple[str, dict[str, Any] | None, str, dict[str, float]]:
         """Name, statistics, error (or "") and times of image i, whose masks are then stored."""
@@ -248,6 +369,7 @@ _job: _Job | None = None  # of this worker process
 def _start_worker(job: _Job) -> None:
     global _job
     _job = job
+    files.OutputFolder(job.out, overwrite=job.overwrite).join()
     torch.set_num_threads(job.threads)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 
@@ -280,12 +402,13 @@ def _statistics(table: pd.DataFrame, repairs: dict[str, int], segmenter: Segment
 
 def summary(out: str | os.PathLike, names: list[str]) -> str:
     """What became of the images `names` in a folder of masks, in a few lines."""
-    manifest = files.read_json(Path(out) / "manifest.json")
+    path = Path(out) / "manifest.json"
+    manifest = _check_manifest(files.read_json(path), path)
     done = [manifest["images"][name] for name in names if name in manifest["images"]]
     failed = [name for name in names if name in manifest["failed"]]
     heads = sum(one["heads"] for one in done)
     lines = [f"{len(done)} of {len(names)} images have masks, {len(failed)} failed"]
-    for key in ("sources", "flags", "repairs"):
+    for key in _COUNTS:
         total: dict[str, int] = {}
         for one in done:
             for word, count in one[key].items():
@@ -297,80 +420,36 @@ def summary(out: str | os.PathLike, names: list[str]) -> str:
     return "\n".join(lines)
 
 
+def file_names(out: str | os.PathLike, dataset: Any) -> dict[str, str]:
+    """Image name -> file name of all images with masks in a folder, `dataset` the last to come."""
+    path = Path(out) / "manifest.json"
+    known = {name: dataset.image_path(i).name for i, name in enumerate(dataset.ids)}
+    images = _check_manifest(files.read_json(path), path)["images"]
+    return {name: Path(one["file"]).name if "file" in one else known.get(name, name)
+            for name, one in images.items()}
+
+
 def read_masks(out: str | os.PathLike, name: str) -> np.ndarray:
     """The label map of image `name` from a folder made by `mask_dataset`: (H, W) int32.
 
     Raises FileNotFoundError if it is not there or not complete, ValueError if it is no label map.
     """
-    path = Path(out) / f"{name}.png"
+    path, _ = _paths(Path(out), name)
     if not is_complete(Path(out), name):
         raise FileNotFoundError(
             f"{path}: no complete masks of image {name} in {out}; run `xmask masks` for this "
             "data set (it goes on where it stopped)")
-    try:
-        with Image.open(path) as picture:
-            labels = np.asarray(picture)
-    except OSError as error:
-        raise ValueError(
-            f"{path}: not a readable PNG ({error}); delete it and run `xmask masks` again"
-        ) from None
-    if labels.ndim != 2 or labels.dtype == np.uint8:
-        raise ValueError(
-            f"{path}: expected a 16-bit grey label map, found {labels.dtype} {labels.shape}; "
-            "delete it and run `xmask masks` again")
-    return labels.astype(np.int32)
+    return read_labels(path)
 
 
 def _write_masks(out: Path, name: str, labels: np.ndarray, table: pd.DataFrame) -> None:
     if len(table) > np.iinfo(np.uint16).max:
         raise ValueError(f"{len(table)} heads do not fit a 16-bit label map (at most 65535)")
-    files.write_png(out / f"{name}.png", labels.astype(np.uint16))
-    files.write_text(out / f"{name}.csv", table.to_csv(index=False, float_format="%.6g"))
+    picture, numbers = _paths(out, name)
+    files.write_png(picture, labels.astype(np.uint16))
+    files.write_text(numbers, table.to_csv(index=False, float_format="%.6g"))
 
 
 def is_complete(out: Path, name: str) -> bool:
     """Whether image `name` has its masks in folder `out`."""
-    return (out / f"{name}.csv").is_file() and (out / f"{name}.png").is_file()
-
-
-def _remove_masks(out: Path, name: str) -> None:
-    """The table first: without it the image is not complete."""
-    for kind in ("csv", "png"):
-        (out / f"{name}.{kind}").unlink(missing_ok=True)
-
-
-def _remove_abandoned(out: Path) -> None:
-    """Half-written files of a process that was killed; a young one may be written right now."""
-    for half in out.glob(".partial-*"):
-        try:
-            abandoned = time.time() - half.stat().st_mtime > _ABANDONED
-        except FileNotFoundError:  # its process has just finished it
-            continue
-        if abandoned:
-            half.unlink(missing_ok=True)
-
-
-def _read_manifest(out: Path) -> dict[str, Any]:
-    """The manifest of a folder of masks, {} for a folder that holds none of ours or others'."""
-    path = out / "manifest.json"
-    foreign = sorted(path for kind in ("png", "csv") for path in out.glob(f"*.{kind}")
-                     if not path.name.startswith(".partial-"))
-    if not path.is_file():
-        if foreign:
-            raise ValueError(
-                f"{out}: holds {foreign[0].name} but no manifest.json, so it was not made by this "
-                "step; give a new or empty folder")
-        return {}
-    try:
-        manifest = files.read_json(path)
-    except ValueError:
-        if foreign:
-            raise ValueError(
-                f"{path}: not readable, so nobody knows whether {foreign[0].name} beside it was "
-                "made by this step; give a new or empty folder, or empty this one") from None
-        return {}
-    if not isinstance(manifest, dict) or not _KEYS <= set(manifest):
-        raise ValueError(
-            f"{path}: not a manifest of this step, which has the fields "
-            f"{', '.join(sorted(_KEYS))}; give a new or empty folder")
-    return manifest
+    return all(path.is_file() for path in _paths(out, name))

@@ -15,7 +15,16 @@ from xmask import files
 from xmask.data import images
 from xmask.data.annotations import clip_points
 from xmask.data.layouts import (
-    MARKER, Layout, Listing, find_folder, layout_of, list_split, mask_path, no_folder, number_of)
+    MARKER,
+    Layout,
+    Listing,
+    find_folder,
+    layout_of,
+    list_split,
+    mask_path,
+    no_folder,
+    number_of,
+)
 from xmask.data.sample import Sample
 
 #: Size of the set that is drawn where `open_dataset("synthetic", root)` finds none (ours):
@@ -251,7 +260,14 @@ def read_true_masks(path: Path, shape: tuple[int, int], people: int) -> np.ndarr
 def read_marker(folder: Path) -> dict | None:
     """Generator settings of a drawn data set; None for a real one."""
     marker = folder / MARKER
-    return files.read_json(marker) if marker.exists() else None
+    if not marker.exists():
+        return None
+    settings = files.read_json(marker)
+    counts = settings.get("images", {})
+    if not isinstance(counts, dict) or not all(type(n) is int for n in counts.values()):
+        raise ValueError(f"{marker}: field images should say how many images each split has, found "
+                         f"{str(counts)[:60]}. Delete the drawn data set and draw it again.")
+    return settings
 
 
 def expected_images(layout: Layout, generator: dict | None, split: str) -> int | None:

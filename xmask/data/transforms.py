@@ -28,8 +28,9 @@ def random_crop(
 
     The square's side is `size / s` px, s uniform in `scale`; an image smaller than it is padded
     with black on the right and below. Points outside are dropped; `instances` is renumbered so
-    that label k stays the mask of points[k-1], and the pixels of persons whose point lies outside
-    keep labels above the number of points.
+    that label k stays the mask of points[k-1]. The pixels of persons whose point lies outside keep
+    labels above the number of points: they are nobody's background, and the losses ask no head of
+    them (`xmask.losses`).
     """
     height, width = sample.image.shape[:2]
     side = max(1, round(size / rng.uniform(*scale)))
@@ -154,7 +155,8 @@ class Batch:
 class Crops(Dataset):
     """An endless, reproducible stream of crops; index i is the i-th crop ever drawn.
 
-    Images are visited in a new seeded order in every pass, each equally often.
+    Images are visited in a new seeded order in every pass, each equally often (ours; the authors
+    draw labelled images at random with replacement).
     """
 
     def __init__(

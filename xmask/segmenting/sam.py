@@ -48,7 +48,12 @@ def build(side: int, patch: int, width: int, depth: int, heads: int, mlp_ratio: 
     4 * side / patch cells a side); decoder_mlp, decoder_heads: of its two-way transformer.
     """
     from segment_anything.modeling import (
-        ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer)
+        ImageEncoderViT,
+        MaskDecoder,
+        PromptEncoder,
+        Sam,
+        TwoWayTransformer,
+    )
 
     cells = side // patch
     return Sam(

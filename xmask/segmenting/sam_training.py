@@ -26,9 +26,9 @@ from skimage.color import hsv2rgb, rgb2hsv
 from tqdm.auto import tqdm
 
 from xmask import edp_sam, files, nnec, provenance
+from xmask.segmenters import NEGATIVE, PADDING
 from xmask.segmenting import crops, sam
 from xmask.synthetic import draw_scene
-from xmask.segmenters import NEGATIVE, PADDING
 
 SEED = 4_100_000  # of the first training scene; nothing else uses seeds from here to 5 million
 WARM, DECAY = 100, 0.05

@@ -58,10 +58,10 @@ from tqdm.auto import tqdm
 
 from xmask import edp_sam, files, nnec, provenance
 from xmask.data.sample import Sample
-from xmask.synthetic import draw_scene
 from xmask.edp_sam import generate_masks, local_head_radius
 from xmask.segmenters import POSITIVE, Prompts, Segmenter, describe, open_segmenter
 from xmask.segmenting.sam_segmenter import SamSegmenter
+from xmask.synthetic import draw_scene
 
 SEED = 3_700_000  # of the first scene; nothing else uses seeds from here to 3.8 million
 RADII = (3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20)  # px, tried for fixed discs

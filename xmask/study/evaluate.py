@@ -2,79 +2,29 @@
 
 Full resolution, padded to a multiple of 32 (paper section on evaluation). Besides the metrics,
 baselines that know the test set and no image: the best constant count, and discs of the best
-fixed radius at the predicted points, whole or cut where they meet.
+fixed radius at the predicted heads, whole or cut where they meet.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import nn
 from tqdm.auto import tqdm
 
-from xmask import config as configuration
-from xmask import decode, files, metrics, model, nnec
-from xmask.config import Config, Decoding
+from xmask import decode, files, metrics, nnec
+from xmask.config import Config, Evaluation
 from xmask.data.sample import Sample
-from xmask.data.transforms import to_tensor
+from xmask.predict import predict_image
 
 LOCALISATION_SIGMAS = (4, 8)  # px, usual for ShanghaiTech A
 
 
-def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Module, Config, dict]:
-    """A trained network, its configuration and its safetensors metadata.
-
-    Raises FileNotFoundError, or ValueError for a file that is not a model of this package.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such model. Check the path; `xmask train` makes a "
-                                "run folder with a model, `xmask export` one file of it.")
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-        config = configuration.from_dict(json.loads(metadata["config"]))
-        network = model.XMask(config.network)
-        network.load_state_dict(load_file(path))
-    except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"{path}: not a model of this version of xmask ({type(error).__name__}: {error}). "
-            "Give a run folder or a file made by `xmask export`, or train it again."
-        ) from error
-    return network.to(device).eval(), config, metadata
-
-
-@torch.inference_mode()
-def predict(network: nn.Module, image: np.ndarray, decoding: Decoding) -> decode.Prediction:
-    """Points, scores and label map of one image, uint8 (H, W, 3), at its own resolution."""
-    device = next(network.parameters()).device
-    shape = image.shape[:2]
-    half = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    padded = model.pad_to_multiple(to_tensor(image)[None]).to(device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=half):
-        output = network(padded.contiguous(memory_format=torch.channels_last))
-    return decode.predict(
-        output.logits[0].float(),
-        output.embedding[0].float(),
-        shape,
-        stride=model.STRIDE,
-        point_threshold=decoding.point_threshold,
-        threshold=decoding.theta,
-        geometry_weight=decoding.geometry_weight,
-        sigma=decoding.sigma,
-        density_gate=decoding.density_gate,
-    )
-
-
-def count_error(network: nn.Module, samples, decoding: Decoding) -> float:
-    """Count MAE over samples: what "best-on-test" selects by."""
-    errors = [abs(len(predict(network.eval(), s.image, decoding).points) - len(s.points))
+def count_error(network: nn.Module, samples, decoding: Evaluation) -> float:
+    """Mean absolute error of the counts over samples: what "best-on-test" selects by."""
+    errors = [abs(predict_image(network.eval(), s.image, decoding).count - len(s.points))
               for s in samples]
     return float(np.mean(errors))
 
@@ -83,27 +33,28 @@ def evaluate(network: nn.Module, dataset, config: Config, folder: Path, *,
              progress: bool = True) -> dict:
     """Evaluate on every image of a test set; returns what metrics.json holds.
 
-    Writes predictions/<image>.png (16-bit label map) and .csv (x, y, score) into `folder`.
+    Counting reads the counted heads, localisation their places, segmentation the masks of all
+    points, as the authors' release does. Writes predictions/<image>.png (16-bit label map) and
+    .csv (x, y, score, counted: 1 or 0; line k of the table has label k) into `folder`.
     """
     rows, segmentations, predicted, true = [], [], [], []
     truths: list[np.ndarray | None] = []
     for index in tqdm(range(len(dataset)), desc="evaluate", unit="image", disable=not progress):
         sample: Sample = dataset[index]
-        prediction = predict(network, sample.image, config.evaluation)
+        prediction = predict_image(network, sample.image, config.evaluation)
         _write_prediction(folder / "predictions", dataset.ids[index], prediction)
         row = {"name": dataset.ids[index], "true_count": len(sample.points),
-               "count": len(prediction.points), "mean_iou": None}
+               "count": prediction.count, "mean_iou": None}
         if sample.instances is not None:
             segmentations.append(metrics.segmentation(prediction.instances, sample.instances))
             if len(sample.points):
                 row["mean_iou"] = float(segmentations[-1]["mean_iou"])
         rows.append(row)
-        predicted.append(prediction.points)
+        predicted.append(prediction.heads)
         true.append(sample.points)
         truths.append(sample.instances)
 
     counts = np.array([r["count"] for r in rows]), np.array([r["true_count"] for r in rows])
-    constant = float(np.median(counts[1]))
     return {
         "run": config.run,
         "profile": config.profile,
@@ -124,10 +75,7 @@ def evaluate(network: nn.Module, dataset, config: Config, folder: Path, *,
         "segmentation": _fields(metrics.segmentation_total(segmentations))
         if segmentations else None,
         "baselines": {
-            "constant_count": {
-                "value": constant,
-                "mae": float(np.abs(counts[1] - constant).mean()),
-            },
+            "constant_count": best_constant_count(counts[1]),
             "fixed_disc": best_fixed_disc(predicted, truths, exclusive=False, progress=progress)
             if segmentations else None,
             "exclusive_disc": best_fixed_disc(predicted, truths, exclusive=True,
@@ -136,6 +84,18 @@ def evaluate(network: nn.Module, dataset, config: Config, folder: Path, *,
         },
         "per_image": rows,
     }
+
+
+def best_constant_count(true: np.ndarray) -> dict[str, float]:
+    """One count for every image, chosen with the test set in view; true: (n,) counts.
+
+    `value` is their median, the constant of lowest mae; `mae` and `rmse` are its errors. `mean`
+    is the constant of lowest rmse, and `mean_rmse` its error.
+    """
+    value, mean = float(np.median(true)), float(np.mean(true))
+    errors = metrics.counting(np.full(len(true), value), true)
+    return {"value": value, "mae": errors["mae"], "rmse": errors["rmse"], "mean": mean,
+            "mean_rmse": float(np.std(true))}
 
 
 def best_fixed_disc(points: list[np.ndarray], truths: list[np.ndarray], *, exclusive: bool,
@@ -163,13 +123,10 @@ def best_fixed_disc(points: list[np.ndarray], truths: list[np.ndarray], *, exclu
 
 def _disc_iou(points: np.ndarray, radius: float, truth: np.ndarray, exclusive: bool) -> float:
     """Sum of IoUs of the best one-to-one matching of discs to true instances."""
-    head, pixel = nnec.incidence(points, np.full(len(points), radius), truth.shape)
+    discs = nnec.circles(points, np.full(len(points), radius), truth.shape, split=False)
     if exclusive:
-        y, x = np.divmod(pixel, truth.shape[1])
-        squared = (x - points[head, 0]) ** 2 + (y - points[head, 1]) ** 2
-        discs = nnec.lowest_wins(squared, head, pixel, truth.shape)
-        return metrics.segmentation(discs, truth)["iou_sum"]
-    return metrics.overlapping_iou_sum(head, pixel, truth)
+        return metrics.segmentation(discs.lowest_wins(discs.squared), truth)["iou_sum"]
+    return metrics.overlapping_iou_sum(discs, truth)
 
 
 def _people(truth: np.ndarray) -> int:
@@ -184,4 +141,5 @@ def _write_prediction(folder: Path, name: str, prediction: decode.Prediction) ->
     files.write_png(folder / f"{name}.png", prediction.instances.astype(np.uint16))
     with files.replacing(folder / f"{name}.csv") as temporary:
         table = pd.DataFrame(prediction.points, columns=["x", "y"])
-        table.assign(score=prediction.scores).to_csv(temporary, index=False, float_format="%.4g")
+        table = table.assign(score=prediction.scores, counted=prediction.counted.astype(int))
+        table.to_csv(temporary, index=False, float_format="%.4g")

@@ -1,56 +1,36 @@
 """Run folders in, pictures out: learning curves, counts, masks (paper: its figures).
 
-Like the tables of `xmask.study.tables`, every figure is a function of run folders: it names its runs in
-a line at its foot and in the PNG's Description, holds no date, and comes out the same byte for
-byte. Colours are those of Okabe and Ito, which colour-blind readers can tell apart; the
-background is white, also on a dark page.
+Like the tables of `xmask.study.tables`, every figure is a function of run folders: it names its
+runs in a line at its foot and in the PNG's Description, holds no date, and comes out the same byte
+for byte. Colours are those of `xmask.tools.overlay`; the background is white, also on a dark page.
 """
 
 from __future__ import annotations
 
 import functools
-import io
-import re
 import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import matplotlib
 import matplotlib.style
 import numpy as np
 import pandas as pd
 import seaborn
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from PIL import Image
-from skimage.segmentation import find_boundaries
 
 from xmask import files
+from xmask.presets import VARIANTS
 from xmask.study import tables
-from xmask.config import VARIANTS
+from xmask.tools.described_figure import DPI, DescribedFigure
+from xmask.tools.overlay import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, overlay
 
-BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILION, GREY = (  # Okabe and Ito, 2008
-    "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#7F7F7F")
 SERIES = {"supervised-only": ORANGE, "xmask": BLUE}
 DISCS = {"supervised-only": "#FCEBCC", "xmask": "#CCE3F0"}  # lighter: discs at the same points
 EXCLUSIVE_DISCS = {"supervised-only": "#F3C566", "xmask": "#7AB5D8"}  # between the two
 TERMS = {"p2r": BLUE, "exclusivity": VERMILION, "constraint": GREEN, "consistency": PURPLE}
-INSTANCES = np.array([[0, 114, 178], [230, 159, 0], [0, 158, 115], [204, 121, 167],
-                      [86, 180, 233], [213, 94, 0], [240, 228, 66]], dtype=np.float64)
-DPI = 130
-
-
-class Picture(Figure):
-    """A figure that names its runs and shows itself in a notebook, whatever the backend."""
-
-    description = ""
-
-    def _repr_png_(self) -> bytes:
-        stream = io.BytesIO()
-        _save(self, stream)
-        return stream.getvalue()
 
 
 def _styled(make: Callable) -> Callable:
@@ -71,7 +51,7 @@ def _styled(make: Callable) -> Callable:
 
 
 @_styled
-def plot_history(history: pd.DataFrame, title: str = "") -> Picture:
+def plot_history(history: pd.DataFrame, title: str = "") -> DescribedFigure:
     """Learning curves of one run: the losses, and below their terms on a log axis.
 
     history: the rows of history.csv, with step, phase, labelled, unlabelled and the terms.
@@ -85,15 +65,14 @@ def plot_history(history: pd.DataFrame, title: str = "") -> Picture:
 
 
 @_styled
-def learning_curves(runs: pd.DataFrame, dataset: str) -> Picture:
+def learning_curves(runs: pd.DataFrame, dataset: str) -> DescribedFigure:
     """Loss against training step of the full method on one dataset, one column a percentage.
 
     Upper row: labelled and unlabelled loss; lower row: the terms of the loss, on a log axis. One
     line a seed, a running mean over 1/50 of a phase; phases are shaded.
     Raises FileNotFoundError if a run has no history.csv, ValueError without a run.
     """
-    runs = _some(_full(runs[runs["dataset"] == dataset]),
-                 f"no XMask run of {dataset}")
+    runs = _some(_full(runs[runs["dataset"] == dataset]), f"no XMask run of {dataset}")
     percents = sorted(runs["percent"].unique())
     figure, axes = _grid(2, len(percents), width=3.6, height=2.2, sharex="col")
     for column, percent in enumerate(percents):
@@ -108,13 +87,12 @@ def learning_curves(runs: pd.DataFrame, dataset: str) -> Picture:
 
 
 @_styled
-def count_scatter(runs: pd.DataFrame, dataset: str) -> Picture:
+def count_scatter(runs: pd.DataFrame, dataset: str) -> DescribedFigure:
     """Predicted against true count of every test image, one column a percentage, all seeds.
 
     Axes are logarithmic above 10 people and linear below (symlog), so that empty images show.
     """
-    runs = _some(_full(runs[runs["dataset"] == dataset]),
-                 f"no XMask run of {dataset}")
+    runs = _some(_full(runs[runs["dataset"] == dataset]), f"no XMask run of {dataset}")
     percents = sorted(runs["percent"].unique())
     figure, axes = _grid(1, len(percents), width=3.0, height=3.0, sharex=True, sharey=True)
     images = {run.run: _per_image(Path(run.path)) for run in runs.itertuples()}
@@ -137,18 +115,15 @@ def count_scatter(runs: pd.DataFrame, dataset: str) -> Picture:
 
 
 @_styled
-def mae_versus_percent(runs: pd.DataFrame) -> Picture:
+def mae_versus_percent(runs: pd.DataFrame) -> DescribedFigure:
     """MAE against the percentage of labelled images, one panel a dataset.
 
     Mean over seeds with its sample standard deviation, beside supervised only and the constant
     count. Published numbers are of real photographs and do not stand here.
     """
     runs = _some(runs[runs["variant"].isin(SERIES)], "no run of XMask or supervised only")
-    datasets = tables.ordered(runs["dataset"], tables.DATASETS)
-    figure, axes = _grid(1, len(datasets), width=3.0, height=2.7)
-    for axis, dataset in zip(axes[0], datasets):
-        part = runs[runs["dataset"] == dataset]
-        percents = sorted(part["percent"].unique())
+    figure, panels = _percent_panels(runs, "MAE (people)", height=2.7)
+    for axis, part, percents in panels:
         place = {percent: index for index, percent in enumerate(percents)}
         constant = part.groupby("percent")["constant_mae"].mean()
         axis.plot([place[percent] for percent in constant.index], constant, color=GREY, ls="--",
@@ -158,18 +133,14 @@ def mae_versus_percent(runs: pd.DataFrame) -> Picture:
             axis.errorbar([place[percent] + shift for percent in group.mean().index],
                           group.mean(), yerr=group.std(ddof=1), color=SERIES[variant],
                           marker="o", ms=5, capsize=3, label=tables.VARIANTS[variant])
-        axis.set_xticks(range(len(percents)), [f"{percent:g}" for percent in percents])
-        axis.set(xlabel="labelled images (%)", title=_name(dataset, runs),
-                 xlim=(-0.4, len(percents) - 0.6))
+        axis.set(xlim=(-0.4, len(percents) - 0.6))
         axis.set_ylim(bottom=0)
-        axis.grid(axis="x", visible=False)
-    axes[0, 0].set_ylabel("MAE (people)")
-    _legend(axes[0, 0])
+    _legend(panels[0][0])
     return _finish(figure, "Counting error against labelled images", runs)
 
 
 @_styled
-def iou_bars(runs: pd.DataFrame) -> Picture:
+def iou_bars(runs: pd.DataFrame) -> DescribedFigure:
     """Mean IoU (percent) per dataset and percentage beside equal discs at the same points.
 
     The lightest bars are whole discs, the next ones discs that give a contested pixel to the
@@ -178,17 +149,14 @@ def iou_bars(runs: pd.DataFrame) -> Picture:
     """
     runs = _some(runs[runs["variant"].isin(SERIES) & runs["mean_iou"].notna()],
                  "no run with a mean IoU (truth masks are needed)")
-    datasets = tables.ordered(runs["dataset"], tables.DATASETS)
     bars = [bar for variant in tables.ordered(runs["variant"], tuple(SERIES)) for bar in (
         (variant, "disc_mean_iou", DISCS[variant], f"discs at {tables.VARIANTS[variant]} points"),
         (variant, "exclusive_disc_mean_iou", EXCLUSIVE_DISCS[variant],
          f"discs, exclusive, at {tables.VARIANTS[variant]} points"),
         (variant, "mean_iou", SERIES[variant], tables.VARIANTS[variant]))]
     width = 0.84 / len(bars)
-    figure, axes = _grid(1, len(datasets), width=3.0, height=3.0, sharey=True)
-    for axis, dataset in zip(axes[0], datasets):
-        part = runs[runs["dataset"] == dataset]
-        percents = sorted(part["percent"].unique())
+    figure, panels = _percent_panels(runs, "mean IoU (%)", height=3.0, sharey=True)
+    for axis, part, percents in panels:
         for index, (variant, column, colour, label) in enumerate(bars):
             values = 100 * part[part["variant"] == variant].set_index("percent")[column]
             groups = values.groupby(level=0)
@@ -196,17 +164,14 @@ def iou_bars(runs: pd.DataFrame) -> Picture:
                      groups.mean().reindex(percents), width * 0.94, color=colour, label=label,
                      yerr=groups.std(ddof=1).reindex(percents),
                      error_kw={"capsize": 2, "lw": 1})
-        axis.set_xticks(range(len(percents)), [f"{percent:g}" for percent in percents])
-        axis.set(xlabel="labelled images (%)", title=_name(dataset, runs))
-        axis.grid(axis="x", visible=False)
-    axes[0, 0].set_ylim(top=axes[0, 0].get_ylim()[1] * (1.08 + 0.1 * len(bars)))  # for the legend
-    axes[0, 0].set_ylabel("mean IoU (%)")
-    _legend(axes[0, 0], loc="upper left", fontsize=7)
+    first = panels[0][0]
+    first.set_ylim(top=first.get_ylim()[1] * (1.08 + 0.1 * len(bars)))  # for the legend
+    _legend(first, loc="upper left", fontsize=7)
     return _finish(figure, "Instance segmentation against fixed discs", runs)
 
 
 @_styled
-def ablation_bars(runs: pd.DataFrame, dataset: str, percent: float) -> Picture:
+def ablation_bars(runs: pd.DataFrame, dataset: str, percent: float) -> DescribedFigure:
     """MAE and mean IoU of every variant on the seeds it shares with the full method.
 
     The line is the full method on all its seeds. Raises what `tables.ablation_table` raises.
@@ -238,32 +203,6 @@ def ablation_bars(runs: pd.DataFrame, dataset: str, percent: float) -> Picture:
 # Pictures of predictions
 
 
-def overlay(image: np.ndarray, label_map: np.ndarray, points: np.ndarray | None = None, *,
-            opacity: float = 0.4) -> np.ndarray:
-    """Paint instances, their contours and their head points over an image.
-
-    image: (H, W, 3) uint8. label_map: (H, W) int, 0 background. points: (N, 2) float (x, y)
-    pixels, drawn as white dots with a black rim. Returns a new (H, W, 3) uint8 array. Colours
-    repeat after seven instances; contours keep neighbours of one colour apart.
-    """
-    image, label_map = np.asarray(image), np.asarray(label_map)
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(f"image must be (H, W, 3) uint8, not {image.shape} {image.dtype}")
-    if label_map.shape != image.shape[:2]:
-        raise ValueError(f"label_map is {label_map.shape}, but the image is {image.shape[:2]}")
-    painted = image.astype(np.float64)
-    inside = label_map > 0
-    colour = INSTANCES[(label_map[inside] - 1) % len(INSTANCES)]
-    painted[inside] = (1 - opacity) * painted[inside] + opacity * colour
-    edge = find_boundaries(label_map, mode="inner", background=0)
-    painted[edge] = INSTANCES[(label_map[edge] - 1) % len(INSTANCES)]
-    for radius, value in ((1, 0.0), (0, 255.0)):
-        for x, y in np.rint(points).astype(int) if points is not None else ():
-            painted[max(y - radius, 0):max(y + radius + 1, 0),
-                    max(x - radius, 0):max(x + radius + 1, 0)] = value
-    return painted.round().astype(np.uint8)
-
-
 def sparse_middle_dense(dataset) -> list[str]:
     """Image names with the fewest, the median and the most people (fewer if there are fewer)."""
     counts = np.asarray(dataset.counts())
@@ -276,7 +215,7 @@ def sparse_middle_dense(dataset) -> list[str]:
 
 @_styled
 def figure_predictions(dataset, run_folder: str | Path,
-                       ids: Sequence[str] | None = None) -> Picture:
+                       ids: Sequence[str] | None = None) -> DescribedFigure:
     """Image, truth and prediction side by side, one row an image.
 
     dataset: test split with `.ids` and `.counts()`; run_folder: one with `predictions/`.
@@ -303,8 +242,8 @@ def figure_predictions(dataset, run_folder: str | Path,
         rows.append((name, sample, [sample.image, overlay(sample.image, truth, sample.points),
                                     overlay(sample.image, predicted, points)], len(points)))
     heights = [3.0 * row[1].image.shape[0] / row[1].image.shape[1] for row in rows]
-    figure = Picture(figsize=(9.2, sum(heights) + 0.28 * len(rows) + 0.75), dpi=DPI,
-                    layout="constrained")
+    figure = DescribedFigure(figsize=(9.2, sum(heights) + 0.28 * len(rows) + 0.75), dpi=DPI,
+                             layout="constrained")
     axes = figure.subplots(len(rows), 3, squeeze=False, gridspec_kw={"height_ratios": heights})
     for (name, sample, pictures, count), line in zip(rows, axes):
         truth = "truth" if sample.instances is not None else "true heads (no truth masks)"
@@ -348,19 +287,6 @@ def _run_row(run_folder: Path) -> pd.DataFrame:
 # Writing
 
 
-def save(figure: Picture, path: str | Path) -> Path:
-    """Write a figure made here as PNG; the Description names all its runs, and nothing a date."""
-    with files.replacing(path) as temporary:
-        _save(figure, temporary)
-    return Path(path)
-
-
-def _save(figure: Picture, target: Path | io.BytesIO) -> None:
-    with matplotlib.style.context("default"):
-        figure.savefig(target, format="png", dpi=DPI, facecolor="white",
-                       metadata={"Software": None, "Description": figure.description})
-
-
 def write_figures(results: str | Path, out: str | Path,
                   datasets: Callable[[str], object] | None = None,
                   only: Sequence[str] = ()) -> list[Path]:
@@ -368,12 +294,12 @@ def write_figures(results: str | Path, out: str | Path,
 
     datasets: gives the test split of a run by its folder, or None where it is not at hand; without
     it no predictions are drawn. only: names of the runs to read; empty for all. Runs of selection
-    `best-on-test` get figures of their own, and so do real runs beside synthetic ones: neither
+    `best-on-test` get figures of their own, and so do real runs beside drawn ones: neither
     shares a figure with the others.
 
     `out` belongs to the repository, so only drawn crowds are pictured there: photographs of
     people belong to their datasets, whose terms rarely allow copies, and the people in them were
-    not asked. Pictures of a dataset that is not synthetic therefore go to
+    not asked. Pictures of a dataset that is not drawn therefore go to
     `<run folder>/pictures/`, which Git ignores. Plots of an earlier call that these runs no
     longer support are removed.
     """
@@ -386,19 +312,17 @@ def write_figures(results: str | Path, out: str | Path,
             ending = ("_real" if both and not synthetic else "") + (
                 "" if selection == "last" else f"_{selection}") + ".png"
             for name, make in _figures_of(part):
-                paths.append(save(make(), out / f"{name}{ending}"))
+                paths.append(make().write(out / f"{name}{ending}"))
             if datasets is not None:
                 paths += _write_predictions(part, out, ending, datasets)
-    name = r"(learning_.+|counts_.+|mae_versus_percent|mean_iou|ablation_.+)\.png"
-    for path in sorted(out.iterdir()) if out.is_dir() else ():
-        if path not in paths and re.fullmatch(name, path.name):
-            path.unlink()
+    tables.remove_others(
+        out, r"(learning_.+|counts_.+|mae_versus_percent|mean_iou|ablation_.+)\.png", paths)
     return paths
 
 
-def _figures_of(runs: pd.DataFrame) -> list[tuple[str, Callable[[], Picture]]]:
+def _figures_of(runs: pd.DataFrame) -> list[tuple[str, Callable[[], DescribedFigure]]]:
     main = _full(runs)
-    made: list[tuple[str, Callable[[], Picture]]] = []
+    made: list[tuple[str, Callable[[], DescribedFigure]]] = []
     for dataset in tables.ordered(main["dataset"], tables.DATASETS):
         made += [(f"learning_{dataset}", functools.partial(learning_curves, runs, dataset)),
                  (f"counts_{dataset}", functools.partial(count_scatter, runs, dataset))]
@@ -440,7 +364,7 @@ def _write_predictions(runs: pd.DataFrame, out: Path, ending: str,
                              f"{tables.kind_of(split.synthetic)}. Give the data of the run.")
         folder = out if split.synthetic else Path(run["path"]) / "pictures"
         figure = figure_predictions(split, run["path"])
-        paths.append(save(figure, folder / f"predictions_{dataset}{ending}"))
+        paths.append(figure.write(folder / f"predictions_{dataset}{ending}"))
     return paths
 
 
@@ -452,16 +376,33 @@ def _some(runs: pd.DataFrame, complaint: str) -> pd.DataFrame:
         raise ValueError(f"{complaint}: nothing to draw. Train and evaluate one, or name another "
                          "dataset.")
     if runs["selection"].nunique() > 1 or runs["synthetic"].nunique() > 1:
-        raise ValueError("runs of several selections, or real and synthetic runs, in one figure: "
+        raise ValueError("runs of several selections, or real and drawn runs, in one figure: "
                          "filter `selection` and `synthetic` first.")
     return runs
 
 
 def _grid(rows: int, columns: int, *, width: float, height: float, **options
-          ) -> tuple[Picture, np.ndarray]:
+          ) -> tuple[DescribedFigure, np.ndarray]:
     size = (max(width * columns, 4.6) + 0.3, height * rows + 0.9)
-    figure = Picture(figsize=size, dpi=DPI, layout="constrained", facecolor="white")
+    figure = DescribedFigure(figsize=size, dpi=DPI, layout="constrained", facecolor="white")
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def _percent_panels(runs: pd.DataFrame, label: str, **options
+                    ) -> tuple[DescribedFigure, list[tuple[Axes, pd.DataFrame, list[float]]]]:
+    """A figure with one panel a dataset: (axis, its runs, its percentages from the left)."""
+    datasets = tables.ordered(runs["dataset"], tables.DATASETS)
+    figure, axes = _grid(1, len(datasets), width=3.0, **options)
+    axes[0, 0].set_ylabel(label)
+    panels = []
+    for axis, dataset in zip(axes[0], datasets):
+        part = runs[runs["dataset"] == dataset]
+        percents = sorted(part["percent"].unique())
+        axis.set_xticks(range(len(percents)), [f"{percent:g}" for percent in percents])
+        axis.set(xlabel="labelled images (%)", title=_name(dataset, runs))
+        axis.grid(axis="x", visible=False)
+        panels.append((axis, part, percents))
+    return figure, panels
 
 
 def _legend(axis: Axes, **options) -> None:
@@ -470,14 +411,15 @@ def _legend(axis: Axes, **options) -> None:
 
 
 def _name(dataset: str, runs: pd.DataFrame) -> str:
-    return tables.title(dataset) + (" (synthetic)" if runs["synthetic"].iloc[0] else "")
+    name = tables.title(dataset, runs["synthetic"].iloc[0])
+    return name[0].upper() + name[1:]
 
 
-def _finish(figure: Picture, title: str, runs: pd.DataFrame) -> Picture:
+def _finish(figure: DescribedFigure, title: str, runs: pd.DataFrame) -> DescribedFigure:
     """Title above, provenance below: the kind of images, profile, selection, runs."""
     first = runs.iloc[0]
-    crowds = "synthetic crowds" if first["synthetic"] else "real photographs"
-    head = f"{crowds}, profile {first['profile']}, selection {first['selection']}, runs: "
+    head = (f"{tables.crowds_of(runs['synthetic'])}, profile {first['profile']}, "
+            f"selection {first['selection']}, runs: ")
     names = list(dict.fromkeys(runs["run"]))
     shown = names if len(names) <= 6 else [*names[:5], f"... and {len(names) - 5} more"]
     width = int(figure.get_figwidth() * 17)  # characters of 6-point text on the line

@@ -21,7 +21,8 @@ from PIL import Image
 from torch import nn
 
 from xmask import nnec
-from xmask.study.figures import GREY, Picture
+from xmask.tools.described_figure import DescribedFigure
+from xmask.tools.overlay import GREY
 from xmask.trainer import Trainer
 
 DPI = 90
@@ -29,12 +30,12 @@ MOST_CIRCLES = 12  # coverage above this is counted as this; only heads closer t
 
 
 def axes(rows: int = 1, columns: int = 1, *, width: float = 4.0, height: float = 3.0
-         ) -> tuple[Picture, np.ndarray]:
+         ) -> tuple[DescribedFigure, np.ndarray]:
     """A figure of rows x columns panels, each `width` x `height` inches: (figure, axes (N,) row
     by row, N = rows * columns)."""
     with matplotlib.style.context("default"):
-        figure = Picture(figsize=(width * columns, height * rows), dpi=DPI, layout="constrained",
-                         facecolor="white")
+        figure = DescribedFigure(figsize=(width * columns, height * rows), dpi=DPI,
+                                 layout="constrained", facecolor="white")
         made = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in made:
         axis.spines[["top", "right"]].set_visible(False)
@@ -56,7 +57,7 @@ def circles(axis: Axes, points: np.ndarray, radii: np.ndarray, *, colour: str = 
                                         linewidth=width))
 
 
-def show(figure: Picture, alt: str) -> None:
+def show(figure: DescribedFigure, alt: str) -> None:
     """Display a figure, with `alt`, what it shows in a sentence, for those who do not see it."""
     stream = io.BytesIO()
     with matplotlib.style.context("default"):
@@ -117,7 +118,7 @@ def coverage_table(annotated: Iterable[tuple[np.ndarray, tuple[int, int]]]) -> p
 class WatchedTrainer(Trainer):
     """A trainer that keeps teacher and student as they were when epochs of `keep` began.
 
-    After `fit`, `teachers` and `students` map each of these epochs, and the last one, to a
+    At the end, `teachers` and `students` map each of these epochs, and the last one, to a
     network in evaluation mode. Other arguments: of `xmask.trainer.Trainer`.
     """
 
@@ -127,16 +128,14 @@ class WatchedTrainer(Trainer):
         self.teachers: dict[int, nn.Module] = {}
         self.students: dict[int, nn.Module] = {}
 
-    def fit(self) -> nn.Module:
-        """Train to the end, see `Trainer.fit`."""
-        super().fit()
-        self._keep()
-        return self.teacher
-
-    def _set_rate(self, phase: int) -> None:  # the trainer calls this as an epoch begins
+    def run_epoch(self) -> dict[str, float]:
+        """See `Trainer.run_epoch`."""
         if self.epoch in self.keep:
             self._keep()
-        super()._set_rate(phase)
+        row = super().run_epoch()
+        if self.finished:
+            self._keep()
+        return row
 
     def _keep(self) -> None:
         for kept, network in ((self.teachers, self.teacher), (self.students, self.student)):

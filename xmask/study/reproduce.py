@@ -1,21 +1,20 @@
 """`make reproduce`: plan the study, run what is missing or stale with papermill, compare.
 
 A step is one notebook with parameters. Steps run in parallel where their inputs allow it, each
-in its own process; a finished step is stamped, so that nothing finished is lost to a crash or to
-Ctrl-C. At the end every table is compared with the committed one.
+in its own process (`xmask.study.execute`); a finished step is stamped, so that nothing finished is
+lost to a crash or to Ctrl-C. Executed notebooks lie in `work/<profile>/notebooks`, since they hold
+times. At the end every table is compared with the committed one.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,8 +23,9 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from xmask import files, provenance
+from xmask.config import Config, preset
+from xmask.presets import ABLATIONS, DATASETS, PERCENTS
 from xmask.study import steps
-from xmask.config import ABLATIONS, DATASETS, PERCENTS, VARIANTS, Config, preset
 
 NOTEBOOKS = Path("notebooks")
 # bytes: the C library (glibc; others ignore it) keeps freed memory for the next step instead of
@@ -38,14 +38,13 @@ _KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 29), "MALLOC_TRIM_THRESHOLD_"
 class Step:
     """One execution of a notebook.
 
-    inputs: names of the steps that must be done before. fingerprint: called once they are.
-    done: whether what the notebook makes is there and fresh.
+    inputs: names of the steps that must be done before. fingerprint: what the notebook's results
+    depend on, called once they are. outputs: its files, called when it has run.
     """
 
     name: str
     notebook: str
     parameters: dict
-    executed: Path
     inputs: list[str] = field(default_factory=list)
     fingerprint: Callable[[], str] = lambda: ""
     outputs: Callable[[], list[Path]] = list
@@ -71,107 +70,87 @@ def plan(
     extras: also supervised-only runs on the first dataset and, on its middle percentage, the
     ablations. overrides: changes to every run's configuration, by dotted name.
     """
-    def config(dataset: str, percent: int, seed: int, variant: str = "xmask") -> Config:
-        return steps.configure(profile, dataset, percent, seed, variant=variant, sam=sam,
-                               overrides=overrides)
-
-    steps: list[Step] = []
-    runs: list[Config] = [config(d, p, s) for d in datasets for p in percents for s in seeds]
-    extra: list[Config] = []
+    wanted = [(d, p, s, "xmask") for d in datasets for p in percents for s in seeds]
+    first, middle = datasets[0], sorted(percents)[len(percents) // 2]
     if extras:
-        first, middle = datasets[0], sorted(percents)[len(percents) // 2]
-        extra = [config(first, p, s, "supervised-only") for p in percents for s in seeds]
-        extra += [config(first, middle, s, v) for v in ABLATIONS for s in seeds]
-
-    # a run's configuration is named after its overrides too; notebooks want the plain variant
-    named = {config(d, p, s, v).run: v for d in datasets for p in percents for s in seeds
-             for v in VARIANTS}
-    by_masks: dict[Path, list[Config]] = {}
-    for run in runs + extra:
-        by_masks.setdefault(steps.mask_folder(run), []).append(run)
+        wanted += [(first, p, s, "supervised-only") for p in percents for s in seeds]
+        wanted += [(first, middle, s, variant) for variant in ABLATIONS for s in seeds]
     common = {"profile": profile, "data": data, "sam": sam}
-    settings = {"overrides": overrides or {}}
-    results = steps.results_folder(profile)
-    for folder, users in by_masks.items():
-        percents_used = sorted({user.percent for user in users})
-        steps.append(
-            Step(
-                f"masks {folder.name}",
-                "10_masks.ipynb",
-                common | settings | {"dataset": users[0].dataset, "percents": percents_used,
-                                     "variant": named[users[0].run]},
-                results / "masks" / folder.name / "10_masks.ipynb",
-                fingerprint=partial(_masks_fingerprint, users, data),
-                outputs=partial(_one, results / "masks" / folder.name / "masks.csv"),
-            )
-        )
-    for run in sorted(runs + extra, key=lambda r: -r.percent):  # the longest first
-        variant = named[run.run]
-        shared = [f"train {config(run.dataset, run.percent, run.seed).run}"]
-        folder = steps.run_folder(run)
-        arguments = common | settings | {"dataset": run.dataset, "percent": run.percent,
-                                         "seed": run.seed, "variant": variant}
-        steps.append(
-            Step(
-                f"train {run.run}", "11_train.ipynb", arguments, folder / "11_train.ipynb",
-                [f"masks {steps.mask_folder(run).name}"]
-                + (shared if variant != "xmask" else []),
-                partial(steps.train_fingerprint, run, data),
-                partial(_in, folder, ("config.json", "history.csv", "model.safetensors")),
-            )
-        )
-        steps.append(
-            Step(
-                f"evaluate {run.run}", "12_evaluate.ipynb", arguments,
-                folder / "12_evaluate.ipynb", [f"train {run.run}"],
-                partial(steps.evaluation_fingerprint, run, data),
-                partial(_one, folder / "metrics.json"),
-            )
-        )
-    names = [run.run for run in runs + extra]
-    evaluated = [f"evaluate {name}" for name in names]
-    inputs = [steps.run_folder(run) / name for run in runs + extra
+    # a run's configuration is named after its overrides too; notebooks want the plain variant
+    runs = [(steps.configure(profile, d, p, s, variant=v, sam=sam, overrides=overrides), v)
+            for d, p, s, v in wanted]
+    settings = common | {"overrides": overrides or {}}
+    # runs with changed fields are named after them: none is the full method to compare with
+    compared = extras and runs[0][0].variant == "xmask"
+    return [*_mask_steps(runs, settings), *_run_steps(runs, settings),
+            *_report_steps([run for run, _ in runs], common,
+                           {"dataset": first, "percent": middle} if compared else None)]
+
+
+def _mask_steps(runs: list[tuple[Config, str]], settings: dict) -> Iterator[Step]:
+    """One step for all runs that share a folder of masks."""
+    users: dict[Path, list[tuple[Config, str]]] = {}
+    for run, variant in runs:
+        users.setdefault(steps.mask_folder(run), []).append((run, variant))
+    for folder, using in users.items():
+        run, variant = using[0]
+        percents = sorted({user.percent for user, _ in using})
+        table = steps.results_folder(run.profile) / "masks" / folder.name / "masks.csv"
+        yield Step(
+            f"masks {folder.name}", "10_masks.ipynb",
+            settings | {"dataset": run.dataset, "percents": percents, "variant": variant},
+            fingerprint=partial(_masks_fingerprint, [user for user, _ in using],
+                                settings["data"]),
+            outputs=partial(list, [table]))
+
+
+def _run_steps(runs: list[tuple[Config, str]], settings: dict) -> Iterator[Step]:
+    full = {(run.dataset, run.percent, run.seed): run.run for run, v in runs if v == "xmask"}
+    for run, variant in sorted(runs, key=lambda one: -one[0].percent):  # the longest first
+        folder, data = steps.run_folder(run), settings["data"]
+        arguments = settings | {"dataset": run.dataset, "percent": run.percent, "seed": run.seed,
+                                "variant": variant}
+        inputs = [f"masks {steps.mask_folder(run).name}"]
+        if variant != "xmask":  # it takes phase 1 from the full method
+            inputs.append(f"train {full[run.dataset, run.percent, run.seed]}")
+        yield Step(f"train {run.run}", "11_train.ipynb", arguments, inputs,
+                   partial(steps.train_fingerprint, run, data),
+                   partial(list, [folder / name for name in steps.TRAINED]))
+        yield Step(f"evaluate {run.run}", "12_evaluate.ipynb", arguments, [f"train {run.run}"],
+                   partial(steps.evaluation_fingerprint, run, data),
+                   partial(list, [folder / "metrics.json"]))
+
+
+def _report_steps(runs: list[Config], common: dict, compared: dict | None) -> Iterator[Step]:
+    """Tables, figures and, of the runs `compared`, the ablations."""
+    profile, evaluated = runs[0].profile, [f"evaluate {run.run}" for run in runs]
+    inputs = [steps.run_folder(run) / name for run in runs
               for name in ("metrics.json", "history.csv", "config.json")]
-    last = common | {"runs": names}
-    for title, notebook, parameters, folder in (
-        ("tables", "20_tables.ipynb", last, results / "tables"),
-        ("figures", "21_figures.ipynb", last, Path("figures") / profile),
-        ("ablations", "22_ablations.ipynb",
-         last | {"dataset": datasets[0], "percent": sorted(percents)[len(percents) // 2]}, None),
+    last = common | {"runs": [run.run for run in runs]}
+    fingerprint = partial(_report_fingerprint, inputs)
+    for title, notebook, folder in (
+        ("tables", "20_tables.ipynb", steps.results_folder(profile) / "tables"),
+        ("figures", "21_figures.ipynb", Path("figures") / profile),
     ):
-        # runs with changed fields are named after them: none is the full method to compare with
-        if title == "ablations" and (not extras or runs[0].variant != "xmask"):
-            continue
-        steps.append(
-            Step(title, notebook, parameters, results / notebook, evaluated,
-                 partial(_report_fingerprint, inputs),
-                 partial(_all_in, folder) if folder else list)
-        )
-    return steps
+        yield Step(title, notebook, last, evaluated, fingerprint, partial(_all_in, folder))
+    if compared:
+        yield Step("ablations", "22_ablations.ipynb", last | compared, evaluated, fingerprint)
 
 
 def _masks_fingerprint(users: list[Config], data: str) -> str:
-    from xmask import segmenters
-
-    dataset = steps.open_train(users[0], data)
     chosen = sorted({index for user in users for index in steps.labelled(user, data)})
-    segmenter = segmenters.open_segmenter(users[0].masks.segmenter, "cpu").describe()
-    return provenance.digest(provenance.code("xmask.edp_sam", "xmask.study.steps"), segmenter,
-                             provenance.versions(), steps.mask_options(users[0]),
-                             dataset.checksum(), chosen)
+    return steps.mask_fingerprint(users[0], chosen, data)
 
 
 def _report_fingerprint(inputs: list[Path]) -> str:
-    return provenance.digest(provenance.code("xmask.study.tables", "xmask.study.figures"),
-                             [files.sha256(path) for path in inputs])
+    return provenance.fingerprint(("xmask.study.tables", "xmask.study.figures"),
+                                  [files.sha256(path) for path in inputs])
 
 
-def _one(path: Path) -> list[Path]:
-    return [path]
-
-
-def _in(folder: Path, names: tuple[str, ...]) -> list[Path]:
-    return [folder / name for name in names]
+def _cells(notebook: Path) -> list[str]:
+    """What a notebook does: its code, not its prose."""
+    cells = files.read_json(notebook)["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
 
 
 def _all_in(folder: Path) -> list[Path]:
@@ -186,32 +165,32 @@ def run(profile: str, *, data: str = "", jobs: int | None = None, **narrowed) ->
 
     jobs: steps at a time; by default as many as runs fit on the CPU cores, one on CUDA.
     Returns False if a step failed; the others that do not need it still run.
+    Raises ValueError, naming the other process, where one reproduces the same profile.
     """
-    steps = plan(profile, data=data, **narrowed)
+    planned = plan(profile, data=data, **narrowed)
     config = preset(profile, "sha", 5)
     if jobs is None:
         threads = config.machine.threads
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         jobs = 1 if steps.device().type == "cuda" or not threads else max(1, cores // threads)
-    for dataset in dict.fromkeys(s.parameters["dataset"] for s in steps
-                                 if "dataset" in s.parameters):
-        steps.data_root(profile, dataset, data, jobs=jobs)
     begun = time.time()
-    failed = Runner(profile, jobs, config.machine.threads).run(steps)
+    with files.lock(steps.work_folder(profile)):
+        for dataset in {s.parameters["dataset"]: 0 for s in planned if "dataset" in s.parameters}:
+            steps.data_root(profile, dataset, data, jobs=jobs)
+        failed = Runner(profile, jobs, config.machine.threads).run(planned)
     minutes = (time.time() - begun) / 60
     if failed:
-        print(f"\n{len(failed)} of {len(steps)} steps failed or could not start after "
+        print(f"\n{len(failed)} of {len(planned)} steps failed or could not start after "
               f"{minutes:.1f} min: {', '.join(failed)}.\nWhat finished is kept; the same command "
               "goes on from here.")
         return False
-    print(f"\nAll {len(steps)} steps are done ({minutes:.1f} min).")
-    for line in compare_with_committed(steps.results_folder(profile)):
-        print(line)
+    print(f"\nAll {len(planned)} steps are done ({minutes:.1f} min).")
+    print(compare_with_committed(steps.results_folder(profile)))
     return True
 
 
 class Runner:
-    """Runs steps in parallel, each notebook in its own process."""
+    """Runs steps in parallel, each notebook in its own process, which ends with this one."""
 
     def __init__(self, profile: str, jobs: int, threads: int):
         self.profile, self.jobs = profile, jobs
@@ -224,10 +203,10 @@ class Runner:
         self.processes: set[subprocess.Popen] = set()
         self.lock, self.stopping = threading.Lock(), False
 
-    def run(self, steps: list[Step]) -> list[str]:
+    def run(self, planned: list[Step]) -> list[str]:
         """Names of the steps that failed or whose inputs failed."""
-        waiting, done, failed = list(steps), set(), []
-        bar = tqdm(total=len(steps), unit="step", desc=f"reproduce {self.profile}")
+        waiting, done, failed = list(planned), set(), []
+        bar = tqdm(total=len(planned), unit="step", desc=f"reproduce {self.profile}")
         running: dict = {}
         with ThreadPoolExecutor(self.jobs) as pool:
             try:
@@ -263,64 +242,70 @@ class Runner:
         stamp = work / "stamps" / f"{label}.nb.json"
         try:
             fingerprint = provenance.digest(
-                step.fingerprint(), files.sha256(step.source), step.parameters
-            )
+                step.fingerprint(), _cells(step.source), step.parameters)
         except (OSError, ValueError) as error:
             raise StepFailed(f"  {error}") from error
         if provenance.is_done(stamp, fingerprint):
             return "unchanged"
         begun = time.time()
-        log = work / "logs" / f"{label}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        draft = log.with_suffix(".ipynb")
-        command = [sys.executable, "-m", "papermill", str(step.source), str(draft),
-                   "--no-progress-bar", "--log-output",
-                   "-y", json.dumps(step.parameters)]
+        log, executed = work / "logs" / f"{label}.log", work / "notebooks" / f"{label}.ipynb"
+        for path in (log, executed):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "xmask.study.execute", str(step.source), str(executed),
+                   json.dumps(step.parameters)]
         with open(log, "w", encoding="utf-8") as output:
             with self.lock:
                 if self.stopping:
                     raise StepFailed("  stopped")
-                process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT,
-                                           env=self.environment, start_new_session=True)
+                process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output,
+                                           stderr=subprocess.STDOUT, env=self.environment,
+                                           start_new_session=True)
                 self.processes.add(process)
             code = process.wait()
-            self.processes.discard(process)
+            with self.lock:
+                self.processes.discard(process)
+            process.stdin.close()
         if code:
             tail = "\n".join(log.read_text(encoding="utf-8").splitlines()[-12:])
-            raise StepFailed(f"{tail}\n  log: {log}\n  notebook as far as it came: {draft}")
-        step.executed.parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(draft, step.executed)
-        provenance.write_stamp(stamp, fingerprint, [step.executed, *step.outputs()])
+            raise StepFailed(f"{tail}\n  log: {log}\n  notebook as far as it came: {executed}")
+        provenance.write_stamp(stamp, fingerprint, [executed, *step.outputs()])
         return f"{time.time() - begun:.0f} s"
 
     def _stop(self) -> None:
-        """Interrupt the notebooks that run; each has its own process group (its kernel)."""
+        """End the notebooks that run: their end of the line is what they watch."""
         with self.lock:
             self.stopping = True
             for process in self.processes:
-                try:
-                    os.killpg(process.pid, signal.SIGTERM)
-                except ProcessLookupError:
-                    pass
+                process.stdin.close()
 
 
 class StepFailed(Exception):
     """A notebook ended with an error; the message ends with where to look."""
 
 
-def compare_with_committed(results: Path) -> list[str]:
-    """One line per table: equal to the one committed in git, different, or not committed."""
-    lines = []
-    for path in sorted((results / "tables").glob("*.csv")):
-        shown = subprocess.run(["git", "show", f"HEAD:./{path.as_posix()}"], capture_output=True)
-        if shown.returncode:
-            verdict = "not committed, nothing to compare with"
-        elif shown.stdout == path.read_bytes():
-            verdict = "equal to the committed table"
-        else:
-            ours, theirs = path.read_text().splitlines(), shown.stdout.decode().splitlines()
-            different = sum(a != b for a, b in zip(ours, theirs)) + abs(len(ours) - len(theirs))
-            verdict = (f"DIFFERS from the committed table in {different} of {len(theirs)} lines "
-                       "(another choice of runs, code, data, versions or kind of CPU)")
-        lines.append(f"{path}: {verdict}")
-    return lines
+def compare_with_committed(results: Path) -> str:
+    """One line: how many tables equal those committed in git, and what differs in the others."""
+    folder = results / "tables"
+    try:
+        listed = subprocess.run(["git", "ls-tree", "--name-only", "HEAD", f"{folder.as_posix()}/"],
+                                capture_output=True, check=False, encoding="utf-8")
+    except OSError:
+        return "reproduced: no git here to ask for the committed tables"
+    committed = {Path(line) for line in listed.stdout.splitlines() if line.endswith(".csv")}
+    made = set(folder.glob("*.csv"))
+    verdicts = {path: _difference(path) if path in committed & made else
+                "is not committed" if path in made else "was not made"
+                for path in sorted(committed | made)}
+    different = [f"{path.as_posix()} {verdict}" for path, verdict in verdicts.items() if verdict]
+    equal = len(verdicts) - len(different)
+    return "; ".join([f"reproduced: {equal} of {len(verdicts)} tables equal", *different])
+
+
+def _difference(path: Path) -> str:
+    shown = subprocess.run(["git", "show", f"HEAD:./{path.as_posix()}"], capture_output=True,
+                           check=True)
+    if shown.stdout == path.read_bytes():
+        return ""
+    ours, theirs = path.read_text().splitlines(), shown.stdout.decode().splitlines()
+    lines = sum(a != b for a, b in zip(ours, theirs)) + abs(len(ours) - len(theirs))
+    return f"differs in {lines} of {len(theirs)} lines"

@@ -19,7 +19,7 @@ from xmask import files
 
 UNKNOWN = "—"
 DATASETS = {"sha": "ShanghaiTech A", "shb": "ShanghaiTech B", "qnrf": "UCF-QNRF",
-            "jhu": "JHU-CROWD++", "synthetic": "synthetic"}
+            "jhu": "JHU-CROWD++", "synthetic": "drawn crowds"}
 VARIANTS = {"xmask": "XMask", "supervised-only": "supervised only",
             "without-nnec": "without NNEC", "without-superpixel": "without superpixel prompt",
             "without-smoothing": "without Gaussian smoothing",
@@ -38,8 +38,9 @@ def load_runs(folder: str | Path, only: Sequence[str] = ()) -> pd.DataFrame:
     empty for all.
     Columns: run, path, profile, dataset, percent, seed, variant, synthetic, selection, images;
     mae, rmse (people); mean_iou, ap50, pq, aji (0 to 1, NaN without truth masks);
-    precision_<px>, recall_<px>, f1_<px> (0 to 1); constant_mae, disc_mean_iou (whole discs) and
-    exclusive_disc_mean_iou (discs that cut each other), the baselines, NaN if absent;
+    precision_<px>, recall_<px>, f1_<px> (0 to 1); constant_mae and constant_rmse (people),
+    disc_mean_iou (whole discs) and exclusive_disc_mean_iou (discs that cut each other), the
+    baselines, NaN if absent;
     longer_side, checksum, backbone, initialisation, segmenter (what the number depends on).
     `.attrs["skipped"]` names the run folders that have no metrics.json yet; they are left out
     with a warning.
@@ -128,6 +129,9 @@ def _read_run(path: Path) -> dict[str, Any]:
         for name in ("precision", "recall", "f1"):
             row[f"{name}_{sigma}"] = _fraction(metrics, file, f"localization.{sigma}.{name}")
     row["constant_mae"] = _field(metrics, file, "baselines.constant_count.mae", float)
+    row["constant_rmse"] = (  # runs evaluated by an earlier version have none
+        _field(metrics, file, "baselines.constant_count.rmse", float)
+        if "rmse" in metrics["baselines"]["constant_count"] else math.nan)
     for column, name in (("disc_mean_iou", "fixed_disc"),
                          ("exclusive_disc_mean_iou", "exclusive_disc")):
         disc = _field(metrics, file, f"baselines.{name}", (dict, type(None)))

@@ -10,25 +10,24 @@ import ast
 import difflib
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
 import torch
 
-from xmask import edp_sam, files, metrics, provenance, segmenters
-from xmask.study import evaluate as evaluation
+from xmask import files, predict, provenance, segmenters
 from xmask.config import Config, from_dict, preset
 from xmask.data import open_dataset
-from xmask.data.masks import mask_dataset, read_masks
-from xmask.data.sample import Sample
+from xmask.data.masks import mask_dataset
 from xmask.data.splits import labelled_ids
+from xmask.data.training_images import BareImages, Kept, MaskedImages
+from xmask.study import evaluate as evaluation
+from xmask.study import training
 from xmask.synthetic import write_dataset
 from xmask.trainer import Trainer
 
-_READING = ("xmask.data.readers", "xmask.data.splits")  # code through which every image comes
+TRAINED = ("config.json", "history.csv", "model.safetensors")  # what a training leaves
+PATIENCE = 5.0  # seconds to wait for a run folder: within these a killed study's notebooks end
 DRAWN = {"train": 100, "test": 16, "seed": 2024}  # images per synthetic dataset of the demo
 
 
@@ -132,7 +131,7 @@ def data_root(profile: str, dataset: str, data: str = "", *, jobs: int = 1) -> P
     if data:
         raise ValueError(
             f"data: profile 'demo' draws its own synthetic crowds and would ignore {data}; use "
-            "PROFILE=reduced or PROFILE=paper for real photographs"
+            "PROFILE=photo or PROFILE=paper for real photographs"
         )
     root = work_folder(profile) / "data"
     write_dataset(dataset, root, **DRAWN, jobs=jobs)
@@ -163,57 +162,6 @@ def test_images_of(run: str | Path, data: str = ""):
     return open_test(config.profile, config.dataset, data, config.max_side)
 
 
-class MaskedImages(Sequence):
-    """The labelled images: points from the dataset, masks from EDP-SAM, truth masks unread."""
-
-    def __init__(self, dataset, indices: list[int], masks: Path, keep: bool):
-        self.dataset, self.indices, self.masks = dataset, indices, masks
-        self.kept: dict[int, Sample] | None = {} if keep else None
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, position: int) -> Sample:
-        return _kept(self.kept, position, self._read)
-
-    def _read(self, position: int) -> Sample:
-        index = self.indices[position]
-        sample = self.dataset[index]
-        mask = read_masks(self.masks, self.dataset.ids[index])
-        if mask.shape != sample.image.shape[:2]:
-            raise ValueError(
-                f"{self.masks / self.dataset.ids[index]}.png: {mask.shape[1]} x "
-                f"{mask.shape[0]} px, but its image has {sample.image.shape[1]} x "
-                f"{sample.image.shape[0]}; delete {self.masks} and run the masks step again")
-        return replace(sample, instances=mask)
-
-
-class BareImages(Sequence):
-    """The unlabelled images: no points and no masks, so that none can leak into training."""
-
-    def __init__(self, dataset, indices: list[int], keep: bool):
-        self.dataset, self.indices = dataset, indices
-        self.kept: dict[int, Sample] | None = {} if keep else None
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, position: int) -> Sample:
-        return _kept(self.kept, position, self._read)
-
-    def _read(self, position: int) -> Sample:
-        sample = self.dataset[self.indices[position]]
-        return Sample(sample.image, np.zeros((0, 2), np.float32), name=sample.name)
-
-
-def _kept(kept: dict[int, Sample] | None, position: int, read) -> Sample:
-    if kept is None:
-        return read(position)
-    if position not in kept:
-        kept[position] = read(position)
-    return kept[position]
-
-
 # -- masks ---------------------------------------------------------------------------------
 
 
@@ -236,7 +184,8 @@ def make_masks(config: Config, indices: list[int], data: str = "", *,
     """EDP-SAM masks of training images; images done by the same code are kept."""
     segmenter = segmenters.open_segmenter(config.masks.segmenter, device())
     return mask_dataset(open_train(config, data), indices, segmenter, mask_folder(config),
-                        progress=progress, depends={"code": provenance.code("xmask.edp_sam"),
+                        wait=3600,  # trainings share masks: the second finds them made
+                        progress=progress, depends={"code": provenance.code(*_MASKING),
                                                     "versions": provenance.versions()},
                         **mask_options(config))
 
@@ -246,54 +195,54 @@ def labelled(config: Config, data: str = "") -> list[int]:
     return labelled_ids(open_train(config, data), config.percent)
 
 
-def mask_summary(config: Config, indices: list[int], data: str = "") -> pd.DataFrame:
-    """One row per masked image: heads, where their masks came from, score, and IoU with the
-    truth where the dataset has it (synthetic crowds)."""
-    dataset, folder, rows = open_train(config, data), mask_folder(config), []
-    for index in indices:
-        name = dataset.ids[index]
-        heads = pd.read_csv(folder / f"{name}.csv")
-        sample = dataset[index]
-        # "sam-point" and "classical-point" share a column
-        shares = heads["source"].str.split("-").str[-1].value_counts(normalize=True)
-        row = {"image": name, "heads": len(heads), "median_radius": heads["radius"].median(),
-               "score": heads["score"].mean()}
-        row |= {source: shares.get(source, 0.0) for source in edp_sam.SOURCES}
-        row["mean_iou"] = None
-        if sample.instances is not None and len(heads):
-            mask = read_masks(folder, name)
-            row["mean_iou"] = metrics.segmentation(mask, sample.instances)["mean_iou"]
-        rows.append(row)
-    return pd.DataFrame(rows)
+# -- what steps depend on ------------------------------------------------------------------
 
 
-# -- training and evaluation ---------------------------------------------------------------
+_READING = ("xmask.data.readers", "xmask.data.splits")  # code through which every image comes
+_MASKING = ("xmask.data.masks", *_READING)
+CODE = {"training": ("xmask.study.training", "xmask.data.training_images", *_MASKING),
+        "evaluation": ("xmask.study.evaluate", *_READING)}  # step -> modules it starts from
+
+
+def _training(config: Config) -> tuple[str, ...]:
+    selecting = CODE["evaluation"] if config.selection == "best-on-test" else ()
+    return tuple(dict.fromkeys((*CODE["training"], *selecting)))
+
+
+def _code(modules: tuple[str, ...]) -> dict[str, object]:
+    """What config.json and metrics.json say about the code that made them."""
+    return {"digest": provenance.code(*modules), "modules": list(modules)}
+
+
+def mask_fingerprint(config: Config, indices: list[int], data: str = "") -> str:
+    """What masks and their table depend on, as a digest."""
+    return provenance.fingerprint(
+        (*_MASKING, "xmask.study.mask_table"), _segmenter(config.masks.segmenter),
+        mask_options(config), open_train(config, data).checksum(), indices)
 
 
 def train_fingerprint(config: Config, data: str = "") -> str:
     """What a training depends on, as a digest: code, versions, configuration, data."""
-    dataset = open_train(config, data)
-    segmenter = segmenters.open_segmenter(config.masks.segmenter, "cpu").describe()
-    return provenance.digest(
-        provenance.code("xmask.trainer", "xmask.edp_sam", *_READING), provenance.versions(),
-        config.to_dict(), segmenter, dataset.checksum(), labelled(config, data), device().type,
-        _weights(config),
-    )
-
-
-def _weights(config: Config) -> str:
-    """Checksum of the file of pretrained weights; "" where the configuration names none."""
-    path = Path(config.network.weights)
-    return files.sha256(path) if path.is_file() else ""
+    weights = Path(config.network.weights)  # a file of pretrained weights, or a word
+    selecting = config.selection == "best-on-test"
+    return provenance.fingerprint(
+        _training(config), config.to_dict(), _segmenter(config.masks.segmenter),
+        open_train(config, data).checksum(), labelled(config, data), device().type,
+        files.sha256(weights) if weights.is_file() else "",
+        _test_of(config, data).checksum() if selecting else "")
 
 
 def evaluation_fingerprint(config: Config, data: str = "") -> str:
     """What an evaluation depends on, as a digest: its training and the test images."""
-    test = open_test(config.profile, config.dataset, data, config.max_side)
-    return provenance.digest(
-        provenance.code("xmask.study.evaluate", *_READING), train_fingerprint(config, data),
-        test.checksum(),
-    )
+    return provenance.fingerprint(CODE["evaluation"], train_fingerprint(config, data),
+                                  _test_of(config, data).checksum())
+
+
+_segmenter = cache(segmenters.describe)  # a checkpoint of gigabytes is read once
+
+
+def _test_of(config: Config, data: str):
+    return open_test(config.profile, config.dataset, data, config.max_side)
 
 
 def stamp_of(step: str, config: Config) -> Path:
@@ -301,73 +250,64 @@ def stamp_of(step: str, config: Config) -> Path:
     return work_folder(config.profile) / "stamps" / f"{step}-{config.run}.json"
 
 
+# -- training and evaluation ---------------------------------------------------------------
+
+
 def train(config: Config, data: str = "", *, progress: bool = True) -> Path:
     """Train one run into its folder (config.json, history.csv, model.safetensors).
 
     Returns the folder. A run that is complete and whose inputs, configuration and code are
     unchanged is left alone; one that was interrupted goes on from its checkpoint.
+    Raises ValueError, naming the other process, where one trains the same run.
     """
     folder, stamp = run_folder(config), stamp_of("train", config)
     fingerprint = train_fingerprint(config, data)
     if provenance.is_done(stamp, fingerprint):
         return folder
-    dataset = open_train(config, data)
-    chosen = labelled(config, data)
-    masks = make_masks(config, chosen, data, progress=progress)
-    rest = sorted(set(range(len(dataset))) - set(chosen))
-    keep = config.machine.cache_images
+    with files.lock(folder, wait=PATIENCE):
+        masks = make_masks(config, labelled(config, data), data, progress=progress)
+        _fit(config, data, masks, fingerprint, progress)
+        provenance.write_stamp(stamp, fingerprint, [folder / name for name in TRAINED])
+    return folder
+
+
+def _fit(config: Config, data: str, masks: Path, fingerprint: str, progress: bool) -> None:
+    dataset, chosen, folder = open_train(config, data), labelled(config, data), run_folder(config)
     score = None
     if config.selection == "best-on-test":
-        test = open_test(config.profile, config.dataset, data, config.max_side)
-
         def score(network):
-            return evaluation.count_error(network, test, config.evaluation)
+            return evaluation.count_error(network, _test_of(config, data), config.evaluation)
 
-    data_part = provenance.digest(dataset.checksum(), chosen, provenance.versions(),
-                                  provenance.code("xmask.trainer"))
-    trainer = Trainer(
-        config,
-        MaskedImages(dataset, chosen, masks, keep),
-        BareImages(dataset, rest, keep),
-        folder,
-        device=device(),
-        fingerprint=fingerprint,
-        cache=(work_folder(config.profile) / "phase1", data_part),
-        score=score,
-        progress=progress,
-    )
+    keep = Kept if config.machine.cache_images else (lambda images: images)
+    images = keep(dataset)
+    trainer = Trainer(config, keep(MaskedImages(images, chosen, masks, dataset.ids)),
+                      BareImages(images), device=device())
     for stale in ("metrics.json", "model.safetensors"):  # of an earlier configuration or code
         (folder / stale).unlink(missing_ok=True)
-    files.write_json(
-        folder / "config.json",
-        {
-            "profile": config.profile,
-            "dataset": config.dataset,
-            "percent": config.percent,
-            "seed": config.seed,
-            "variant": config.variant,
-            "synthetic": dataset.synthetic,
-            "backbone": {"name": config.network.backbone,
-                         "initialisation": trainer.initialisation},
-            "selection": config.selection,
-            "segmenter": segmenters.open_segmenter(config.masks.segmenter, "cpu").describe(),
-            "versions": provenance.versions(),
-            "device": device().type,
-            "data": {
-                "checksum": dataset.checksum(),
-                "settings": dataset.settings,
-                "labelled": [dataset.ids[i] for i in chosen],
-                "unlabelled": len(rest) if config.schedule.unlabelled else 0,
-            },
-            "config": config.to_dict(),
+    files.write_json(folder / "config.json", {
+        "profile": config.profile,
+        "dataset": config.dataset,
+        "percent": config.percent,
+        "seed": config.seed,
+        "variant": config.variant,
+        "synthetic": dataset.synthetic,
+        "backbone": {"name": config.network.backbone, "initialisation": trainer.initialisation},
+        "selection": config.selection,
+        "segmenter": _segmenter(config.masks.segmenter),
+        "code": _code(_training(config)),
+        "versions": provenance.versions(),
+        "device": device().type,
+        "data": {
+            "checksum": dataset.checksum(),
+            "settings": dataset.settings,
+            "labelled": [dataset.ids[i] for i in chosen],
+            "unlabelled": len(dataset) if config.schedule.unlabelled else 0,
         },
-    )
-    trainer.fit()
-    provenance.write_stamp(
-        stamp, fingerprint,
-        [folder / name for name in ("config.json", "history.csv", "model.safetensors")],
-    )
-    return folder
+        "config": config.to_dict(),
+    })
+    phase1 = provenance.fingerprint(("xmask.trainer", *_READING), dataset.checksum(), chosen)
+    training.fit(trainer, folder, fingerprint=fingerprint, score=score, progress=progress,
+                 shared=(work_folder(config.profile) / "phase1", phase1))
 
 
 def evaluate(config: Config, data: str = "", *, progress: bool = True) -> dict:
@@ -375,11 +315,12 @@ def evaluate(config: Config, data: str = "", *, progress: bool = True) -> dict:
     folder, stamp = train(config, data, progress=progress), stamp_of("evaluate", config)
     fingerprint = evaluation_fingerprint(config, data)
     if not provenance.is_done(stamp, fingerprint):
-        network, _, _ = evaluation.load(folder / "model.safetensors", device())
-        if config.machine.threads:
-            torch.set_num_threads(config.machine.threads)
-        test = open_test(config.profile, config.dataset, data, config.max_side)
-        files.write_json(folder / "metrics.json",
-                         evaluation.evaluate(network, test, config, folder, progress=progress))
-        provenance.write_stamp(stamp, fingerprint, [folder / "metrics.json"])
+        with files.lock(folder, wait=PATIENCE):
+            network, _, _ = predict.load_network(folder / "model.safetensors", device())
+            if config.machine.threads:
+                torch.set_num_threads(config.machine.threads)
+            result = evaluation.evaluate(network, _test_of(config, data), config, folder,
+                                         progress=progress)
+            files.write_json(folder / "metrics.json", result | {"code": _code(CODE["evaluation"])})
+            provenance.write_stamp(stamp, fingerprint, [folder / "metrics.json"])
     return files.read_json(folder / "metrics.json")

@@ -1,10 +1,10 @@
 """Run folders in, tables out: no number of a table is typed by anybody (paper: its result tables).
 
-Every table is a function of what `xmask.study.runs.load_runs` returns, and two calls on the same folders
-write the same bytes. Three rules keep the tables honest: a number measured on drawn (synthetic)
-crowds and a published number of real photographs never share a column; runs whose checkpoint was
-chosen on the test set (`best-on-test`) get tables of their own; what is not known is shown as "—",
-never guessed.
+Every table is a function of what `runs.load_runs` returns, and two calls on the same folders
+write the same bytes. Four rules keep the tables honest: a number measured on drawn crowds and a
+published number of real photographs never share a column, nor a dataset's name; runs whose
+checkpoint was chosen on the test set (`best-on-test`) get tables of their own; what is not known
+is shown as "—", never guessed; a number that was not read where it was published is marked.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from xmask.study.runs import DATASETS, SELECTIONS, UNKNOWN, VARIANTS, listing, l
 
 MAIN_VARIANTS = ("supervised-only", "xmask")  # this order in tables; then sweeps of parameters
 DISCS = {"disc_mean_iou": "discs", "exclusive_disc_mean_iou": "discs, exclusive"}  # baselines
+SECONDARY = " (secondary)"  # beside a number that was not read where it was published
 
 # One table, three formats
 
@@ -55,11 +56,6 @@ def measured(values: pd.Series, *, scale: float = 1.0, digits: int = 1,
 def _rounded(value: float, digits: int) -> float:
     """Round twice, so that 0.05 - 1e-15 is treated as 0.05; + 0.0 turns -0.0 into 0.0."""
     return round(round(float(value), 9), digits) + 0.0
-
-
-def _same_for_all(values: pd.Series) -> pd.Series:
-    """A baseline that is equal in all runs is one number, not a mean with ± 0.0."""
-    return values.round(9).drop_duplicates()
 
 
 @dataclass(frozen=True, repr=False)
@@ -146,6 +142,9 @@ def _table(name: str, caption: str, rows: list[dict], columns: list[str],
             frame[heading] = [None if value in (None, "unknown") else value
                               for value in frame[heading]]
             frame[heading] = pd.to_numeric(frame[heading]).convert_dtypes()
+    caption = _caption(caption, runs)
+    if any(SECONDARY in text for row in texts for text in row.values()):
+        caption += " Secondary: see the source; not checked where it was published."
     skipped = runs.attrs.get("skipped")
     if skipped:
         caption += f" Not evaluated yet and left out: {', '.join(skipped)}."
@@ -162,12 +161,10 @@ def _selection(runs: pd.DataFrame) -> str:
 
 
 def _caption(what: str, runs: pd.DataFrame) -> str:
-    kinds = " and ".join(
-        "synthetic (drawn) crowds" if kind == "synthetic" else "real photographs"
-        for kind in _kinds(runs))
     selection = {"last": "last (the final checkpoint, nothing chosen on test images)",
                  "best-on-test": "best-on-test (checkpoint chosen by its MAE on the test images)"}
-    return (f"{what} Profile {runs['profile'].iloc[0]}; measured on {kinds}; selection: "
+    return (f"{what} Profile {runs['profile'].iloc[0]}; "
+            f"measured on {crowds_of(runs['synthetic'])}; selection: "
             f"{selection[_selection(runs)]}; backbone {listing(runs['backbone'])}, "
             f"initialisation {listing(runs['initialisation'])}; "
             f"segmenter {listing(runs['segmenter'])}. ± is the sample standard deviation over "
@@ -176,12 +173,18 @@ def _caption(what: str, runs: pd.DataFrame) -> str:
 
 def kind_of(synthetic: bool) -> str:
     """The word for where a number was measured, used in every heading."""
-    return "synthetic" if synthetic else "real"
+    return "drawn" if synthetic else "real"
 
 
-def _kinds(runs: pd.DataFrame) -> list[str]:
-    present = set(map(kind_of, runs["synthetic"]))
-    return [kind for kind in ("synthetic", "real") if kind in present]
+def crowds_of(synthetic: pd.Series) -> str:
+    """What runs were measured on, in words, from their column `synthetic`."""
+    names = {True: "drawn crowds", False: "real photographs"}
+    return " and ".join(name for value, name in names.items() if (synthetic == value).any())
+
+
+def kinds(runs: pd.DataFrame) -> list[str]:
+    """The words of `kind_of` that occur in runs, drawn first."""
+    return [kind_of(value) for value in (True, False) if (runs["synthetic"] == value).any()]
 
 
 def main_variants(runs: pd.DataFrame) -> list[str]:
@@ -190,9 +193,12 @@ def main_variants(runs: pd.DataFrame) -> list[str]:
                    MAIN_VARIANTS)
 
 
-def title(dataset: str) -> str:
-    """The name of a dataset as people write it."""
-    return DATASETS.get(dataset, dataset)
+def title(dataset: str, synthetic: bool = False) -> str:
+    """The name of a dataset as people write it; drawn crowds only borrow its layout."""
+    name = DATASETS.get(dataset, dataset)
+    if not synthetic:
+        return name
+    return "drawn" if dataset == "synthetic" else f"drawn, {name} layout"
 
 
 # The tables
@@ -202,118 +208,139 @@ def read_published() -> pd.DataFrame:
     """The published numbers shipped with the package, every cell as printed (text).
 
     Columns: method, venue, labelled_percent ("" = not stated), dataset, metric, value, source.
+    A source that begins with "secondary" was not checked at the place of publication.
     """
     with resources.files("xmask.study").joinpath("published.csv").open(encoding="utf-8") as file:
         return pd.read_csv(file, dtype=str, keep_default_na=False)
 
 
 class Measure(NamedTuple):
-    """A column family: heading, column of `load_runs`, factor, metric name in published.csv."""
+    """A column family: heading, column of `load_runs`, factor, decimals, metric in published.csv,
+    and whether every run has the same value (a baseline: then no ± is shown)."""
 
     heading: str
     column: str
     scale: float = 1.0
+    digits: int = 1
     published: str | None = None
+    same: bool = False
+
+    def cell(self, group: pd.DataFrame) -> Cell | None:
+        """Mean and spread over the runs of a group; None where nothing is known."""
+        if self.column not in group:
+            return None
+        values = group[self.column]
+        if self.same:  # one number, not a mean with ± 0.0; the last bits may differ
+            values = values.round(9).drop_duplicates()
+        return measured(values, scale=self.scale, digits=self.digits)
+
+
+MAE, RMSE = Measure("MAE", "mae", published="mae"), Measure("RMSE", "rmse", published="rmse")
+IOU = Measure("mean IoU %", "mean_iou", 100.0, published="mean_iou")
+
+
+def distances(runs: pd.DataFrame) -> list[str]:
+    """The matching distances (px) at which heads were evaluated, the shortest first."""
+    return sorted((name.split("_")[1] for name in runs if name.startswith("f1_")), key=float)
+
+
+def _f1(runs: pd.DataFrame) -> list[Measure]:
+    return [Measure(f"F1 % at {px} px", f"f1_{px}", 100.0) for px in distances(runs)]
 
 
 def counting_table(runs: pd.DataFrame) -> Table:
     """MAE and RMSE (people) per dataset, percentage and method, ours beside the published."""
-    caption = ("Counting on the test images: MAE and RMSE (called MSE in this field), in people. "
-               "The constant count is the best single number for every image: it knows the "
-               "test counts and sees no image. Published "
+    caption = ("Counting on the test images: mean absolute error (MAE) and root mean square error "
+               "(RMSE, called MSE in this field), in people; beside them F1 of heads found within "
+               "a distance, since a right count of wrong places is worth little. "
+               "The constant count is the one number for all images that has the lowest MAE: it "
+               "knows the test counts and sees no image. Published "
                "numbers are of real photographs, as printed in their sources, with unknown "
                "resizing; the authors' XMask release chooses its checkpoint by test MAE.")
-    measures = [Measure("MAE", "mae", 1.0, "mae"), Measure("RMSE", "rmse", 1.0, "rmse")]
-    return _comparison("counting", caption, runs, measures, Measure("MAE", "constant_mae"))
+    constant = [Measure("MAE", "constant_mae", same=True),
+                Measure("RMSE", "constant_rmse", same=True)]
+    return _comparison("counting", caption, runs, [MAE, RMSE, *_f1(runs)],
+                       {"constant count": constant})
 
 
 def segmentation_table(runs: pd.DataFrame) -> Table:
     """Mean IoU, AP50, PQ and AJI in percent, ours beside the published mean IoU."""
     caption = ("Instance segmentation on the test images, in percent. Mean IoU: sum of the IoUs of "
                "the one-to-one matching of predicted to true instances, over the number of true "
-               f"instances. {_discs_explained()} Published numbers are of real photographs, as "
+               f"instances. {_DISCS_EXPLAINED} Published numbers are of real photographs, as "
                "printed in their sources.")
-    measures = [Measure("mean IoU %", "mean_iou", 100.0, "mean_iou"),
-                Measure("AP50 %", "ap50", 100.0), Measure("PQ %", "pq", 100.0),
-                Measure("AJI %", "aji", 100.0)]
-    return _comparison("segmentation", caption, runs, measures,
-                       *(Measure("mean IoU %", column, 100.0) for column in DISCS))
+    measures = [IOU, *(Measure(f"{name} %", name.lower(), 100.0) for name in ("AP50", "PQ", "AJI"))]
+    return _comparison("segmentation", caption, runs, measures, {
+        f"{discs}{',' * (',' in discs)} at the points of {{}}":
+            [Measure("mean IoU %", column, 100.0, same=True)] for column, discs in DISCS.items()})
 
 
-def _discs_explained() -> str:
-    return ("Discs: equal, whole discs at the points that the same runs predicted, which may "
-            "overlap; discs, exclusive: the same, but a contested pixel goes to the nearest point, "
-            "so that neighbours cut each other (the stricter baseline where heads touch); each of "
-            "the radius that is best on the test images.")
+_DISCS_EXPLAINED = (
+    "Discs: equal, whole discs at the points that the same runs predicted, which may overlap; "
+    "discs, exclusive: the same, but a contested pixel goes to the nearest point, so that "
+    "neighbours cut each other (the stricter baseline where heads touch); each of the radius that "
+    "is best on the test images.")
 
 
 def localisation_table(runs: pd.DataFrame) -> Table:
     """Precision, recall and F1 in percent, for every matching distance that was evaluated."""
-    sigmas = sorted((name.split("_")[1] for name in runs if name.startswith("precision_")),
-                    key=float)
     caption = ("Localisation on the test images, in percent: predicted and true heads matched one "
                "to one within the given distance in pixels. No published number was read.")
-    measures = [Measure(f"{label} % at {sigma} px", f"{name}_{sigma}", 100.0) for sigma in sigmas
-                for name, label in (("precision", "precision"), ("recall", "recall"),
-                                    ("f1", "F1"))]
-    return _comparison("localisation", caption, runs, measures)
+    return _comparison("localisation", caption, runs, [
+        Measure(f"{label} % at {px} px", f"{label.lower()}_{px}", 100.0)
+        for px in distances(runs) for label in ("precision", "recall", "F1")], {})
+
+
+def _headings(measures: Sequence[Measure], kind: str, what: str = "") -> list[str]:
+    return [f"{measure.heading}{what}, {kind} (ours)" for measure in measures]
+
+
+def _cells(measures: Sequence[Measure], group: pd.DataFrame, kind: str, what: str = ""
+           ) -> dict[str, Cell | None]:
+    return dict(zip(_headings(measures, kind, what), (one.cell(group) for one in measures)))
 
 
 def _comparison(name: str, caption: str, runs: pd.DataFrame, measures: list[Measure],
-                *baselines: Measure) -> Table:
-    """Rows of dataset × percentage × method: published, baselines, supervised only, XMask."""
-    ours = [f"{measure.heading}, {kind} (ours)" for kind in _kinds(runs) for measure in measures]
-    theirs = {measure.published: f"{measure.heading}, real (published)"
-              for measure in measures if measure.published}
+                baselines: dict[str, list[Measure]]) -> Table:
+    """Rows of dataset × percentage × method: published, baselines, supervised only, XMask.
+
+    baselines: measures by name; "{}" in the name stands for a variant, which then has its own row.
+    """
+    theirs = {one.published: f"{one.heading}, real (published)"
+              for one in measures if one.published}
+    columns = [heading for kind in kinds(runs) for heading in _headings(measures, kind)]
     rows: list[dict] = []
     for dataset in ordered(runs["dataset"], DATASETS):
         here = runs[runs["dataset"] == dataset]
         published = _published_rows(dataset, here["percent"], theirs) if theirs else []
         percents = {row["labelled %"] for row in published} | {f"{p:g}" for p in here["percent"]}
-        for percent in sorted(percents - {"unknown"}, key=float) + ["unknown"]:
+        for percent in [*sorted(percents - {"unknown"}, key=float), "unknown"]:
             rows += [row for row in published if row["labelled %"] == percent]
-            for kind in _kinds(here):
+            for kind in kinds(here):
                 part = here[(here["percent"].map("{:g}".format) == percent)
                             & (here["synthetic"].map(kind_of) == kind)]
-                rows += _baseline_rows(part, dataset, percent, kind, baselines)
-                for variant in main_variants(part):
-                    group = part[part["variant"] == variant]
-                    rows.append(_row(
-                        group, dataset, percent, f"{VARIANTS.get(variant, variant)} (ours)", kind,
-                        group["seed"].nunique(),
-                        {f"{measure.heading}, {kind} (ours)":
-                            measured(group[measure.column], scale=measure.scale)
-                         for measure in measures}))
+                variants = {VARIANTS.get(name, name): part[part["variant"] == name]
+                            for name in main_variants(part)}
+                for baseline, of in baselines.items():
+                    groups = variants if "{}" in baseline else {"": part} if len(part) else {}
+                    rows += [_row(group, f"{baseline.format(variant)} (baseline)", None, of)
+                             for variant, group in groups.items()]
+                rows += [_row(group, f"{variant} (ours)", group["seed"].nunique(), measures)
+                         for variant, group in variants.items()]
     if any(not row["runs"] for row in rows):
-        ours += list(theirs.values())
+        columns += theirs.values()
     else:  # nothing published stands here
         rows = [{key: row[key] for key in row if key not in ("venue", "source")} for row in rows]
-    return _table(name, _caption(caption, runs), rows, ours, runs)
+    return _table(name, caption, rows, columns, runs)
 
 
-def _baseline_rows(part: pd.DataFrame, dataset: str, percent: str, kind: str,
-                   baselines: Sequence[Measure]) -> list[dict]:
-    """The constant count once; discs per variant, because they stand at its points."""
-    rows = []
-    for baseline in baselines:
-        if baseline.column == "constant_mae":
-            groups = {"constant count (baseline)": part}
-        else:
-            discs = DISCS[baseline.column] + ("," if "," in DISCS[baseline.column] else "")
-            groups = {f"{discs} at the points of {VARIANTS.get(variant, variant)} (baseline)":
-                      part[part["variant"] == variant] for variant in main_variants(part)}
-        rows += [_row(group, dataset, percent, name, kind, None,
-                      {f"{baseline.heading}, {kind} (ours)":
-                       measured(_same_for_all(group[baseline.column]), scale=baseline.scale)})
-                 for name, group in groups.items() if len(group)]
-    return rows
-
-
-def _row(group: pd.DataFrame, dataset: str, percent: str, method: str, kind: str,
-         seeds: int | None, cells: dict[str, Cell | None]) -> dict:
-    return {"dataset": title(dataset), "labelled %": percent, "method": method, "venue": "",
-            "images": kind, "longer side": listing(group["longer_side"]), "seeds": seeds,
-            "cells": cells, "source": "", "runs": list(group["run"])}
+def _row(group: pd.DataFrame, method: str, seeds: int | None, measures: list[Measure]) -> dict:
+    first = group.iloc[0]
+    kind = kind_of(first["synthetic"])
+    return {"dataset": title(first["dataset"], first["synthetic"]),
+            "labelled %": f"{first['percent']:g}", "method": method, "venue": "", "images": kind,
+            "longer side": listing(group["longer_side"]), "seeds": seeds,
+            "cells": _cells(measures, group, kind), "source": "", "runs": list(group["run"])}
 
 
 def _published_rows(dataset: str, percents: pd.Series, columns: dict[str, str]) -> list[dict]:
@@ -336,8 +363,10 @@ def _published_rows(dataset: str, percents: pd.Series, columns: dict[str, str]) 
 
     for line in table[table["metric"].isin(list(columns))].itertuples():
         row = row_of(line.labelled_percent or "unknown", line.method, line.venue)
-        row["cells"][columns[line.metric]] = Cell(float(line.value), math.nan, line.value)
-        row["source"] = line.source
+        mark = SECONDARY if line.source.startswith("secondary") else ""
+        row["cells"][columns[line.metric]] = Cell(float(line.value), math.nan, line.value + mark)
+        if line.source not in row["source"]:
+            row["source"] += ("; " if row["source"] else "") + line.source
     stated = [percent for percent in table["labelled_percent"] if percent]
     for percent in {*stated, *(f"{value:g}" for value in percents)}:
         row_of(percent, "XMask", "ECCV'26")
@@ -356,44 +385,36 @@ def summary_table(runs: pd.DataFrame) -> Table:
         mae_ratio=(runs["mae"] / runs["constant_mae"]).where(runs["constant_mae"] > 0),
         **{f"{column}_ratio": (runs["mean_iou"] / runs[column]).where(runs[column] > 0)
            for column in DISCS})
-    shown = {"MAE": ("mae", 1.0, 1), "constant-count MAE": ("constant_mae", 1.0, 1),
-             "MAE / constant count": ("mae_ratio", 1.0, 3), "mean IoU %": ("mean_iou", 100.0, 1),
-             **{f"mean IoU % of {discs}": (column, 100.0, 1) for column, discs in DISCS.items()},
-             **{f"mean IoU / {discs}": (f"{column}_ratio", 1.0, 3)
-                for column, discs in DISCS.items()}}
-    ratios = [column for column, _, _ in shown.values() if column.endswith("_ratio")]
+    ratios = [Measure("MAE / constant count", "mae_ratio", digits=3),
+              *(Measure(f"mean IoU / {discs}", f"{column}_ratio", digits=3)
+                for column, discs in DISCS.items())]
+    measures = [MAE, Measure("constant-count MAE", "constant_mae", same=True), ratios[0], RMSE,
+                Measure("constant-count RMSE", "constant_rmse", same=True), *_f1(runs), IOU,
+                *(Measure(f"mean IoU % of {discs}", column, 100.0)
+                  for column, discs in DISCS.items()), *ratios[1:]]
     rows = []
-    for kind in _kinds(runs):
-        part = runs[runs["synthetic"].map(kind_of) == kind]
-        for percent in sorted(part["percent"].unique()):
-            for variant in main_variants(part):
-                group = part[(part["percent"] == percent) & (part["variant"] == variant)]
-                for dataset in ordered(group["dataset"], DATASETS):
-                    one = group[group["dataset"] == dataset]
-                    one_or_more = one.assign(constant_mae=_same_for_all(one["constant_mae"]))
-                    rows.append(_summary_row(one, title(dataset), {
-                        f"{heading}, {kind} (ours)":
-                            measured(one_or_more[column], scale=scale, digits=digits)
-                        for heading, (column, scale, digits) in shown.items()}))
-                means = group.groupby("dataset")[ratios].mean()
-                if len(means) > 1:  # the spread between datasets is no spread between seeds
-                    rows.append(_summary_row(group, f"mean of {len(means)} datasets", {
-                        f"{heading}, {kind} (ours)":
-                            measured(pd.Series([means[column].dropna().mean()]), digits=3)
-                        for heading, (column, _, _) in shown.items() if column in means}))
+    for _, group in sorted(
+            runs.groupby(["synthetic", "percent", "variant"], sort=False), key=lambda item: (
+                not item[0][0], item[0][1], main_variants(runs).index(item[0][2]))):
+        kept = ("dataset", "labelled %", "method", "images", "seeds", "cells", "runs")
+        method = f"{VARIANTS.get(group['variant'].iloc[0], group['variant'].iloc[0])} (ours)"
+        parts = [(group[group["dataset"] == dataset], measures)
+                 for dataset in ordered(group["dataset"], DATASETS)]
+        if len(parts) > 1:  # the spread between datasets is no spread between seeds
+            means = pd.DataFrame([group.groupby("dataset")[[one.column for one in ratios]].mean()
+                                  .mean()])
+            parts.append((group, []))
+        for part, shown in parts:
+            row = _row(part, method, part["seed"].nunique(), shown)
+            if not shown:
+                row["dataset"] = f"mean of {len(parts) - 1} datasets"
+                row["cells"] = _cells(ratios, means, row["images"])
+            rows.append({name: row[name] for name in kept})
     caption = ("Summary: our numbers against the baselines. MAE / constant count: below 1 beats "
                "the best single number for all images. Mean IoU / discs: above 1 beats discs. "
-               f"{_discs_explained()} The mean over datasets is of the ratios.")
-    columns = [f"{heading}, {kind} (ours)" for kind in _kinds(runs) for heading in shown]
-    return _table("summary", _caption(caption, runs), rows, columns, runs)
-
-
-def _summary_row(group: pd.DataFrame, dataset: str, cells: dict[str, Cell | None]) -> dict:
-    first = group.iloc[0]
-    return {"dataset": dataset, "labelled %": f"{first['percent']:g}",
-            "method": f"{VARIANTS.get(first['variant'], first['variant'])} (ours)",
-            "images": kind_of(first["synthetic"]), "seeds": group["seed"].nunique(),
-            "cells": cells, "runs": list(group["run"])}
+               f"{_DISCS_EXPLAINED} The mean over datasets is of the ratios.")
+    columns = [heading for kind in kinds(runs) for heading in _headings(measures, kind)]
+    return _table("summary", caption, rows, columns, runs)
 
 
 def ablation_pairs(runs: pd.DataFrame, dataset: str, percent: float) -> dict[str, tuple]:
@@ -409,7 +430,7 @@ def ablation_pairs(runs: pd.DataFrame, dataset: str, percent: float) -> dict[str
             f"one other, found {listing(part['variant']) or 'none'}. Train one with a variant: "
             f"{', '.join(name for name in VARIANTS if name != 'xmask')}.")
     if part["synthetic"].nunique() > 1:
-        raise ValueError(f"ablation of {dataset} at {percent:g}%: synthetic and real runs cannot "
+        raise ValueError(f"ablation of {dataset} at {percent:g}%: drawn and real runs cannot "
                          "be compared. Filter `synthetic`.")
     _selection(part)
     full = part[part["variant"] == "xmask"].set_index("seed").sort_index()
@@ -425,40 +446,37 @@ def ablation_table(runs: pd.DataFrame, dataset: str, percent: float) -> Table:
     """Every variant against the full method on the same seeds: numbers and paired differences.
 
     Raises ValueError if there is no full run, no variant, or a mixture of selections or of
-    synthetic and real runs.
+    drawn and real runs.
     """
     pairs = ablation_pairs(runs, dataset, percent)
-    kind = kind_of(pairs["xmask"][0]["synthetic"].iloc[0])
-    shown = {"MAE": ("mae", 1.0), "RMSE": ("rmse", 1.0), "mean IoU %": ("mean_iou", 100.0)}
+    synthetic = bool(pairs["xmask"][0]["synthetic"].iloc[0])
+    kind, measures = kind_of(synthetic), [MAE, RMSE, *_f1(runs), IOU]
     rows = []
     for variant, (group, full) in pairs.items():
-        cells = {f"{heading}, {kind} (ours)": measured(group[column], scale=scale)
-                 for heading, (column, scale) in shown.items()}
+        cells = _cells(measures, group, kind)
         if variant != "xmask" and len(full):
-            cells |= {f"{heading} difference, {kind} (ours)":
-                      measured(group[column] - full[column], scale=scale, signed=True)
-                      for heading, (column, scale) in shown.items()}
+            cells |= {heading: measured(group[one.column] - full[one.column], scale=one.scale,
+                                        signed=True)
+                      for heading, one in zip(_headings(measures, kind, " difference"), measures)}
         rows.append({"variant": VARIANTS.get(variant, variant), "seeds": len(group),
                      "cells": cells, "runs": list(group["run"])})
     used = runs[runs["run"].isin({run for row in rows for run in row["runs"]})]
-    caption = (f"Ablation, {title(dataset)}, {percent:g}% labelled. Difference: the variant minus "
-               "the full XMask of the same seeds; a lower MAE and RMSE and a higher mean IoU are "
-               "better.")
+    caption = (f"Ablation, {title(dataset, synthetic)}, {percent:g}% labelled. Difference: the "
+               "variant minus the full XMask of the same seeds; a lower MAE and RMSE and a higher "
+               "F1 and mean IoU are better.")
     if min(row["seeds"] for row in rows) < 2:
         caption += (" With one seed, a difference is not evidence: it may be the luck of that "
                     "seed.")
-    columns = [f"{heading}{what}, {kind} (ours)" for what in ("", " difference")
-               for heading in shown]
-    return _table(f"ablation_{dataset}-{percent:g}", _caption(caption, used), rows, columns, used)
+    columns = [*_headings(measures, kind), *_headings(measures, kind, " difference")]
+    return _table(f"ablation_{dataset}-{percent:g}", caption, rows, columns, used)
 
 
 def ablations(runs: pd.DataFrame) -> list[tuple[str, float]]:
     """The (dataset, percentage) pairs that have the full method and a `without-` variant."""
-    return [(dataset, percent) for dataset in ordered(runs["dataset"], DATASETS)
-            for percent in sorted(runs.loc[runs["dataset"] == dataset, "percent"].unique())
-            if "xmask" in (found := set(runs.loc[(runs["dataset"] == dataset)
-                                                 & (runs["percent"] == percent), "variant"]))
-            and any(variant.startswith("without-") for variant in found)]
+    found = runs.groupby(["dataset", "percent"])["variant"].agg(set)
+    return sorted((pair for pair, variants in found.items() if "xmask" in variants
+                   and any(name.startswith("without-") for name in variants)),
+                  key=lambda pair: (ordered(runs["dataset"], DATASETS).index(pair[0]), pair[1]))
 
 
 def all_tables(runs: pd.DataFrame) -> list[Table]:
@@ -482,8 +500,13 @@ def write_tables(results_folder: str | Path, out: str | Path,
     """
     runs, out = load_runs(results_folder, only), Path(out)
     paths = [path for table in all_tables(runs) for path in table.write(out)]
-    name = r"(counting|segmentation|localisation|summary|ablation_.+)(_best-on-test)?\.(csv|md|tex)"
-    for path in sorted(out.iterdir()):
-        if path not in paths and re.fullmatch(name, path.name):
-            path.unlink()
+    remove_others(out, r"(counting|segmentation|localisation|summary|ablation_.+)"
+                       r"(_best-on-test)?\.(csv|md|tex)", paths)
     return paths
+
+
+def remove_others(folder: Path, pattern: str, kept: Sequence[Path]) -> None:
+    """Remove the files of a folder whose whole name matches the pattern, but the kept ones."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path not in kept and re.fullmatch(pattern, path.name):
+            path.unlink()

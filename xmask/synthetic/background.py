@@ -6,7 +6,8 @@ import numpy as np
 
 from xmask.synthetic.colours import CLOTH
 from xmask.synthetic.scene import Scenery
-from xmask.synthetic.sprites import Figure, cloud_tile, cloud_field, window
+from xmask.synthetic.sprites import Figure, cloud_field, cloud_tile, window
+
 
 def paint_background(rng, scene: Scenery) -> np.ndarray:
     """Ground, and above it what the place has: sky, houses, trees, a stage, a wall. (3, H, W)."""

@@ -11,6 +11,7 @@ from xmask.synthetic.colours import CLOTH
 from xmask.synthetic.scene import WEATHER, Scenery
 from xmask.synthetic.sprites import cloud_field
 
+
 def photograph(rng, scene: Scenery, canvas: np.ndarray) -> np.ndarray:
     """The camera: haze, rain or snow, colour cast, exposure, blur, noise, JPEG; uint8 (H, W, 3)."""
     height, width = scene.shape

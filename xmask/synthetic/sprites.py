@@ -12,6 +12,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
+
 @dataclass
 class Sprite:
     """A small picture: rgb (3, h, w) multiplied by alpha, its corner, and where it is opaque."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +45,8 @@ def encode(labels: np.ndarray) -> dict[int, dict[str, Any]]:
     return result
 
 
-def annotations(labels: np.ndarray, table: pd.DataFrame, image_id: int,
-                first_id: int) -> Iterator[dict[str, Any]]:
-    """One COCO annotation per head that has pixels; ids count from `first_id`.
+def annotations(labels: np.ndarray, table: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    """One COCO annotation per head that has pixels, without its ids (see `write_document`).
 
     labels: (H, W) int, 0 background, k head k. table: a row a head, as EDP-SAM's.
     Besides COCO's own fields: head (k), point (x, y), score (the confidence) and source
@@ -59,39 +58,51 @@ def annotations(labels: np.ndarray, table: pd.DataFrame, image_id: int,
             continue
         segmentation = runs[row.head]
         yield {
-            "id": first_id, "image_id": image_id, "category_id": 1, "iscrowd": 0,
-            "segmentation": segmentation,
+            "category_id": 1, "iscrowd": 0, "segmentation": segmentation,
             "area": int(coco_mask.area(segmentation)),
             "bbox": [float(v) for v in coco_mask.toBbox(segmentation)],
             "head": int(row.head), "point": [float(row.x), float(row.y)],
             "score": float(row.score), "source": str(row.source)}
-        first_id += 1
+
+
+def write_document(
+    path: str | os.PathLike, info: dict[str, Any],
+    entries: Iterable[tuple[dict[str, Any], Iterable[dict[str, Any]]]],
+) -> Path:
+    """Write a COCO file image by image: it never lies in memory whole.
+
+    entries: per image its fields and its annotations, both without ids; ids count from 1 in the
+    order given.
+    """
+    images, number = [], 0
+    with files.replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as out:
+        out.write(f'{{"info": {json.dumps(info)},\n'
+                  '"categories": [{"id": 1, "name": "head", "supercategory": "person"}],\n'
+                  '"annotations": [')
+        for image, found in entries:
+            images.append({"id": len(images) + 1, **image})
+            for one in found:
+                number += 1
+                one = {"id": number, "image_id": len(images), **one}
+                out.write(("\n" if number == 1 else ",\n") + json.dumps(one))
+        out.write('],\n"images": ' + json.dumps(images) + "}\n")
+    return Path(path)
 
 
 def write(folder: str | os.PathLike, names: dict[str, str], path: str | os.PathLike) -> Path:
-    """All complete images of a folder of masks as one COCO file; images are written one by one.
+    """All complete images of a folder of masks as one COCO file.
 
     names: image id -> file name. Ids of images count from 1 in that order.
     """
     from xmask.data.masks import is_complete, read_masks
 
-    folder, path = Path(folder), Path(path)
-    images, number = [], 1
-    with files.replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as out:
-        out.write('{"info": {"description": "EDP-SAM masks of heads, made by XMask"},\n'
-                  '"categories": [{"id": 1, "name": "head", "supercategory": "person"}],\n'
-                  '"annotations": [')
-        separator = "\n"
-        for image_id, (name, file_name) in enumerate(names.items(), start=1):
-            if not is_complete(folder, name):
-                continue
-            labels = read_masks(folder, name)
-            table = pd.read_csv(folder / f"{name}.csv", keep_default_na=False)
-            images.append({"id": image_id, "file_name": file_name, "height": labels.shape[0],
-                           "width": labels.shape[1]})
-            for one in annotations(labels, table, image_id, number):
-                out.write(separator + json.dumps(one))
-                separator = ",\n"
-                number += 1
-        out.write('],\n"images": ' + json.dumps(images) + "}\n")
-    return path
+    def entries() -> Iterator[tuple[dict[str, Any], Iterator[dict[str, Any]]]]:
+        for name, file_name in names.items():
+            if is_complete(Path(folder), name):
+                labels = read_masks(folder, name)
+                table = pd.read_csv(Path(folder) / f"{name}.csv", keep_default_na=False)
+                yield ({"file_name": file_name, "height": labels.shape[0],
+                        "width": labels.shape[1]}, annotations(labels, table))
+
+    return write_document(
+        path, {"description": "EDP-SAM masks of heads, made by XMask"}, entries())

@@ -44,7 +44,7 @@ def write(dataset: Any, folder: str | os.PathLike, path: str | os.PathLike) -> P
     dataset: the one the masks were made of. It shows photographs: mind their licence.
     """
     from xmask.data.masks import read_masks
-    from xmask.study.figures import overlay
+    from xmask.tools.overlay import overlay
 
     worst = confidence(folder)
     worst = worst[worst["image"].isin(dataset.ids)].head(WORST)

@@ -142,7 +142,7 @@ def close_up(image: np.ndarray, labels: np.ndarray, points: np.ndarray, k: int,
 
     image: (H, W, 3) uint8; labels: (H, W) label map; points: (N, 2) px; box: x0, y0, x1, y1 px.
     """
-    from xmask.study.figures import overlay
+    from xmask.tools.overlay import overlay
 
     radius = float(nnec.exclusion_radii(points, labels.shape)[k - 1])
     half = max(round(2.5 * radius), 12)

@@ -1,6 +1,6 @@
 """Move the thresholds of the decoding and watch pixels change owner (paper: pseudo-masks).
 
-`Scene` holds one image and answers what theta, lambda and sigma make of it; nothing in it knows of
+`Explorer` holds one image and answers what theta, lambda and sigma make of it; it knows no
 widgets. What no slider changes is computed once: circles, the incidence list, the geometric term,
 and, for each step of the sigma slider, the distances in the smoothed embedding. A move is then
 one multiply-add over the list, one minimum per pixel and one painting. `explore` puts sliders on
@@ -17,26 +17,26 @@ import numpy as np
 import torch
 from PIL import Image
 
-from xmask import decode, energy, nnec
+from xmask import decode, nnec
 from xmask.features import sample_at, smooth, upsample
-from xmask.study.figures import INSTANCES
 from xmask.predict import Predictor
+from xmask.tools.overlay import INSTANCES
 
 if TYPE_CHECKING:
     import ipywidgets
 
 SIGMAS = (0.0, 0.75, 1.5, 2.25, 3.0, 4.0)  # px; the paper smooths with 1.5 in training, 3 after
-VIEWS = ("masks", "ownership", "energy", "image")
+PICTURES = ("masks", "ownership", "energy", "image")
 _TOP = 2.0  # energy that has the lightest colour; theta is 0.8 to 1.1 in the paper
 _OPACITY = 0.45
 
 
 @dataclass(frozen=True)
-class View:
+class ExplorerSettings:
     """What is looked at: thresholds, and what is painted.
 
     theta: energy from which a pixel is background. geometry_weight: lambda, weight of the
-    distance to the head. sigma: px, one of `Scene.sigmas`. show: "masks", "ownership" (the head
+    distance to the head. sigma: px, one of `Explorer.sigmas`. show: "masks", "ownership" (the head
     of lowest energy, whatever theta says), "energy" (that energy) or "image". circles, points:
     draw exclusion circles and heads on top.
     """
@@ -49,7 +49,7 @@ class View:
     points: bool = True
 
 
-class Scene:
+class Explorer:
     """One image with its heads and its embedding.
 
     image: (H, W, 3) uint8. points: (N, 2) (x, y) px. embedding: (D, h, w) tensor at stride 4 that
@@ -66,14 +66,14 @@ class Scene:
         pairs = nnec.circles(heads, self.radii, shape)
         order, self._layers = _layers(pairs.pixel.numpy())
         pairs = pairs.select(order)
-        head, pixel = pairs.head, pairs.pixel
-        self._owner, self._pixel = (head + 1).to(torch.int32).numpy(), pixel.numpy()
+        self._owner = (pairs.head + 1).to(torch.int32).numpy()
+        self._pixel = pairs.pixel.numpy()
         full = upsample(embedding.cpu(), 4)[:, :shape[0], :shape[1]]
         self._distance: dict[float, np.ndarray] = {}
         for sigma in sigmas:
             features = smooth(full, sigma)
-            distance, spread = energy.pair_terms(
-                features, sample_at(features, heads), heads, self.radii, head, pixel)
+            distance, spread = decode.pair_terms(
+                features, sample_at(features, heads), self.radii, pairs)
             self._distance[sigma], self._spread = distance.numpy(), spread.numpy()
         # pictures are painted as one number a pixel: four times fewer steps than by channel
         self._image = _packed(image)
@@ -87,14 +87,11 @@ class Scene:
         self._labels: tuple[tuple, np.ndarray] | None = None
 
     @classmethod
-    def of(cls, model: Predictor, image: np.ndarray) -> Scene:
+    def of(cls, model: Predictor, image: np.ndarray) -> Explorer:
         """The heads and the embedding that a model finds in an image."""
         logits, embedding = model.maps(image)
-        height, width = image.shape[:2]
-        seen = logits[: -(-height // 4), : -(-width // 4)]
-        points, _ = decode.points_from_logits(seen, threshold=model.decoding.point_threshold)
-        points = torch.minimum(points, points.new_tensor([width - 1, height - 1]))
-        return cls(image, points.cpu().numpy(), embedding)
+        found = decode.predict(logits, embedding, image.shape[:2], model.decoding)
+        return cls(image, found.points, embedding)
 
     @property
     def pairs(self) -> int:
@@ -109,7 +106,7 @@ class Scene:
         """
         if sigma not in self._distance:
             raise ValueError(f"sigma: {sigma} was not prepared; choose one of "
-                             f"{', '.join(map(str, self.sigmas))}, or give sigmas to Scene")
+                             f"{', '.join(map(str, self.sigmas))}, or give sigmas to Explorer")
         key = geometry_weight, sigma
         if self._assigned is None or self._assigned[0] != key:  # theta alone moves for free
             claimed = self._distance[sigma] + np.float32(geometry_weight) * self._spread
@@ -124,41 +121,41 @@ class Scene:
             self._assigned = key, owner.reshape(self.shape), lowest.reshape(self.shape)
         return self._assigned[1:]
 
-    def label_map(self, view: View) -> np.ndarray:
+    def label_map(self, settings: ExplorerSettings) -> np.ndarray:
         """(H, W) int32: what `decode.instance_map` gives with these thresholds."""
-        key = view.theta, view.geometry_weight, view.sigma
+        key = settings.theta, settings.geometry_weight, settings.sigma
         if self._labels is None or self._labels[0] != key:
-            owner, lowest = self.assign(view.geometry_weight, view.sigma)
-            self._labels = key, owner * (lowest < view.theta)
+            owner, lowest = self.assign(settings.geometry_weight, settings.sigma)
+            self._labels = key, owner * (lowest < settings.theta)
         return self._labels[1]
 
-    def paint(self, view: View) -> np.ndarray:
-        """(H, W, 3) uint8 picture of a view."""
-        if view.show not in VIEWS:
-            raise ValueError(f"show: {view.show!r} is not one of {', '.join(VIEWS)}")
-        if view.show == "image":
+    def paint(self, settings: ExplorerSettings) -> np.ndarray:
+        """(H, W, 3) uint8 picture with these settings."""
+        if settings.show not in PICTURES:
+            raise ValueError(f"show: {settings.show!r} is not one of {', '.join(PICTURES)}")
+        if settings.show == "image":
             painted = self._image.copy()
-        elif view.show == "energy":
-            _, lowest = self.assign(view.geometry_weight, view.sigma)
+        elif settings.show == "energy":
+            _, lowest = self.assign(settings.geometry_weight, settings.sigma)
             step = np.minimum(lowest * (254 / _TOP), 254).astype(np.uint8)
             step[np.isinf(lowest)] = 255
             painted = _HEAT.take(step)
         else:
-            labels = (self.label_map(view) if view.show == "masks"
-                      else self.assign(view.geometry_weight, view.sigma)[0])
+            labels = (self.label_map(settings) if settings.show == "masks"
+                      else self.assign(settings.geometry_weight, settings.sigma)[0])
             painted = np.where(labels > 0, self._dimmed + self._fill.take(labels), self._image)
             edge = np.flatnonzero(_edges(labels))
             painted.ravel()[edge] = self._line.take(labels.ravel()[edge])
-        if view.circles:
-            painted.ravel()[self._circles] = _BLACK if view.show == "energy" else _WHITE
-        if view.points:
+        if settings.circles:
+            painted.ravel()[self._circles] = _BLACK if settings.show == "energy" else _WHITE
+        if settings.points:
             _dots(painted, self.points)
         return np.ascontiguousarray(painted.view(np.uint8).reshape(*self.shape, 4)[..., :3])
 
-    def summary(self, view: View) -> dict[str, float]:
+    def summary(self, settings: ExplorerSettings) -> dict[str, float]:
         """heads; with_mask: heads that own a pixel; covered: share of pixels in masks; median
         area of a mask, px."""
-        area = np.bincount(self.label_map(view).ravel(), minlength=len(self.points) + 1)[1:]
+        area = np.bincount(self.label_map(settings).ravel(), minlength=len(self.points) + 1)[1:]
         return {"heads": len(self.points), "with_mask": int((area > 0).sum()),
                 "covered": float(area.sum() / (self.shape[0] * self.shape[1])),
                 "median_area": float(np.median(area[area > 0])) if area.any() else 0.0}
@@ -171,37 +168,38 @@ def jpeg(picture: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
-def explore(scene: Scene, view: View | None = None) -> ipywidgets.Widget:
+def explore(explorer: Explorer, settings: ExplorerSettings | None = None) -> ipywidgets.Widget:
     """Sliders for theta, lambda and sigma, a choice of picture, and the picture.
 
-    Show it in a notebook by making it the last value of a cell. `view` is where it starts.
+    Show it in a notebook by making it the last value of a cell. `settings` is where it starts.
     """
     import ipywidgets as w
 
-    view = view or View()
+    settings = settings or ExplorerSettings()
     style = {"description_width": "9em"}
     wide = w.Layout(width="32em", max_width="98%")
     slider = dict(style=style, layout=wide, continuous_update=True, readout_format=".2f")
     controls = {
-        "theta": w.FloatSlider(view.theta, min=0, max=2, step=0.05,
+        "theta": w.FloatSlider(settings.theta, min=0, max=2, step=0.05,
                                description="θ, threshold", **slider),
-        "geometry_weight": w.FloatSlider(view.geometry_weight, min=0, max=2, step=0.05,
+        "geometry_weight": w.FloatSlider(settings.geometry_weight, min=0, max=2, step=0.05,
                                          description="λ, geometry", **slider),
-        "sigma": w.SelectionSlider(options=scene.sigmas, value=view.sigma, style=style,
+        "sigma": w.SelectionSlider(options=explorer.sigmas, value=settings.sigma, style=style,
                                    layout=wide, description="σ, smoothing (px)"),
-        "show": w.ToggleButtons(options=VIEWS, value=view.show, style={"button_width": "7em"}),
-        "circles": w.Checkbox(view.circles, description="exclusion circles", indent=False,
+        "show": w.ToggleButtons(options=PICTURES, value=settings.show,
+                                style={"button_width": "7em"}),
+        "circles": w.Checkbox(settings.circles, description="exclusion circles", indent=False,
                               layout=w.Layout(width="12em")),
-        "points": w.Checkbox(view.points, description="heads", indent=False,
+        "points": w.Checkbox(settings.points, description="heads", indent=False,
                              layout=w.Layout(width="8em")),
     }
     picture = w.Image(format="jpeg", layout=w.Layout(max_width="100%", object_fit="contain"))
     line = w.HTML()
 
     def refresh(_=None) -> None:
-        now = View(**{name: control.value for name, control in controls.items()})
-        picture.value = jpeg(scene.paint(now))
-        line.value = describe(scene, now)
+        now = ExplorerSettings(**{name: control.value for name, control in controls.items()})
+        picture.value = jpeg(explorer.paint(now))
+        line.value = describe(explorer, now)
 
     for control in controls.values():
         control.observe(refresh, names="value")
@@ -213,10 +211,10 @@ def explore(scene: Scene, view: View | None = None) -> ipywidgets.Widget:
     return box
 
 
-def describe(scene: Scene, view: View) -> str:
-    """One line about a view."""
-    s = scene.summary(view)
-    scale = f"; dark is energy 0, light {_TOP:g}, white no circle" * (view.show == "energy")
+def describe(explorer: Explorer, settings: ExplorerSettings) -> str:
+    """One line about what these settings show."""
+    s = explorer.summary(settings)
+    scale = f"; dark is energy 0, light {_TOP:g}, white no circle" * (settings.show == "energy")
     return (f"{s['heads']} heads, {s['with_mask']} with a mask; masks cover "
             f"{100 * s['covered']:.1f}% of the image, median {s['median_area']:.0f} px{scale}")
 
@@ -284,8 +282,7 @@ def _dots(picture: np.ndarray, points: np.ndarray) -> None:
     height, width = picture.shape
     place = np.rint(points).astype(np.int64)
     for reach, value in ((1, _BLACK), (0, _WHITE)):
-        for dy in range(-reach, reach + 1):
-            for dx in range(-reach, reach + 1):
-                x = np.clip(place[:, 0] + dx, 0, width - 1)
-                y = np.clip(place[:, 1] + dy, 0, height - 1)
-                picture[y, x] = value
+        for dy, dx in np.ndindex(2 * reach + 1, 2 * reach + 1):
+            x = np.clip(place[:, 0] + dx - reach, 0, width - 1)
+            y = np.clip(place[:, 1] + dy - reach, 0, height - 1)
+            picture[y, x] = value

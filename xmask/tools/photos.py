@@ -1,32 +1,34 @@
 """`xmask predict`: a list of image files in, for each its count, points, masks and overlay out.
 
 A bad file is named and the others go on. Every image is finished on its own, atomically, and
-stamped with what it was made from (image, model, settings, code), so that the same command after
-an interruption does only what is missing.
+noted with what it was made from (image, model, settings, code), so that the same command after
+an interruption does only what is missing, and a second call adds to the results of the first.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import glob
+import json
 import os
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
 from xmask import files, provenance
-from xmask.tools import coco
+from xmask.data.annotations import MOST_HEADS
+from xmask.data.images import SUFFIXES, is_image, upright
 from xmask.data.images import decode as decode_file
-from xmask.data.images import read_labels, upright
 from xmask.predict import Predictor, check_side
+from xmask.tools import coco
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm")
-MOST = 65535  # heads that a 16-bit label map can hold
 _STRIP = 512  # rows painted at a time
 
 
@@ -55,22 +57,21 @@ def find(arguments: Sequence[str | os.PathLike]) -> list[Photo]:
     """The image files that files, folders and globs name, once each, in order.
 
     A folder gives the images directly in it, by their suffix; a glob may hold ** for folders
-    below. A file named outright is taken whatever its suffix, and may be missing: that is said
-    when its turn comes. Names are file names without suffix; where two are alike, the suffix and
-    folders (with dashes) are added.
+    below. Left out are hidden files and what an earlier call has written. A file named outright
+    is taken whatever its suffix, and may be missing: that is said when its turn comes. Names are
+    file names without suffix; where two are alike, the suffix and folders (with dashes) are added.
     Raises ValueError for a folder or glob that gives no image.
     """
     paths: list[Path] = []
     for argument in map(os.fspath, arguments):
         path = Path(argument)
         if path.is_dir():
-            found = sorted(p for p in path.iterdir() if _is_image(p))
+            found = _images(path.iterdir())
             if not found:
                 raise ValueError(f"{path}: no image in this folder ({', '.join(SUFFIXES)}). For "
                                  f"folders below it give the glob '{path}/**/*.jpg', in quotes.")
         elif glob.has_magic(argument) and not path.exists():
-            found = sorted(Path(p) for p in glob.glob(argument, recursive=True)
-                           if _is_image(Path(p)))
+            found = _images(map(Path, glob.glob(argument, recursive=True)))
             if not found:
                 raise ValueError(f"{argument}: no image matches this pattern. Check it against "
                                  f"the folder; images are {', '.join(SUFFIXES)}.")
@@ -84,91 +85,188 @@ def find(arguments: Sequence[str | os.PathLike]) -> list[Photo]:
     return [Photo(path, name) for path, name in zip(paths, _names(paths))]
 
 
+def _images(paths: Iterable[Path]) -> list[Path]:
+    """The images among paths, in order, without those that this package has written."""
+    found = sorted(filter(is_image, paths))
+    ours = {folder: set(files.read_record(folder)) for folder in {p.parent for p in found}}
+    return [p for p in found if p.name not in ours[p.parent]]
+
+
 def _names(paths: list[Path]) -> list[str]:
-    stems = Counter(path.stem for path in paths)
+    stems = Counter(path.stem.casefold() for path in paths)
     full = [path.absolute() for path in paths]
     shared = os.path.commonpath([path.parent for path in full]) if full else ""
-    names: list[str] = []
+    names, taken = [], set()
     for path in full:
         name = path.stem
-        if stems[name] > 1:
+        if stems[name.casefold()] > 1:
             name = "-".join(path.relative_to(shared).parts)
-        while name in names:
-            name += "_"
-        names.append(name)
+        names.append(_free(_plain(name), taken))
+        taken.add(names[-1].casefold())
     return names
 
 
-def _is_image(path: Path) -> bool:
-    return (path.is_file() and path.suffix.lower() in SUFFIXES
-            and not path.name.startswith("."))
+def _plain(name: str) -> str:
+    """A name that every file system and every text file can hold: bytes that are not UTF-8, and
+    backslashes, become %XX."""
+    return re.sub(r"[\udc80-\udcff\\]", lambda m: f"%{ord(m[0]) & 0xff:02X}", name)
+
+
+def _free(name: str, taken: Collection[str]) -> str:
+    """`name`, with as many underscores as make it another than all in `taken` (lower case)."""
+    while name.casefold() in taken:
+        name += "_"
+    return name
 
 
 def run(photos: Sequence[Photo], model: Predictor, out: str | os.PathLike, *,
-        max_side: int | None = None, progress: bool = True) -> list[Row]:
+        max_side: int | None = None, overwrite: bool = False, progress: bool = True) -> list[Row]:
     """Predict every photo into the folder `out`; return one row for each, failed or not.
 
-    max_side: as in `Predictor.predict`.
+    max_side: as in `Predictor.predict`. overwrite: as of `files.OutputFolder`, which `out` is.
 
     Written for a photo named N: `N.points.csv` (x, y, score, area in pixels), `N.masks.png`
-    (16-bit label map, value k the head of line k), `N.overlay.png`; for the call: `counts.csv`,
-    `coco.json` (all masks as RLE) and `model.json` (the record of the model and the thresholds).
-    Raises ValueError where `out` is a file, and for a max_side that no image can have.
+    (16-bit label map, value k the head of line k), `N.overlay.png`. Written for all results in
+    the folder, of earlier calls, too: `counts.csv` (by name, and what failed in this call) and
+    `coco.json` (all masks as RLE); for this call `model.json` (the record of the model and the
+    thresholds). A photo keeps its name from call to call; another one of the same name gets the
+    name of its folder before its own.
+    Raises ValueError for a max_side that no image can have, and what `files.OutputFolder` does.
     """
-    out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out}: is a file; results need a folder, give the name of one (--out)")
     check_side(max_side)
-    rows = []
-    bar = tqdm(photos, desc="predict", unit="image", disable=not progress)
-    for photo in bar:
-        bar.set_postfix_str(photo.name[-30:], refresh=False)
-        try:
-            rows.append(_one(photo, model, out, max_side))
-        except (OSError, ValueError, RuntimeError, MemoryError) as error:  # out of memory, too
-            message = " ".join(str(error).split()) or type(error).__name__
-            rows.append(Row(str(photo.path), photo.name, error=message))
-    files.write_json(out / "model.json",
-                     model.record | {"decoding": dataclasses.asdict(model.decoding),
-                                     "max_side": max_side})
-    table = pd.DataFrame(rows).astype({name: "Int64" for name in ("count", "width", "height")})
-    files.write_text(out / "counts.csv", table.to_csv(index=False, lineterminator="\n"))
-    files.write_json(out / "coco.json", _coco(rows, model, out))
+    with files.OutputFolder(out, overwrite=overwrite) as folder:
+        for name in ("counts.csv", "coco.json", "model.json"):
+            folder.make_way(folder.path / name)
+        results, rows = _Results(folder, model, max_side), []
+        bar = tqdm(photos, desc="predict", unit="image", disable=not progress)
+        for photo in bar:
+            bar.set_postfix_str(_plain(photo.name[-30:]), refresh=False)
+            try:
+                rows.append(results.add(photo))
+            except (OSError, ValueError, RuntimeError, MemoryError) as error:  # out of memory, too
+                message = " ".join(str(error).split()) or type(error).__name__
+                rows.append(Row(str(photo.path), photo.name, error=message))
+        files.write_json(folder.path / "model.json", model.record | {
+            "decoding": model.decoding.model_dump(), "max_side": max_side})
+        results.write_tables([row for row in rows if row.error])
     return rows
 
 
-def _one(photo: Photo, model: Predictor, out: Path, max_side: int | None) -> Row:
-    """Predict one photo, or take what an earlier call has made of it."""
-    if not photo.path.is_file():
-        raise FileNotFoundError(f"{photo.path}: no such file")
-    if not photo.path.stat().st_size:
-        raise ValueError(f"{photo.path}: the file is empty (0 bytes). Copy or download it again.")
-    points, masks, overlay = (out / f"{photo.name}.{kind}" for kind in
-                              ("points.csv", "masks.png", "overlay.png"))
-    stamp = out / ".done" / f"{photo.name}.json"
-    fingerprint = provenance.digest(
-        files.sha256(photo.path), model.record["sha256"], dataclasses.asdict(model.decoding),
-        model.device.type, max_side, provenance.code("xmask.tools.photos"))
-    noted = out / ".done" / f"{photo.name}.row.json"
-    if provenance.is_done(stamp, fingerprint):
-        return Row(**files.read_json(noted) | {"image": str(photo.path)})
+class _Results:
+    """The results in a folder: a note for each, `.xmask/notes/N.json`, and its part of coco.json,
+    an annotation a line, `.xmask/coco/N.jsonl`."""
 
-    image, repairs = _read(photo.path)
-    prediction = model.predict(image, max_side=max_side, name=str(photo.path))
-    if prediction.count > MOST:
-        raise ValueError(f"{photo.path}: {prediction.count} heads, and a 16-bit label map holds "
-                         f"{MOST}. Cut the image in parts.")
-    area = np.bincount(prediction.instances.ravel(), minlength=prediction.count + 1)[1:]
-    table = pd.DataFrame(prediction.points, columns=["x", "y"])
-    table = table.assign(score=prediction.scores, area=area)
-    files.write_text(points, table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
-    files.write_png(masks, prediction.instances.astype(np.uint16))
-    files.write_png(overlay, paint(image, prediction.instances, prediction.points))
-    row = Row(str(photo.path), photo.name, prediction.count, image.shape[1], image.shape[0],
-              repairs)
-    files.write_json(noted, dataclasses.asdict(row))
-    provenance.write_stamp(stamp, fingerprint, [points, masks, overlay, noted])
-    return row
+    def __init__(self, folder: files.OutputFolder, model: Predictor, max_side: int | None) -> None:
+        self.folder, self.model, self.max_side = folder, model, max_side
+        self.settings = (model.record["sha256"], model.decoding.model_dump(), model.device.type,
+                         max_side, provenance.code("xmask.tools.photos"))
+        self.place = folder.path / files.HIDDEN
+        self.source: dict[str, str] = {}  # where a photo lies -> its name
+        self.image: dict[str, str] = {}  # name in lower case -> checksum of its photo
+        for path in sorted((self.place / "notes").glob("*.json")):
+            if note := self._note(path.stem):
+                self.source[note["source"]] = path.stem
+                self.image[path.stem.casefold()] = note["image"]
+
+    def _note(self, name: str) -> dict[str, Any] | None:
+        """What is known of a result; None if nothing, or if its note is damaged."""
+        try:
+            note = files.read_json(self.place / "notes" / f"{name}.json")
+            Row(**note["row"])
+            good = all(isinstance(note[key], str) for key in ("source", "image", "made_from"))
+            return note if good and isinstance(note["files"], dict) else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def _is_whole(self, name: str, note: dict[str, Any]) -> bool:
+        return all(path.is_file() and files.sha256(path) == note["files"].get(path.name)
+                   for path in self._paths(name))
+
+    def _paths(self, name: str) -> list[Path]:
+        """Points, masks, overlay and the part of coco.json of a result."""
+        return [*(self.folder.path / f"{name}.{kind}"
+                  for kind in ("points.csv", "masks.png", "overlay.png")),
+                self.place / "coco" / f"{name}.jsonl"]
+
+    def _name(self, photo: Photo, source: str, image: str) -> str:
+        if source in self.source:
+            return self.source[source]
+        if self.image.get(photo.name.casefold(), image) == image:
+            return photo.name  # free, or the same photo at another place
+        return _free(_plain(f"{photo.path.absolute().parent.name}-{photo.path.name}"), self.image)
+
+    def add(self, photo: Photo) -> Row:
+        """Predict one photo, or take what an earlier call has made of it."""
+        if not photo.path.is_file():
+            raise FileNotFoundError(f"{photo.path}: no such file")
+        if not photo.path.stat().st_size:
+            raise ValueError(f"{photo.path}: the file is empty (0 bytes). Copy or download it "
+                             "again.")
+        image, source = files.sha256(photo.path), os.fspath(photo.path.absolute())
+        name = self._name(photo, source, image)
+        made_from = provenance.digest(image, *self.settings)
+        note = self._note(name)
+        if note and note["made_from"] == made_from and self._is_whole(name, note):
+            row, made = Row(**note["row"] | {"image": str(photo.path)}), note["files"]
+        else:
+            row = self._predict(photo, name)
+            made = {path.name: files.sha256(path) for path in self._paths(name)}
+        new = {"source": source, "image": image, "made_from": made_from,
+               "row": dataclasses.asdict(row), "files": made}
+        if new != note:
+            files.write_json(self.place / "notes" / f"{name}.json", new)
+        self.source[source], self.image[name.casefold()] = name, image
+        return row
+
+    def _predict(self, photo: Photo, name: str) -> Row:
+        *results, fragment = self._paths(name)
+        for path in results:
+            self.folder.make_way(path)
+        image, repairs = _read(photo.path)
+        found = self.model.predict(image, max_side=self.max_side, name=str(photo.path))
+        if found.count > MOST_HEADS:
+            raise ValueError(f"{photo.path}: {found.count} heads, and a 16-bit label map holds "
+                             f"{MOST_HEADS}. Cut the image in parts.")
+        area = np.bincount(found.instances.ravel(), minlength=found.count + 1)[1:]
+        table = pd.DataFrame(found.points, columns=["x", "y"]).assign(
+            score=found.scores, area=area)
+        points, masks, overlay = results
+        files.write_text(points, table.to_csv(index=False, float_format="%.6g",
+                                              lineterminator="\n"))
+        files.write_png(masks, found.instances.astype(np.uint16))
+        files.write_png(overlay, paint(image, found.instances, found.points))
+        table = pd.read_csv(points).assign(head=range(1, len(table) + 1), source="predicted")
+        with files.replacing(fragment) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            for one in coco.annotations(found.instances, table):
+                file.write(json.dumps(one) + "\n")
+        return Row(str(photo.path), name, found.count, image.shape[1], image.shape[0], repairs)
+
+    def write_tables(self, failed: list[Row]) -> None:
+        """counts.csv and coco.json, of all results and of what failed in this call."""
+        rows = {row.name: row for row in failed}
+        for path in (self.place / "notes").glob("*.json"):
+            if path.stem not in rows and (note := self._note(path.stem)):
+                rows[path.stem] = Row(**note["row"])
+        rows = [rows[name] for name in sorted(rows)]
+        table = pd.DataFrame(rows, columns=[field.name for field in dataclasses.fields(Row)])
+        table = table.astype(dict.fromkeys(("count", "width", "height"), "Int64"))
+        files.write_text(self.folder.path / "counts.csv",
+                         table.to_csv(index=False, lineterminator="\n"))
+        record = self.model.record
+        text = (f"Predicted by xmask ({record['backbone']}, trained on "
+                f"{record['trained_on']['text']}); not ground truth")
+        coco.write_document(self.folder.path / "coco.json",
+                            {"description": text, "version": record["sha256"]},
+                            ((_entry(row), self._annotations(row.name))
+                             for row in rows if not row.error))
+
+    def _annotations(self, name: str) -> Iterator[dict[str, Any]]:
+        with open(self._paths(name)[-1], encoding="utf-8") as file:
+            yield from map(json.loads, file)
+
+
+def _entry(row: Row) -> dict[str, Any]:
+    return {"file_name": row.image, "width": row.width, "height": row.height, "count": row.count}
 
 
 def _read(path: Path) -> tuple[np.ndarray, str]:
@@ -187,8 +285,8 @@ def _read(path: Path) -> tuple[np.ndarray, str]:
 
 
 def paint(image: np.ndarray, label_map: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """`figures.overlay` of images of any size, in strips: (H, W, 3) uint8."""
-    from xmask.study.figures import overlay
+    """`tools.overlay` of images of any size, in strips: (H, W, 3) uint8."""
+    from xmask.tools.overlay import overlay
 
     painted, points = np.empty_like(image), np.rint(points)  # first: half pixels round to even
     for top in range(0, len(image), _STRIP):
@@ -198,22 +296,3 @@ def paint(image: np.ndarray, label_map: np.ndarray, points: np.ndarray) -> np.nd
         strip = overlay(image[begin:end], label_map[begin:end], dots)
         painted[top:top + _STRIP] = strip[top - begin:top - begin + _STRIP]
     return painted
-
-
-def _coco(rows: Sequence[Row], model: Predictor, out: Path) -> dict:
-    """All masks of the call as one COCO document, read back from the files just written."""
-    images, found = [], []
-    for row in rows:
-        if row.error:
-            continue
-        images.append({"id": len(images) + 1, "file_name": row.image, "width": row.width,
-                       "height": row.height, "count": row.count})
-        table = pd.read_csv(out / f"{row.name}.points.csv")
-        table = table.assign(head=range(1, len(table) + 1), source="predicted")
-        found += coco.annotations(read_labels(out / f"{row.name}.masks.png"), table,
-                                  images[-1]["id"], len(found) + 1)
-    text = (f"Predicted by xmask ({model.record['backbone']}, trained on "
-            f"{model.record['trained_on']['text']}); not ground truth")
-    return {"info": {"description": text, "version": model.record["sha256"]}, "images": images,
-            "annotations": found,
-            "categories": [{"id": 1, "name": "head", "supercategory": "person"}]}

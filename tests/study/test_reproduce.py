@@ -1,0 +1,113 @@
+"""The study end to end on a tiny set: plan, staleness, failures, comparison."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.study.conftest import GIT, NARROW, ROOT, the_run
+from xmask import files
+from xmask.presets import ABLATIONS
+from xmask.study import reproduce, steps
+
+
+def test_tables_and_figures_are_made_and_say_synthetic(inside):
+    tables = inside / "results" / "photo" / "tables"
+    text = (tables / "counting.md").read_text()
+    assert "synthetic" in text and the_run(inside).name in text
+    assert list((inside / "figures" / "photo").glob("*.png"))
+
+
+def test_the_second_time_nothing_is_run(inside, capsys):
+    assert reproduce.run("photo", **NARROW)
+    shown = capsys.readouterr()
+    assert (shown.out + shown.err).count("unchanged") == 5
+
+
+def test_a_changed_notebook_or_a_lost_file_is_made_again(inside):
+    steps = {step.name.split()[0]: step for step in reproduce.plan("photo", **{
+        k: v for k, v in NARROW.items() if k != "jobs"})}
+    runner = reproduce.Runner("photo", 1, 1)
+    assert runner._step(steps["evaluate"]) == "unchanged"
+    metrics = the_run(inside) / "metrics.json"
+    before = metrics.read_bytes()
+    metrics.write_text("{}")
+    assert runner._step(steps["evaluate"]) != "unchanged"
+    assert metrics.read_bytes() == before, "the same run must give the same numbers"
+
+
+def test_a_study_made_anew_changes_no_tracked_file(inside, capsys):
+    def status() -> str:
+        return subprocess.run([*GIT, "status", "--porcelain", "results", "figures", "notebooks"],
+                              capture_output=True, text=True, check=True).stdout
+
+    before = status()
+    shutil.rmtree("work")
+    assert reproduce.run("photo", **NARROW)
+    assert status() == before
+    assert not list(Path("results").rglob("*.ipynb"))
+    shown = capsys.readouterr().out.splitlines()[-1]
+    assert shown == "reproduced: 4 of 4 tables equal"
+
+
+def test_one_process_reproduces_a_profile(inside):
+    with files.lock(Path("work/photo")), pytest.raises(ValueError, match="another process"):
+        reproduce.run("photo", **NARROW)
+
+
+def test_a_failing_step_is_named_its_log_kept_and_the_rest_does_not_start(inside, capsys):
+    image = steps.open_test("photo", "sha", "data").image_path(0)
+    notebook = next(Path("work/photo/notebooks").glob("evaluate-*"))
+    saved = {path: path.read_bytes() for path in (image, notebook)}
+    image.write_bytes(b"no image")
+    steps._open.cache_clear()
+    try:
+        ok = reproduce.run("photo", **NARROW)
+    finally:
+        for path, content in saved.items():
+            path.write_bytes(content)
+    shown = capsys.readouterr()
+    text = shown.out + shown.err
+    assert not ok
+    assert image.name in text and "log: work" in text
+    assert "tables: not started, an input failed" in text
+    assert "the same command goes on from here" in text
+
+
+def test_tables_are_compared_with_the_committed_ones(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tables = Path("results/demo/tables")
+    tables.mkdir(parents=True)
+    for name in ("same", "changed", "lost"):
+        (tables / f"{name}.csv").write_text("a,b\n1,2\n3,4\n")
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "tables"]):
+        subprocess.run([*GIT, *command], check=True)
+    assert reproduce.compare_with_committed(Path("results/demo")) == (
+        "reproduced: 3 of 3 tables equal")
+    (tables / "changed.csv").write_text("a,b\n1,2\n3,5\n")
+    (tables / "new.csv").write_text("a\n")
+    (tables / "lost.csv").unlink()
+    assert reproduce.compare_with_committed(Path("results/demo")) == (
+        "reproduced: 1 of 4 tables equal; results/demo/tables/changed.csv differs in 1 of 3 lines; "
+        "results/demo/tables/lost.csv was not made; results/demo/tables/new.csv is not committed")
+
+
+def test_the_plan_covers_the_study():
+    steps = reproduce.plan("demo")
+    names = [step.name for step in steps]
+    assert len(names) == len(set(names))
+    trained = [name for name in names if name.startswith("train")]
+    assert len(trained) == 9 + 3 + len(ABLATIONS)
+    for index, step in enumerate(steps):
+        assert set(step.inputs) <= set(names[:index]), f"{step.name} before its inputs"
+        assert step.source.name in {p.name for p in (ROOT / "notebooks").glob("*.ipynb")}
+    narrowed = reproduce.plan("demo", datasets=("jhu",), percents=(5,), seeds=(1, 2),
+                              extras=False)
+    assert [s.name for s in narrowed if s.name.startswith("train")] == [
+        "train jhu-5-s1", "train jhu-5-s2"]
+
+
+def test_a_study_of_changed_fields_has_no_ablation_table_to_make():
+    changed = [step.name for step in reproduce.plan("demo", overrides={"loss.tau": 0.5})]
+    assert "tables" in changed and "ablations" not in changed
