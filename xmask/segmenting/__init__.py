@@ -1,1 +1,1 @@
-"""Segmenters: SAM in enlarged crops, its checkpoints, its training here, and one without weights."""
+"""Segmenters: SAM in enlarged crops, its checkpoints and training, and one without weights."""

@@ -140,8 +140,8 @@ def make_batch(scenes: list[PromptedScene], rng: np.random.Generator, plan: Trai
         valid = np.zeros((cells, cells), np.float32)
         valid[:inner[0], :inner[1]] = 1
 
-        def place(xy: np.ndarray) -> np.ndarray:
-            xy = xy - (left, top)
+        def place(xy: np.ndarray, corner=corner, flip=flip, wide=wide, factor=factor) -> np.ndarray:
+            xy = xy - corner
             if flip:
                 xy = xy * (-1, 1) + (wide - 1, 0)
             return xy * factor

@@ -12,7 +12,7 @@ import numpy as np
 from xmask.synthetic.colours import CLOTH, CLOTH_WEIGHTS, HAIR, HAIR_WEIGHTS, SKIN
 from xmask.synthetic.places import Room
 from xmask.synthetic.scene import Scenery
-from xmask.synthetic.sprites import Patches, Figure, Sprite, chunks, per_person
+from xmask.synthetic.sprites import Figure, Patches, Sprite, chunks, per_person
 
 THINGS = 0.03  # things that could be taken for heads, per person; two more are allowed
 
