@@ -51,9 +51,9 @@ _SMALLEST_HEAD, _LARGEST_HEAD = 2.0, 0.12  # px; of min(H, W): limits of the loc
 _QUANTILE = 0.3  # of log r over these heads: the tighter pairs
 _FLAT = 0.06  # of the sum of squared rows, in image heights: how much a slope has to be shown
 # log radius of a head = sum over the columns of `crowd_features`. Fitted to the share of heads
-# within a factor of 1.5 of their annotated size (in five-fold cross-validation by image 75% of the
-# heads, 64% as the mean over images): 89,425 heads of 232 photographs, the odd-numbered ones of
-# NWPU-Crowd's validation set, and a tenth as much drawn scenes.
+# within a factor of 1.5 of their annotated size: 89,425 heads of 232 photographs, odd-numbered ones
+# of NWPU-Crowd's validation set, and a tenth as much drawn scenes. results/edp_sam/README.md says
+# what cross-validation gives; the columns were chosen on the same photographs.
 _HEAD_SIZE = {
     "log r": 1.0, "one": -0.972, "0.3 quantile of log r in the row": 0.739,
     "log of the image's shorter side": -0.422, "line through log r over y": 0.394,
