@@ -307,7 +307,7 @@ def _train_sam(o: argparse.Namespace) -> int:
 
     torch.set_num_threads(o.threads)
     chosen = {name: getattr(o, name) for name in ("seed", "scenes", "steps", "stop")}
-    plan = sam_training.Plan(**{k: value for k, value in chosen.items() if value is not None})
+    plan = sam_training.Training(**{k: value for k, value in chosen.items() if value is not None})
     print(json.dumps(sam_training.train(plan, o.out or sam.BUNDLED), indent=1))
     return 0
 
