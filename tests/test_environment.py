@@ -87,7 +87,6 @@ def test_the_version_is_one_and_a_commit_more_changes_no_result():
     assert f"\nversion: {release}\n" in (ROOT / "CITATION.cff").read_text()
     assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1] == release
     assert "xmask" not in provenance.versions()  # the digest of the code stands for it
-    assert xmask.__version__.startswith(provenance.versions()["xmask"])
 
 
 @pytest.mark.parametrize("name", ["README.md", "LICENSE", "CITATION.cff", "Makefile",

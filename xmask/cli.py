@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ from xmask.presets import ABLATIONS, DATASETS, PERCENTS, PROFILES, VARIANTS
 def main(arguments: list[str] | None = None) -> int:
     """Exit codes: 0 done, 1 something failed or was found wrong, 2 a wrong command line."""
     for stream in (sys.stdout, sys.stderr):  # a file name may hold bytes that are no text
-        if hasattr(stream, "reconfigure"):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     options = _parser().parse_args(arguments)
     before = os.environ.get("XMASK_MAX_PIXELS")
@@ -280,7 +281,7 @@ def _masks(o: argparse.Namespace) -> int:
         try:
             masks.mask_dataset(dataset, indices, segmenter, o.out, workers=o.workers,
                                threads=o.threads, anew=o.overwrite, overwrite=o.overwrite,
-                               **({"boxes": True} if o.boxes else {}))
+                               boxes=o.boxes)
         except masks.MasksFailed as error:
             failure = error
         names = [dataset.ids[i] for i in indices]
