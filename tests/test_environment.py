@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-import xmask
 from xmask import provenance
 
 try:
