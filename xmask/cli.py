@@ -25,8 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ["XMASK_MAX_PIXELS"] = str(options.max_pixels)
     try:
         status = options.function(options)
-        if sys.stdout:
-            sys.stdout.flush()
+        _flush()
         return status
     except KeyboardInterrupt:
         print("\nstopped; the same command " + (
@@ -45,6 +44,18 @@ def main(arguments: list[str] | None = None) -> int:
             os.environ.pop("XMASK_MAX_PIXELS", None)
         else:
             os.environ["XMASK_MAX_PIXELS"] = before
+
+
+def _flush() -> None:
+    """Bring what was printed out, so that a full disk or a closed pipe is noticed here."""
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise OSError(error.errno, error.strerror, "standard output") from None
 
 
 def _sentence(error: Exception) -> str:
