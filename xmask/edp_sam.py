@@ -40,13 +40,14 @@ from xmask.segmenters import NEGATIVE, PADDING, POSITIVE, Prompts, Segmenter, ch
 
 # Where a head's mask comes from; `source_names` says what the record says.
 SOURCES = ("point", "superpixel", "merged", "disc")
+COLUMNS = ["head", "x", "y", "radius", "score", "source", "area", "flags"]
 
 # Raised whenever masks or their records change for the same input: stored ones are made anew.
 ALGORITHM = 5
 
 # All constants are ours unless said otherwise, set on drawn scenes (seeds 1000 to 1005).
 _WINDOW = 25  # heads at similar image height that tell each other their size
-_SMALLEST_HEAD, _LARGEST_HEAD = 2.0, 0.12  # px; of min(H, W): limits of the local head radius
+_SMALLEST_HEAD, _LARGEST_HEAD, _LARGEST_ALONE = 2.0, 0.12, 0.08  # px; of min(H, W) twice: limits
 _QUANTILE = 0.3  # of log r over these heads: the tighter pairs
 _FLAT = 0.06  # of the sum of squared rows, in image heights: how much a slope has to be shown
 # log radius of a head = sum over the columns of `crowd_features`. Fitted to the share of heads
@@ -222,9 +223,11 @@ def local_head_radius(points: np.ndarray, radii: np.ndarray, shape: tuple[int, i
     apart they stand is told by the crowd: `crowd_features`, weighted by `_HEAD_SIZE`.
     """
     logarithm = crowd_features(points, radii, shape) @ np.array(list(_HEAD_SIZE.values()))
-    largest = max(_LARGEST_HEAD * min(shape), _SMALLEST_HEAD)
+    # Heads so far apart that circles end at half the image tell nothing: rather small than large.
+    largest = np.where(radii < 0.5 * min(shape), _LARGEST_HEAD, _LARGEST_ALONE) * min(shape)
     # A head is no larger than its own circle: the other one of a close pair is as near as r_i.
-    return np.minimum(np.exp(logarithm), np.maximum(radii, 3.0)).clip(_SMALLEST_HEAD, largest)
+    size = np.minimum(np.exp(logarithm), np.maximum(radii, 3.0))
+    return size.clip(_SMALLEST_HEAD, np.maximum(largest, _SMALLEST_HEAD))
 
 
 def crowd_features(points: np.ndarray, radii: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
