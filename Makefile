@@ -30,7 +30,7 @@ space := $(empty) $(empty)
 list = $(subst $(space),$(comma),$(strip $(subst $(comma),$(space),$(1))))
 option = $(if $(strip $(2)),--$(1) "$(2)")
 
-.PHONY: help setup reproduce test check bench report walkthroughs docs lab clean audit lock
+.PHONY: help setup reproduce test check bench report walkthroughs docs lab soak clean audit lock
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -9
@@ -60,6 +60,10 @@ test: check
 check: setup
 	$(BIN)/ruff check --quiet .
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+# an hour or more: kills, hostile files and memory; writes its numbers into docs/reliability.md
+soak: setup
+	$(BIN)/python -m tests.soak
 
 bench: setup
 	$(BIN)/xmask bench

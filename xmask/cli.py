@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from xmask.presets import ABLATIONS, DATASETS, PERCENTS, PROFILES, VARIANTS
@@ -33,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our output has left: that is no fault
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # 128 + SIGPIPE, as other programs end then
-    except Exception as error:  # noqa: BLE001 whatever a user hands in gets a sentence
+    except Exception as error:  # whatever a user hands in gets a sentence
         if os.environ.get("XMASK_TRACEBACK"):
             raise
         print(f"xmask: {_sentence(error)}\n(XMASK_TRACEBACK=1 shows where)", file=sys.stderr)
@@ -67,6 +68,16 @@ def _parser() -> argparse.ArgumentParser:
         made.set_defaults(function=function, goes_on=function in _GOES_ON)
         return made
 
+    _reproduce_command(command)
+    _own_photo_commands(command)
+    _training_commands(command)
+    _run_commands(command)
+    _page_commands(command)
+    _data_commands(command, commands)
+    return parser
+
+
+def _reproduce_command(command: Callable) -> None:
     made = command("reproduce", _reproduce, "run the study: what is missing or stale, then compare")
     made.add_argument("--profile", choices=PROFILES, default="demo")
     made.add_argument("--data", default="", help="folder of the real datasets")
@@ -81,6 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--no-extras", action="store_true",
                       help="leave out supervised-only runs and ablations")
 
+
+def _own_photo_commands(command: Callable) -> None:
     made = command("masks", _masks, "EDP-SAM masks of a dataset or of one image, resumable")
     made.add_argument("--dataset", choices=(*DATASETS, "shb", "synthetic"))
     made.add_argument("--root", type=Path, help="folder of the dataset")
@@ -128,6 +141,9 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE",
                       help="change a field, e.g. --set schedule.phase1=60")
     _guards(made)
+
+
+def _training_commands(command: Callable) -> None:
     made = command("train-sam", _train_sam, "train the bundled SAM on synthetic crowds")
     made.add_argument("--out", type=Path, help="weights file; default: the one in the package")
     made.add_argument("--seed", type=int, help="of the first training scene")
@@ -147,6 +163,8 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--segmenters", type=_names, default=("classical", "bundled"))
     made.add_argument("--jobs", type=_positive, default=1)
 
+
+def _run_commands(command: Callable) -> None:
     for name, function, text in (
         ("train", _train, "train one run of the study"),
         ("evaluate", _evaluate, "evaluate one run of the study (training it if needed)"),
@@ -171,6 +189,8 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("--profile", choices=PROFILES, default="demo")
         made.add_argument("--data", default="", help="folder of the real datasets")
 
+
+def _page_commands(command: Callable) -> None:
     made = command("code", _code, "which commits carry the code that made a result")
     made.add_argument("wanted", metavar="RUN_FOLDER_OR_DIGEST",
                       help="a run folder, or a digest of code from its config.json")
@@ -190,6 +210,8 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--pictures", action="store_true",
                       help="show real photographs, too: mind their terms before you share the page")
 
+
+def _data_commands(command: Callable, commands: argparse._SubParsersAction) -> None:
     data = commands.add_parser("data", help="look at datasets").add_subparsers(
         required=True, metavar="COMMAND"
     )
@@ -209,7 +231,6 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--test", type=_number, default=16)
     made.add_argument("--seed", type=int, default=2024)
     made.add_argument("--jobs", type=_positive, default=1)
-    return parser
 
 
 def _guards(made: argparse.ArgumentParser) -> None:
@@ -286,7 +307,7 @@ def _train_sam(o: argparse.Namespace) -> int:
 
     torch.set_num_threads(o.threads)
     chosen = {name: getattr(o, name) for name in ("seed", "scenes", "steps", "stop")}
-    plan = sam_training.Plan(**{k: value for k, value in chosen.items() if value is not None})
+    plan = sam_training.Training(**{k: value for k, value in chosen.items() if value is not None})
     print(json.dumps(sam_training.train(plan, o.out or sam.BUNDLED), indent=1))
     return 0
 

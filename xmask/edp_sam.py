@@ -4,15 +4,13 @@ Implements the mask generation of the paper (its section on EDP-SAM). Known from
 head prompts the Segment Anything Model twice, with its point and with the superpixel around it,
 and the nearest-neighbour exclusion circle cuts leakage between persons. The rest is our reading:
 
-1. Every head gets its circle C_i (radius r_i), and from the circles of heads at similar height
-   in the image a robust local head radius s_i: an isolated head has a huge circle, not a huge
-   head. Masks are looked for inside C_i and within 4 s_i.
+1. Every head gets its circle C_i (radius r_i), and from how the crowd stands a local head radius
+   s_i: an isolated head has a huge circle, not a huge head. Masks lie inside C_i and within 4 s_i.
 2. Point prompt: the head as positive point, its nearest neighbours as negative points, three
    candidate masks. Their sizes, over all heads at similar height, correct s_i by vote; if that
    moves s_i a lot, a segmenter that enlarges crops by s_i is asked once more.
-   Superpixel prompt: SLIC at up to three scales that follow s_i, finer than a head, because
-   hair and face rarely fall into one superpixel; the superpixels around the head, cut to C_i,
-   give a box, prompted together with the same points.
+   Superpixel prompt: SLIC at up to three scales that follow s_i, finer than a head, because hair
+   and face rarely fall into one; the superpixels around the head give a box beside the points.
 3. A candidate's score is the segmenter's predicted IoU, times agreement with the other prompt,
    times plausibility of its size against s_i, times whether it holds the head.
 4. Two prompts that agree are merged (mean logits, and the superpixels vote); else the better one
@@ -20,8 +18,6 @@ and the nearest-neighbour exclusion circle cuts leakage between persons. The res
    candidate is good enough the head gets a disc inside C_i, and the table says so.
 5. Contested pixels go to the lowest energy softplus(-logit) + d^2 / r^2, so the map is
    exclusive by construction; each head then keeps the one component connected to it.
-
-Candidates live on the sparse list of (head, pixel) pairs; there is never an N x H x W array.
 """
 
 from __future__ import annotations
@@ -42,8 +38,7 @@ from xmask import nnec as geometry
 from xmask.nnec import Incidence
 from xmask.segmenters import NEGATIVE, PADDING, POSITIVE, Prompts, Segmenter, check_image
 
-# Where a head's mask comes from. On record, the first two carry the segmenter's name: see
-# `source_names`.
+# Where a head's mask comes from; `source_names` says what the record says.
 SOURCES = ("point", "superpixel", "merged", "disc")
 COLUMNS = ["head", "x", "y", "radius", "score", "source", "area", "flags"]
 
@@ -56,9 +51,9 @@ _SMALLEST_HEAD, _LARGEST_HEAD = 2.0, 0.12  # px; of min(H, W): limits of the loc
 _QUANTILE = 0.3  # of log r over these heads: the tighter pairs
 _FLAT = 0.06  # of the sum of squared rows, in image heights: how much a slope has to be shown
 # log radius of a head = sum over the columns of `crowd_features`. Fitted to the share of heads
-# within a factor of 1.5 of their annotated size (in five-fold cross-validation by image 75% of the
-# heads, 64% as the mean over images): 89,425 heads of 232 photographs, the odd-numbered ones of
-# NWPU-Crowd's validation set, and a tenth as much drawn scenes.
+# within a factor of 1.5 of their annotated size: 89,425 heads of 232 photographs, odd-numbered ones
+# of NWPU-Crowd's validation set, and a tenth as much drawn scenes. results/edp_sam/README.md says
+# what cross-validation gives; the columns were chosen on the same photographs.
 _HEAD_SIZE = {
     "log r": 1.0, "one": -0.972, "0.3 quantile of log r in the row": 0.739,
     "log of the image's shorter side": -0.422, "line through log r over y": 0.394,
@@ -66,9 +61,7 @@ _HEAD_SIZE = {
     "slope of that line": 0.053, "mean direction of the nearest neighbour, 1 = below": 1.199,
     "(row - side + 3.5)²": 0.054, "log N (row - side)": -0.028}
 REACH = 4.0  # masks are looked for within this many local head radii
-# Negative points: at most so many nearest neighbours, within so many r_i; others are measured in
-# results/edp_sam/negatives.csv.
-NEIGHBOURS = (4, 3.0)
+NEIGHBOURS = (4, 3.0)  # as negative points: at most so many, within so many r_i (negatives.csv)
 _SLIC_SCALES, _SLIC_STEPS = 3, 5
 _SLIC_SPACING = 0.8  # distance of superpixel centres, in local head radii
 _SLIC_NEAR = 1.0  # superpixels whose middle is within this many local head radii form the prompt
@@ -92,18 +85,10 @@ _CORE = 0.35  # of the local head radius: never given to another head unless tha
 
 
 def generate_masks(
-    image: np.ndarray,
-    points: np.ndarray,
-    segmenter: Segmenter,
-    *,
-    nnec: bool = True,
-    point_prompt: bool = True,
-    superpixel_prompt: bool = True,
-    negatives: bool = True,
-    neighbours: tuple[int, float] = NEIGHBOURS,
-    size_agreement: bool = True,
-    boxes: np.ndarray | None = None,
-    compactness: float = 10.0,
+    image: np.ndarray, points: np.ndarray, segmenter: Segmenter, *, nnec: bool = True,
+    point_prompt: bool = True, superpixel_prompt: bool = True, negatives: bool = True,
+    neighbours: tuple[int, float] = NEIGHBOURS, size_agreement: bool = True,
+    boxes: np.ndarray | None = None, compactness: float = 10.0,
 ) -> tuple[np.ndarray, pd.DataFrame]:
     """Instance masks of the heads of one image.
 
@@ -164,7 +149,8 @@ def generate_masks(
         candidates, region, scale if size_agreement else None, near)
 
     failed = score < _FLOOR
-    logit = np.where(failed[near.head], _disc(np.minimum(scale, 0.5 * limit), near), logit)
+    disc = np.maximum(np.minimum(scale, 0.5 * limit), 1.0)[near.head]
+    logit = np.where(failed[near.head], 4.0 * (1 - np.sqrt(near.squared) / disc), logit)
     labels = _assign(logit, points, scale, limit, near)
     check_label_map(labels, points, limit)
     area = np.bincount(labels.ravel(), minlength=len(points) + 1)[1:]
@@ -193,13 +179,12 @@ def _within_reach(
     points: np.ndarray, scale: np.ndarray, limit: np.ndarray, shape: tuple[int, int]
 ) -> Incidence:
     """The incidences in which masks are looked for."""
-    return geometry.circles(
-        points, np.minimum(limit, np.maximum(REACH * scale, 3.0)), shape)
+    return geometry.circles(points, np.minimum(limit, np.maximum(REACH * scale, 3.0)), shape)
 
 
 def _point_candidates(
-    segmenter: Segmenter, prompts: Prompts, near: Incidence, limit: np.ndarray,
-    known: np.ndarray, agree: bool,
+    segmenter: Segmenter, prompts: Prompts, near: Incidence, limit: np.ndarray, known: np.ndarray,
+    agree: bool,
 ) -> tuple[list[Candidate], np.ndarray, Incidence]:
     """Answers to the point prompts, the local head radii (N,) px that they vote for, where masks
     are looked for from then on. known: (N,) bool, heads of annotated size; agree: vote at all."""
@@ -207,14 +192,14 @@ def _point_candidates(
     candidates = ask(segmenter, "point", prompts, near)
     if not agree:
         return candidates, scale, near
-    voted = np.where(known, scale, np.minimum(_voted_scale(candidates, scale, points, near), limit))
-    moved = float(np.abs(np.log(voted / scale)).mean())
-    scale = voted
-    if segmenter.crops_by_size and moved > _MOVED:
-        near = _within_reach(points, scale, limit, near.shape)
-        candidates = ask(segmenter, "point", replace(prompts, sizes=scale), near)
+    for last in (not segmenter.crops_by_size, True):
+        before = scale
         voted = np.minimum(_voted_scale(candidates, scale, points, near), limit)
         scale = np.where(known, scale, voted)
+        if last or np.abs(np.log(scale / before)).mean() <= _MOVED:
+            break
+        near = _within_reach(points, scale, limit, near.shape)
+        candidates = ask(segmenter, "point", replace(prompts, sizes=scale), near)
     return candidates, scale, near
 
 
@@ -229,9 +214,7 @@ def source_names(segmenter: Segmenter) -> tuple[str, ...]:
     return (*(f"{segmenter.name}-{prompt}" for prompt in SOURCES[:2]), *SOURCES[2:])
 
 
-def local_head_radius(
-    points: np.ndarray, radii: np.ndarray, shape: tuple[int, int]
-) -> np.ndarray:
+def local_head_radius(points: np.ndarray, radii: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """How large a head is about here, in pixels, from the points alone: (N,) float64.
 
     points: (N, 2) px; radii: (N,) px, of the circles; shape: (H, W).
@@ -276,18 +259,18 @@ def superpixel_regions(
 ) -> np.ndarray:
     """Which incidences lie in the superpixels of their head: (M,) bool.
 
-    image: (H, W, 3) uint8. points: (N, 2) px. scale: (N,) px, local head radii. The superpixels of a head are the one that holds it and those whose middle is within the
-    head's local radius `scale`. Heads are grouped by octave of that radius, at most three
-    groups, and each group reads its own SLIC, with superpixels a little smaller than its heads.
-    Coarse superpixels are computed on a smaller image: cost does not grow with their size.
+    image: (H, W, 3) uint8. points: (N, 2) px. scale: (N,) px, local head radii.
+    A head's superpixels are the one that holds it and those whose middle is within its local
+    radius. Heads are grouped by octave of that radius, at most three groups, and each group reads
+    its own SLIC, with superpixels a little smaller than its heads. Coarse superpixels are computed
+    on a smaller image: cost does not grow with their size.
     """
     height, width = image.shape[:2]
     lab = rgb2lab(image).astype(np.float32)
     octave = np.floor(np.log2(scale))
     octave = np.maximum(octave, octave.max() - _SLIC_SCALES + 1)
-    column, row = _home(points, (height, width))
+    home = _home(points, (height, width))
     region = np.zeros(len(near), dtype=bool)
-    y, x = np.divmod(near.pixel, width)
     for one in np.unique(octave):
         members = octave == one
         spacing = _SLIC_SPACING * float(np.median(scale[members]))
@@ -302,20 +285,17 @@ def superpixel_regions(
         regions = slic(
             small, n_segments=max(1, round(height * width / spacing**2)),
             compactness=compactness / stretch, max_num_iter=_SLIC_STEPS, convert2lab=False)
-        rows = np.minimum(np.arange(height) // shrink, small.shape[0] - 1)
-        columns = np.minimum(np.arange(width) // shrink, small.shape[1] - 1)
-        at_head = regions[rows[row], columns[column]]
+        everywhere = regions[np.ix_(*(np.minimum(np.arange(side) // shrink, cells - 1)
+                                      for side, cells in zip((height, width), regions.shape)))]
         mine = members[near.head]
-        head = near.head[mine]
-        own = regions[rows[y[mine]], columns[x[mine]]]
+        head, own = near.head[mine], everywhere.ravel()[near.pixel[mine]]
         # Middle of every superpixel, in pixels of the image.
         size = np.bincount(regions.ravel())
-        grid_y, grid_x = np.indices(regions.shape)
         middle = [
             (np.bincount(regions.ravel(), grid.ravel()) / np.maximum(size, 1) + 0.5) * shrink - 0.5
-            for grid in (grid_x, grid_y)]
+            for grid in np.indices(regions.shape)[::-1]]
         away = np.hypot(*(middle[axis][own] - points[head, axis] for axis in (0, 1)))
-        region[mine] = (own == at_head[head]) | (away <= _SLIC_NEAR * scale[head])
+        region[mine] = (own == everywhere.ravel()[home][head]) | (away <= _SLIC_NEAR * scale[head])
     return region
 
 
@@ -330,9 +310,7 @@ def check_label_map(label_map: np.ndarray, points: np.ndarray, radii: np.ndarray
         raise ValueError(
             f"label map: values {label_map.min()}..{label_map.max()} for {len(points)} points; "
             f"expected 0..{len(points)}")
-    pixel = np.flatnonzero(label_map)
-    owner = label_map.ravel()[pixel].astype(np.int64) - 1
-    squared = _squared_distance(points, owner, pixel, label_map.shape)
+    pixel, owner, squared = _owned(label_map, points)
     outside = squared > np.asarray(radii, dtype=np.float64)[owner] ** 2
     if outside.any():
         first = owner[outside.argmax()]
@@ -347,8 +325,6 @@ def check_label_map(label_map: np.ndarray, points: np.ndarray, radii: np.ndarray
         raise ValueError(
             f"label map: head {first + 1} has {count[first]} unconnected pieces, expected one")
 
-
-# -- prompts ---------------------------------------------------------------------------------
 
 def point_prompts(
     points: np.ndarray, radii: np.ndarray, scale: np.ndarray,
@@ -402,8 +378,6 @@ def _box_candidate(
     return Candidate("point", logits, answer.predicted * known)
 
 
-# -- scoring and merging ---------------------------------------------------------------------
-
 def fuse_candidates(
     candidates: list[Candidate], region: np.ndarray | None, scale: np.ndarray | None,
     near: Incidence,
@@ -434,7 +408,8 @@ def fuse_candidates(
 
     score = predicted * (0.4 + 0.6 * agreement) * np.where(holds, 1.0, 0.1) * (areas > 0)
     if scale is not None:
-        score = score * _plausible(np.sqrt(np.maximum(areas, 0.5) / np.pi), scale)
+        radius = np.sqrt(np.maximum(areas, 0.5) / np.pi)
+        score = score * np.exp(-0.5 * (np.log(radius / scale) / _SPREAD) ** 2)
     best, rows = score.argmax(axis=0), np.arange(count)
     source, chosen = sources[best], score[best, rows]
     logit = np.choose(best[near.head], logits)
@@ -448,11 +423,6 @@ def fuse_candidates(
         logit = np.where(merge[near.head], mean, logit)
         source = np.where(merge, "merged", source)
     return logit + _DOUBT, chosen.clip(0, 1), source
-
-
-def _plausible(radius: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    """1 for a mask as large as expected, falling off in log radius."""
-    return np.exp(-0.5 * (np.log(radius / expected) / _SPREAD) ** 2)
 
 
 def _voted_scale(
@@ -505,13 +475,6 @@ def _iou(a: np.ndarray, b: np.ndarray, area_a: np.ndarray, area_b: np.ndarray, h
     return both / np.maximum(area_a + area_b - both, 1)
 
 
-# -- from logits to a label map --------------------------------------------------------------
-
-def _disc(radius: np.ndarray, near: Incidence) -> np.ndarray:
-    """Logits (M,) of a disc around each head; radius: (N,) px."""
-    return 4.0 * (1 - np.sqrt(near.squared) / np.maximum(radius, 1.0)[near.head])
-
-
 def _assign(
     logit: np.ndarray, points: np.ndarray, scale: np.ndarray, limit: np.ndarray, near: Incidence
 ) -> np.ndarray:
@@ -523,8 +486,7 @@ def _assign(
     core = np.maximum(_CORE * np.minimum(scale, limit), 1.0)
     inner = near.select(near.squared <= core[near.head] ** 2)
     owner = inner.lowest_wins(inner.squared).ravel()
-    column, row = _home(points, near.shape)
-    _give_pixels(owner, row * near.shape[1] + column, near)
+    _give_pixels(owner, _home(points, near.shape), near)
     energy[owner[near.pixel] == near.head + 1] = -1.0
     energy[(owner[near.pixel] != near.head + 1) & (owner[near.pixel] > 0)] = np.inf
     return keep_connected(near.lowest_wins(energy), points)
@@ -553,10 +515,8 @@ def keep_connected(labels: np.ndarray, points: np.ndarray) -> np.ndarray:
     """Of every instance of a label map (H, W) only the 4-connected piece that comes nearest to its
     head; points: (N, 2) px."""
     pieces = connected_components(labels, background=0, connectivity=1).ravel()
-    pixel = np.flatnonzero(pieces)
+    pixel, owner, squared = _owned(labels, points)
     piece = pieces[pixel]
-    owner = labels.ravel()[pixel].astype(np.int64) - 1
-    squared = _squared_distance(points, owner, pixel, labels.shape)
     nearest = np.full(len(points), np.inf)
     np.minimum.at(nearest, owner, squared)
     at_head = squared == nearest[owner]
@@ -568,15 +528,11 @@ def keep_connected(labels: np.ndarray, points: np.ndarray) -> np.ndarray:
     return result.reshape(labels.shape)
 
 
-def _flags(
-    labels: np.ndarray, points: np.ndarray, limit: np.ndarray, failed: np.ndarray,
-    area: np.ndarray,
-) -> list[str]:
+def _flags(labels: np.ndarray, points: np.ndarray, limit: np.ndarray, failed: np.ndarray,
+           area: np.ndarray) -> list[str]:
     """The words of the table's last column."""
     _, place, sharers = np.unique(points, axis=0, return_inverse=True, return_counts=True)
-    pixel = np.flatnonzero(labels)
-    owner = labels.ravel()[pixel] - 1
-    squared = _squared_distance(points, owner, pixel, labels.shape)
+    _, owner, squared = _owned(labels, points)
     # A mask whose outer ring (the last pixel inside the circle) is more than a quarter full
     # was cut there; 2 pi r is the ring's area.
     ring = squared > np.maximum(limit - 1, 0)[owner] ** 2
@@ -588,10 +544,8 @@ def _flags(
             for k in range(len(points))]
 
 
-def _table(
-    points: np.ndarray, radii: np.ndarray, score: np.ndarray, area: np.ndarray,
-    source: Iterable[str], flags: Iterable[str],
-) -> pd.DataFrame:
+def _table(points: np.ndarray, radii: np.ndarray, score: np.ndarray, area: np.ndarray,
+           source: Iterable[str], flags: Iterable[str]) -> pd.DataFrame:
     return pd.DataFrame({
         "head": np.arange(1, len(points) + 1), "x": points[:, 0], "y": points[:, 1],
         "radius": np.asarray(radii, float), "score": np.asarray(score, float),
@@ -630,17 +584,17 @@ def _check_boxes(boxes: np.ndarray | None, count: int) -> tuple[np.ndarray, np.n
     return np.where(known[:, None], boxes, 1.0), known
 
 
-def _home(points: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """(column, row) of the pixel each head lies on."""
-    height, width = shape
-    return (np.rint(points[:, 0]).astype(np.int64).clip(0, width - 1),
-            np.rint(points[:, 1]).astype(np.int64).clip(0, height - 1))
+def _home(points: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """(N,) int64: the pixel each head lies on."""
+    column, row = np.rint(points).astype(np.int64).clip(0, np.array(shape[::-1]) - 1).T
+    return row * shape[1] + column
 
 
-def _squared_distance(
-    points: np.ndarray, head: np.ndarray, pixel: np.ndarray, shape: tuple[int, int]
-) -> np.ndarray:
-    """(M,) float64: squared distance of each incidence's pixel from its head."""
-    y, x = np.divmod(pixel, shape[1])
-    dx, dy = x - points[head, 0], y - points[head, 1]
-    return dx * dx + dy * dy
+def _owned(labels: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of every pixel of a label map that a head owns: its flat index, the owner's index, and the
+    squared distance between the two, (M,) int64, int64, float64."""
+    pixel = np.flatnonzero(labels)
+    owner = labels.ravel()[pixel].astype(np.int64) - 1
+    y, x = np.divmod(pixel, labels.shape[1])
+    dx, dy = x - points[owner, 0], y - points[owner, 1]
+    return pixel, owner, dx * dx + dy * dy

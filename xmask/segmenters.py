@@ -5,7 +5,7 @@ mask inside the head's exclusion circle, so a segmenter is asked for logits at a
 (head, pixel) incidences and never makes a full image per head: memory follows the number of
 incidences, which is O(H*W) however many heads there are.
 
-The Segment Anything Model is in `xmask.segmenting.sam_segmenter`: the original release, or the small
+`xmask.segmenting.sam_segmenter` is the Segment Anything Model: the original release, or the small
 bundled one. `xmask.segmenting.classical` needs no weights. docs/add_a_segmenter.md adds another.
 """
 

@@ -145,7 +145,7 @@ def test_truncated_safetensors_given_as_a_checkpoint_are_named(tmp_path):
 
 # -- training --------------------------------------------------------------------------------
 
-TINY = sam_training.Plan(seed=UNSEEN, scenes=2, steps=3, crops=2, heads=3)
+TINY = sam_training.Training(seed=UNSEEN, scenes=2, steps=3, crops=2, heads=3)
 
 
 def test_training_repeats_and_leaves_a_loadable_bundle(tmp_path):
@@ -158,13 +158,13 @@ def test_training_repeats_and_leaves_a_loadable_bundle(tmp_path):
     assert not torch.equal(model.mask_decoder.iou_token.weight,
                            sam.load_bundled()[0].mask_decoder.iou_token.weight)
     with pytest.raises(ValueError, match="steps: 0 is too small"):
-        sam_training.train(sam_training.Plan(steps=0), tmp_path / "c.safetensors")
+        sam_training.train(sam_training.Training(steps=0), tmp_path / "c.safetensors")
 
 
 def test_the_last_step_is_saved_wherever_training_ends(tmp_path, monkeypatch):
     torch.set_num_threads(1)
     monkeypatch.setattr(sam_training, "NOTE_EVERY", 2)
-    plan = sam_training.Plan(seed=UNSEEN, scenes=1, steps=9, stop=3, crops=2, heads=3)
+    plan = sam_training.Training(seed=UNSEEN, scenes=1, steps=9, stop=3, crops=2, heads=3)
     training = sam_training.train(plan, tmp_path / "a.safetensors", progress=False)["training"]
     assert training["steps_done"] == 3 and [row["step"] for row in training["log"]] == [2, 3]
     # The last row is the mean of one step, not half of it.
@@ -173,7 +173,7 @@ def test_the_last_step_is_saved_wherever_training_ends(tmp_path, monkeypatch):
 
 def test_a_batch_puts_targets_where_the_prompts_are():
     scenes = [sam_training.draw_training_scene(UNSEEN + k) for k in range(2)]
-    batch = sam_training.make_batch(scenes, np.random.default_rng(0), sam_training.Plan(), 128, 64)
+    batch = sam_training.make_batch(scenes, np.random.default_rng(0), sam_training.Training(), 128, 64)
     assert len(batch.target) == len(batch.crop) > 8 and batch.pixels.shape == (8, 3, 128, 128)
     cell = (batch.points[:, 0] / 2).long().clamp(0, 63)
     at_head = torch.stack([batch.target[k, y, x] for k, (x, y) in enumerate(cell)])

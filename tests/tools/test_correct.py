@@ -145,7 +145,7 @@ def test_an_image_that_cannot_be_read_leaves_the_one_before(folder):
     tool = correct.Corrector(Dataset(), folder, ClassicalSegmenter(), ["IMG_4", "IMG_3"])
     labels = tool.labels
     (folder / "IMG_3.png").write_bytes(b"half a file")
-    with pytest.raises(ValueError, match="not a readable PNG"):
+    with pytest.raises(ValueError, match="cannot be read as a label map"):
         tool.name.value = "IMG_3"
     assert "IMG_3 cannot be shown" in tool.status.value and tool.buttons["drop"].disabled
     assert len(tool.points) == len(tool.table) == 8 and tool.labels is labels

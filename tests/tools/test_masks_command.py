@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -206,3 +207,37 @@ def test_command_lines_that_cannot_be_are_explained(arguments, found, drawn, tmp
     assert main(["masks", *arguments, "--out", str(tmp_path / "out")]) == 1
     shown = capsys.readouterr().err
     assert found in shown and "Traceback" not in shown
+
+
+def test_photos_and_dots_in_the_output_folder_are_safe_and_results_add_up(tmp_path, capsys):
+    """As a person does it who keeps all in one place, and then one photo after the other."""
+    from tests import hostile
+
+    before = hostile.users_folder(tmp_path / "mine")
+    mine = tmp_path / "mine"
+
+    def call(name, out, *more, points="a.csv"):
+        return main(["masks", "--image", str(mine / name), "--points", str(mine / points), "--out",
+                     str(out), *CLASSICAL, *more])
+
+    assert call("a.jpg", mine) == 1
+    assert "no record of xmask" in capsys.readouterr().err and hostile.checksums(mine) == before
+    out = tmp_path / "out"
+    assert call("a.jpg", out) == 0
+    first = {kind: files.sha256(out / f"a.{kind}") for kind in ("png", "csv")}
+    assert call("b.png", out) == 0
+    assert {kind: files.sha256(out / f"a.{kind}") for kind in first} == first
+    coco = json.loads((out / "coco.json").read_text())
+    assert [one["file_name"] for one in coco["images"]] == ["a.jpg", "b.png"]
+    assert call("other/a.jpg", out) == 0  # the same dots and pixels, at another place
+    Image.fromarray(noise()).save(mine / "other" / "a.jpg")
+    capsys.readouterr()
+    assert call("other/a.jpg", out) == 1
+    assert "which has the same name" in capsys.readouterr().err
+    assert call("a.jpg", out, "--boxes") == 1  # other settings
+    assert "made with another options" in capsys.readouterr().err
+    for name in ("b.png", "b.csv"):  # a photo that lies there is not replaced, nor removed
+        (out / name).unlink()
+    shutil.copy(mine / "b.png", out / "b.png")
+    assert call("b.png", out) == 0 and (out / "b.png.set-aside-1").read_bytes() == (
+        mine / "b.png").read_bytes()

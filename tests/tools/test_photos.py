@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -205,3 +206,59 @@ def test_an_overlay_painted_in_strips_has_no_seam(model, monkeypatch, scene):
     monkeypatch.setattr(photos, "_STRIP", 7)
     painted = photos.paint(scene, found.instances, found.points)
     np.testing.assert_array_equal(painted, whole)
+
+
+def test_a_second_call_adds_to_the_first(folder, tmp_path, model):
+    out = tmp_path / "out"
+    photos.run(photos.find([folder / "plain.png"]), model, out, progress=False)
+    before = {p.name: files.sha256(p) for p in out.glob("plain.*")}
+    other = tmp_path / "other"
+    other.mkdir()
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(other / "plain.png")
+    (other / "grey.png").write_bytes((folder / "grey.png").read_bytes())
+    photos.run(photos.find([other]), model, out, progress=False)
+    assert {name: files.sha256(out / name) for name in before} == before
+    table = pd.read_csv(out / "counts.csv")
+    assert list(table.name) == ["grey", "other-plain.png", "plain"]
+    assert [Path(one).parent.name for one in table.image] == ["other", "other", folder.name]
+    assert len(files.read_json(out / "coco.json")["images"]) == 3
+    for wanted in ([other, folder / "plain.png"], [folder / "grey.png"]):  # the same photo, moved
+        photos.run(photos.find(wanted), model, out, progress=False)
+        assert list(pd.read_csv(out / "counts.csv").name) == ["grey", "other-plain.png", "plain"]
+    one_call = tmp_path / "one call"
+    photos.run(photos.find([folder / "plain.png", other / "grey.png"]), model, one_call,
+               progress=False)
+    for path in one_call.glob("plain.*"):
+        assert files.sha256(path) == before[path.name]
+
+
+def test_photos_never_lie_in_the_folder_of_the_results(folder, model, capsys):
+    for _ in range(2):
+        assert main(["predict", str(folder), "--out", str(folder)]) == 1
+        assert "no record of xmask" in capsys.readouterr().err
+    for _ in range(2):
+        main(["predict", str(folder), "--out", str(folder), "--overwrite"])
+        assert "of 9 images done" in capsys.readouterr().out  # overlays and masks are no photos
+
+
+def test_what_the_user_wrote_or_changed_is_kept(folder, tmp_path, model, caplog):
+    wanted = photos.find([folder / "plain.png", folder / "grey.png"])
+    photos.run(wanted[:1], model, tmp_path, progress=False)
+    (tmp_path / "counts.csv").write_text("my notes")
+    (tmp_path / "grey.points.csv").write_text("mine")
+    rows = photos.run(wanted, model, tmp_path, progress=False)
+    assert (tmp_path / "counts.csv.set-aside-1").read_text() == "my notes"
+    assert "set aside as counts.csv.set-aside-1" in caplog.text
+    assert "grey.points.csv: was not written by xmask" in rows[1].error and not rows[0].error
+    assert (tmp_path / "grey.points.csv").read_text() == "mine"
+    rows = photos.run(wanted, model, tmp_path, overwrite=True, progress=False)
+    assert not any(row.error for row in rows)
+
+
+def test_names_that_look_like_our_own_are_names(tmp_path, scene, model):
+    for name in ("a.jpg", "a.row.jpg", "a.points.jpg", "counts.jpg", "A.png"):
+        Image.fromarray(scene).save(tmp_path / name)
+    rows = photos.run(photos.find([tmp_path]), model, tmp_path / "out", progress=False)
+    assert not any(row.error for row in rows) and len({row.name for row in rows}) == 5
+    again = photos.run(photos.find([tmp_path]), model, tmp_path / "out", progress=False)
+    assert again == rows

@@ -75,7 +75,7 @@ def alternate(
                     spent.append(_call(pipe, "time")["seconds"])
         return [Measured(s, f["peak"], f["result"]) for s, f in zip(seconds, first)]
     finally:
-        for process, pipe in children:
+        for _, pipe in children:
             pipe.close()  # ends the child's loop
         for process, _ in children:
             process.join(10)

@@ -114,7 +114,7 @@ def _masks() -> Iterator[Row]:
         "sam", "SAM masks of every head, image encoder left out",
         **_both(sides.sam_ours, sides.sam_stock, 256, IMAGE),
         against="SamPredictor.predict_torch, batches of 64", faster=3, agree=same_sam_map,
-        note="vit_b with random weights, the same on both sides; one point a head, three candidates")
+        note="vit_b, random weights, the same on both sides; one point a head, three candidates")
     for heads in (50, 500, 3000):
         yield Row(
             "masks", "EDP-SAM without SAM (classical segmenter), masks from points",

@@ -62,7 +62,8 @@ def lines(found: dict[str, Any]) -> list[str]:
         f"EDP-SAM with {found['model']}, random weights, on a drawn scene of {width}×{height} with "
         f"{found['heads']} heads, {found['threads']} threads, one run. Every head was prompted; "
         f"{found['with_mask']} have a mask. Peak memory is above model and image.", "",
-        "| crops encoded | encoder | a crop | prompts | a head | all the rest | together | memory |",
+        "| crops encoded | encoder | a crop | prompts | a head | all the rest | together "
+        "| memory |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
         f"| {found['crops']} | {found['encoder']:.1f} s "
         f"| {found['encoder'] / max(found['crops'], 1):.2f} s | {found['prompts']:.1f} s "

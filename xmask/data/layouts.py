@@ -58,11 +58,11 @@ def _join(folder: str, name: str) -> str:
     return f"{folder}/{name}" if folder else name
 
 
-_SHANGHAITECH = dict(
-    splits={"train": "train_data", "test": "test_data"},
-    images="images", annotations=("ground-truth", "ground_truth"), masks="instances",
-    image=r"(IMG_(\d+))\.jpg", annotation=r"GT_(IMG_\d+)\.mat", mask="{}.png",
-    read=read_shanghaitech, source="github.com/desenzhou/ShanghaiTechDataset")
+_SHANGHAITECH = {
+    "splits": {"train": "train_data", "test": "test_data"},
+    "images": "images", "annotations": ("ground-truth", "ground_truth"), "masks": "instances",
+    "image": r"(IMG_(\d+))\.jpg", "annotation": r"GT_(IMG_\d+)\.mat", "mask": "{}.png",
+    "read": read_shanghaitech, "source": "github.com/desenzhou/ShanghaiTechDataset"}
 
 #: Image counts: the makers' papers. Heads of ShanghaiTech A: counted in the distributed files.
 #: Longer sides: the usual preprocessing of the field.

@@ -228,8 +228,9 @@ class _Manifest:
             "checksum": self._checksum(i), **({"file": file} if file else {}), **found}
 
     def write(self) -> None:
-        """Store it, images in the order of the data set."""
-        order = dict.fromkeys((*self.dataset.ids, *self.images, *self.failed, *self.todo))
+        """Store it: images of earlier calls, then those of this data set, in its order."""
+        ids, known = set(self.dataset.ids), (*self.images, *self.failed, *self.todo)
+        order = dict.fromkeys((*(name for name in known if name not in ids), *self.dataset.ids))
         files.write_json(self.folder.path / "manifest.json", {
             **self.request,
             "images": {name: self.images[name] for name in order if name in self.images},

@@ -1,1 +1,1 @@
-"""Segment Anything and its classical stand-in: building, loading, enlarged crops, training the bundled one."""
+"""Segmenters: SAM in enlarged crops, its checkpoints and training, and one without weights."""

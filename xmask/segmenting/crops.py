@@ -56,7 +56,7 @@ def plan_crops(
         left, wide = crop_starts(centre[members, 0], width, crop)
         corners, number = np.unique(np.stack([top, left], axis=1), axis=0, return_inverse=True)
         view_of[members] = len(views) + number.reshape(-1)
-        views += [View(int(t), int(l), tall, wide) for t, l in corners]
+        views += [View(int(t), int(x), tall, wide) for t, x in corners]
     return views, view_of
 
 

@@ -29,7 +29,8 @@ class SamSegmenter:
     """The Segment Anything Model, original or bundled.
 
     Heads are prompted in crops of the image, enlarged until a head is large enough for the
-    model's masks (`crops`); a crop is encoded when first needed, and kept until the next image. `max_zoom` limits how small crops get; 1 keeps to the whole image.
+    model's masks (`crops`); a crop is encoded when first needed, and kept until the next image.
+    `max_zoom` limits how small crops get; 1 keeps to the whole image.
 
     checkpoint: a state dict of the original release: its path, or the name of a published one
         ("vit_b", "vit_l", "vit_h"), as `xmask.segmenting.checkpoints` finds it.

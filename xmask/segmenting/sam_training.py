@@ -1,9 +1,9 @@
 """How the bundled SAM is trained: drawn crowds, and the prompts that EDP-SAM gives (ours).
 
 Scenes are drawn with seeds that nothing else uses (`SEED` onwards). A step looks at a few crops,
-cut as `xmask.segmenting.crops` would cut them, and prompts some heads of each: half with the point of the
-head and its neighbours as negative points, half with the box of the superpixels around it and
-the same points. The three masks of a point prompt compete, as in SAM's own training: only the
+cut as `xmask.segmenting.crops` would cut them, and prompts some heads of each: half with the point
+of the head and its neighbours as negative points, half with the box of the superpixels around it
+and the same points. The three masks of a point prompt compete, as in SAM's own training: only the
 best one of each head learns the mask. Besides, a linear layer that is thrown away afterwards
 has to say for every mask cell whether it is head and where its centre lies: a small
 transformer learns much faster from every cell than from a dozen masks.
@@ -37,7 +37,7 @@ NOTE_EVERY = 100  # steps between two rows of the log
 
 
 @dataclass(frozen=True)
-class Plan:
+class Training:
     """Everything a training run depends on."""
 
     seed: int = SEED
@@ -50,7 +50,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Scene:
+class PromptedScene:
     """A drawn scene and its prompts; (N, ...) in pixels of the image."""
 
     image: np.ndarray
@@ -64,7 +64,7 @@ class Scene:
     area: np.ndarray  # (N,)
 
 
-def draw_training_scene(seed: int) -> Scene:
+def draw_training_scene(seed: int) -> PromptedScene:
     """Scene number `seed`, its superpixels and prompts."""
     rng = np.random.default_rng((seed, 1))
     people = int(round(math.exp(rng.uniform(math.log(25), math.log(420)))))
@@ -84,12 +84,13 @@ def draw_training_scene(seed: int) -> Scene:
     dots = edp_sam.point_prompts(points, radii, radius)
     box = edp_sam.superpixel_prompts(dots, near.select(region))
     half = drawn.boxes / 2
-    return Scene(drawn.image, drawn.instances.astype(np.uint16), points, box.labels, box.points,
-                 box.boxes, np.concatenate([points - half, points + half], axis=1), radius, area)
+    return PromptedScene(
+        drawn.image, drawn.instances.astype(np.uint16), points, box.labels, box.points,
+        box.boxes, np.concatenate([points - half, points + half], axis=1), radius, area)
 
 
 @dataclass(frozen=True)
-class Batch:
+class CropBatch:
     """Crops and prompts as SAM wants them, and what it should answer."""
 
     pixels: torch.Tensor  # (V, 3, side, side), not normalised
@@ -104,11 +105,11 @@ class Batch:
     near: torch.Tensor  # (B, cells, cells), 1 where EDP-SAM will look
 
 
-def make_batch(scenes: list[Scene], rng: np.random.Generator, plan: Plan, side: int,
-               cells: int) -> Batch:
+def make_batch(scenes: list[PromptedScene], rng: np.random.Generator, plan: Training, side: int,
+               cells: int) -> CropBatch:
     """Crops around random heads, in the sizes that `plan_crops` would choose."""
     resize = ResizeLongestSide(side)
-    parts: dict[str, list] = {name: [] for name in Batch.__dataclass_fields__}
+    parts: dict[str, list] = {name: [] for name in CropBatch.__dataclass_fields__}
     for view in range(plan.crops):
         scene = scenes[rng.integers(len(scenes))]
         while len(scene.points) == 0:
@@ -139,8 +140,8 @@ def make_batch(scenes: list[Scene], rng: np.random.Generator, plan: Plan, side: 
         valid = np.zeros((cells, cells), np.float32)
         valid[:inner[0], :inner[1]] = 1
 
-        def place(xy: np.ndarray) -> np.ndarray:
-            xy = xy - (left, top)
+        def place(xy: np.ndarray, corner=corner, flip=flip, wide=wide, factor=factor) -> np.ndarray:
+            xy = xy - corner
             if flip:
                 xy = xy * (-1, 1) + (wide - 1, 0)
             return xy * factor
@@ -177,7 +178,7 @@ def make_batch(scenes: list[Scene], rng: np.random.Generator, plan: Plan, side: 
         parts["valid"].append(valid)
         parts["people"].append(everybody(owner, inner, (cells, cells)))
     kinds = {"crop": np.int64, "labels": np.int64, "boxed": bool}
-    return Batch(**{name: torch.from_numpy(np.stack(value).astype(kinds.get(name, np.float32)))
+    return CropBatch(**{name: torch.from_numpy(np.stack(value).astype(kinds.get(name, np.float32)))
                     for name, value in parts.items()})
 
 
@@ -208,7 +209,7 @@ def everybody(owner: np.ndarray, inner: tuple[int, int], shape: tuple[int, int])
 
 
 def jitter(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """An image (H, W, 3) uint8 with the colours, contrast, noise and sharpness of another camera."""
+    """An image (H, W, 3) uint8 with colours, contrast, noise and sharpness of another camera."""
     values = image.astype(np.float32) / 255
     if rng.random() < 0.5:
         hsv = rgb2hsv(values)
@@ -231,7 +232,7 @@ def jitter(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return values
 
 
-def losses(model: torch.nn.Module, spare: torch.nn.Module, batch: Batch
+def losses(model: torch.nn.Module, spare: torch.nn.Module, batch: CropBatch
            ) -> dict[str, torch.Tensor]:
     """The terms of the loss, and the IoU of the masks chosen by SAM's own estimate: scalars."""
     pixels = (batch.pixels - model.pixel_mean) / model.pixel_std
@@ -281,12 +282,13 @@ def losses(model: torch.nn.Module, spare: torch.nn.Module, batch: Batch
         "mask": (0.9 * cost[rows, best] + 0.1 * mean).mean(),
         "estimate": ((predicted - iou) ** 2 * asked).sum() / asked.sum(),
         "everybody": dense_loss + 0.5 * offset,
-        "iou_point": iou[rows, trusted][~boxed].mean().detach(),
-        "iou_box": iou[rows, trusted][boxed].mean().detach(),
+        # 0 where a step has no prompt of the kind
+        "iou_point": iou[rows, trusted][~boxed].sum().detach() / max(int((~boxed).sum()), 1),
+        "iou_box": iou[rows, trusted][boxed].sum().detach() / max(int(boxed.sum()), 1),
     }
 
 
-def train(plan: Plan = Plan(), path: Path = sam.BUNDLED, *, device: str = "cpu",
+def train(plan: Training = Training(), path: Path = sam.BUNDLED, *, device: str = "cpu",
           progress: bool = True) -> dict[str, Any]:
     """Train the bundled SAM and write it with its record; returns the record.
 
@@ -317,7 +319,7 @@ def train(plan: Plan = Plan(), path: Path = sam.BUNDLED, *, device: str = "cpu",
     bar = tqdm(range(1, last + 1), desc="training", unit="step", disable=not progress)
     for step in bar:
         batch = make_batch(scenes, rng, plan, sam.SMALL["side"], cells)
-        batch = Batch(*(getattr(batch, name).to(device) for name in Batch.__dataclass_fields__))
+        batch = CropBatch(*(one.to(device) for one in vars(batch).values()))
         terms = losses(model, spare, batch)
         total = terms["mask"] + terms["estimate"] + terms["everybody"]
         optimiser.zero_grad(set_to_none=True)
@@ -341,7 +343,7 @@ def train(plan: Plan = Plan(), path: Path = sam.BUNDLED, *, device: str = "cpu",
     return files.read_json(path.with_suffix(".json"))
 
 
-def _save(state: dict[str, torch.Tensor], plan: Plan, log: list[dict[str, float]], device: str,
+def _save(state: dict[str, torch.Tensor], plan: Training, log: list[dict[str, float]], device: str,
           path: Path) -> None:
     """Write the averaged weights and how they came about; also halfway, for the impatient."""
     model = sam.build(**sam.SMALL)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from xmask.synthetic.colours import CLOTH
-from xmask.synthetic.scene import Scene
+from xmask.synthetic.scene import Scenery
 from xmask.synthetic.sprites import Figure, cloud_field, cloud_tile, window
 
 
-def paint_background(rng, scene: Scene) -> np.ndarray:
+def paint_background(rng, scene: Scenery) -> np.ndarray:
     """Ground, and above it what the place has: sky, houses, trees, a stage, a wall. (3, H, W)."""
     height, width = scene.shape
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
@@ -51,7 +51,7 @@ def paint_background(rng, scene: Scene) -> np.ndarray:
     return np.clip(canvas, 0, 1).astype(np.float32)
 
 
-def _far_side(rng, scene: Scene, height: int) -> np.ndarray:
+def _far_side(rng, scene: Scenery, height: int) -> np.ndarray:
     """What stands behind the crowd, (3, height, W)."""
     width, unit = scene.shape[1], scene.far
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
@@ -106,7 +106,7 @@ def _far_side(rng, scene: Scene, height: int) -> np.ndarray:
     return back
 
 
-def paint_ground_shadows(canvas: np.ndarray, scene: Scene, figures: list[Figure]) -> None:
+def paint_ground_shadows(canvas: np.ndarray, scene: Scenery, figures: list[Figure]) -> None:
     """Where people stand loosely in the open, each throws a shadow on the ground at the feet.
 
     canvas: (3, H, W) float32, painted in place.

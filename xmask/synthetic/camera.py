@@ -8,11 +8,11 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from xmask.synthetic.colours import CLOTH
-from xmask.synthetic.scene import WEATHER, Scene
+from xmask.synthetic.scene import WEATHER, Scenery
 from xmask.synthetic.sprites import cloud_field
 
 
-def photograph(rng, scene: Scene, canvas: np.ndarray) -> np.ndarray:
+def photograph(rng, scene: Scenery, canvas: np.ndarray) -> np.ndarray:
     """The camera: haze, rain or snow, colour cast, exposure, blur, noise, JPEG; uint8 (H, W, 3)."""
     height, width = scene.shape
     rows = np.arange(height, dtype=np.float32)
@@ -61,7 +61,7 @@ def photograph(rng, scene: Scene, canvas: np.ndarray) -> np.ndarray:
     return np.array(Image.open(buffer).convert("RGB"))
 
 
-def _precipitation(rng, scene: Scene, canvas: np.ndarray) -> np.ndarray:
+def _precipitation(rng, scene: Scenery, canvas: np.ndarray) -> np.ndarray:
     """Streaks of rain or flakes of snow over everything."""
     height, width = scene.shape
     drops = np.zeros((height, width), np.float32)

@@ -6,7 +6,7 @@ import numpy as np
 
 from xmask.synthetic.people import draw_people, draw_things
 from xmask.synthetic.places import Room
-from xmask.synthetic.scene import Scene
+from xmask.synthetic.scene import Scenery
 from xmask.synthetic.sprites import Figure, window
 
 VISIBLE = 0.3  # a head that shows less than this share is not annotated
@@ -14,7 +14,7 @@ HIDDEN_SHARE = 0.02  # at most this share of people may stand there without an a
 LEAST_AREA = 4  # px of a visible head
 
 
-def populate(rng, scene: Scene, people: int):
+def populate(rng, scene: Scenery, people: int):
     """Place people until exactly `people` heads are visible enough.
 
     Returns the figures from back to front, the label map int32 (H, W) and the visible share of

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from xmask import files
 from xmask.data.sample import Sample
 from xmask.synthetic.drawing import draw
-from xmask.synthetic.scene import CHARACTERS, Character, plan
+from xmask.synthetic.scene import CHARACTERS, Character, plan_scenery
 
 GENERATOR = "xmask.synthetic"
 VERSION = 3  # of the drawing; a new number marks old pictures as made by other code
@@ -224,7 +224,7 @@ def _write_image_labels(tasks: list[Task], folder: Path) -> None:
     """
     rows: dict[str, list[str]] = {split: [] for split in CHARACTERS["jhu"].splits}
     for task in tasks:
-        scene = plan(np.random.default_rng(task.scene_seed), task.shape, task.people,
+        scene = plan_scenery(np.random.default_rng(task.scene_seed), task.shape, task.people,
                       CHARACTERS["jhu"])
         rows[task.image.parent.parent.name].append(
             f"{task.name},{task.people},{scene.kind},{scene.weather},{int(task.people == 0)}\n")

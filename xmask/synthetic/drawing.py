@@ -8,7 +8,7 @@ from xmask.data.sample import Sample
 from xmask.synthetic.background import paint_background, paint_ground_shadows
 from xmask.synthetic.camera import photograph
 from xmask.synthetic.crowd import annotate, populate
-from xmask.synthetic.scene import CHARACTERS, Character, plan
+from xmask.synthetic.scene import CHARACTERS, Character, plan_scenery
 from xmask.synthetic.sprites import blend
 
 PIXELS_PER_PERSON = 64  # draw_scene refuses denser scenes: heads of 6 px would not stay apart
@@ -46,7 +46,7 @@ def draw(seed, shape, people: int, character: Character, name: str) -> tuple[Sam
             f"people: {people} do not fit into {height}x{width} px; take at most "
             f"{height * width // PIXELS_PER_PERSON} or a larger shape")
     rng = np.random.default_rng(seed)
-    scene = plan(rng, (height, width), people, character)
+    scene = plan_scenery(rng, (height, width), people, character)
     figures, instances, shares = populate(rng, scene, people)
 
     canvas = paint_background(rng, scene)

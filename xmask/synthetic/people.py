@@ -11,13 +11,13 @@ import numpy as np
 
 from xmask.synthetic.colours import CLOTH, CLOTH_WEIGHTS, HAIR, HAIR_WEIGHTS, SKIN
 from xmask.synthetic.places import Room
-from xmask.synthetic.scene import Scene
-from xmask.synthetic.sprites import Batch, Figure, Sprite, chunks, per_person
+from xmask.synthetic.scene import Scenery
+from xmask.synthetic.sprites import Figure, Patches, Sprite, chunks, per_person
 
 THINGS = 0.03  # things that could be taken for heads, per person; two more are allowed
 
 
-def draw_people(rng, scene: Scene, places: np.ndarray) -> list[Figure]:
+def draw_people(rng, scene: Scenery, places: np.ndarray) -> list[Figure]:
     """Draw one figure per place (n, 3): x, y, head diameter in px."""
     n = len(places)
     yaw = scene.facing[0] + rng.normal(0, scene.facing[1], n)
@@ -58,7 +58,7 @@ def _pick(look: dict, k: np.ndarray) -> dict:
     return {name: values[k] for name, values in look.items()}
 
 
-def _heads(rng, scene: Scene, everyone: dict) -> list[Sprite]:
+def _heads(rng, scene: Scenery, everyone: dict) -> list[Sprite]:
     """Heads: skull, hair, face, hat.
 
     style: 0 bald, 1 short, 2 long, 3 afro, 4 bun or tail, 5 headscarf.
@@ -67,136 +67,21 @@ def _heads(rng, scene: Scene, everyone: dict) -> list[Sprite]:
     made: list[Sprite | None] = [None] * len(everyone["r"])
     for members in chunks(everyone["r"], 3.8 * 4.2):
         p = _pick(everyone, members)
-        b = Batch(p["x"], p["y"], p["r"], (-1.75, -1.75, 1.75, 1.85), p["lean"])
-        every = slice(None)
-        zero = np.zeros(len(members))
-        a, h, style, hats = p["a"], p["b"], p["style"], p["hats"]
-        turned, toward = np.sin(p["yaw"]), np.cos(p["yaw"])
+        b = Patches(p["x"], p["y"], p["r"], (-1.75, -1.75, 1.75, 1.85), p["lean"])
         noise = b.grain(rng, 22, 7)
+        p |= {"turned": np.sin(p["yaw"]), "toward": np.cos(p["yaw"]),
+              "zero": np.zeros(len(members))}
         above_view = 1 - scene.tilt  # seen from above, hair takes more of the head
-
-        k = np.flatnonzero(style == 2)
-        if len(k):
-            down = .1 + .5 * p["extra"][k]
-            b.paint(k, b.ellipse(k, -.08 * turned[k], down, a[k] + .14, h[k] + .02 + down * .5,
-                                 True), p["hair"][k] * .85)
-        k = np.flatnonzero((style == 3) & (hats == 0))
-        if len(k):
-            cover = b.ellipse(k, zero[k], zero[k] - .18, a[k] + .38, h[k] + .16)
-            b.paint(k, np.clip(cover + .6 * noise[k] * (cover > 0) * (cover < 1), 0, 1),
-                    p["hair"][k])
-        k = np.flatnonzero((style == 4) & (hats == 0))
-        if len(k):
-            up = p["extra"][k] < .5
-            b.paint(k, b.ellipse(k, -.5 * turned[k], np.where(up, -1.08, .5), .3 + .1 * up,
-                                 np.where(up, .34, .9)), p["hair"][k])
-        k = np.flatnonzero(style == 5)
-        if len(k):
-            b.paint(k, b.ellipse(k, zero[k], zero[k] + .12, a[k] + .17, h[k] + .2), p["hat"][k])
-            b.paint(k, b.ellipse(k, zero[k] + .15 * turned[k], zero[k] + .95, a[k] + .05,
-                                 zero[k] + .45), p["hat"][k] * .9)
-        k = np.flatnonzero(hats == 5)
-        if len(k):
-            b.paint(k, b.ellipse(k, zero[k], zero[k] - .02, a[k] + .26, h[k] + .17),
-                    p["cloth"][k] * .9)
-        k = np.flatnonzero((style <= 1) & (hats < 4))
-        for side in (-1, 1):
-            shift = np.where(side * turned[k] > .5, .45, 1.0)
-            b.paint(k, b.ellipse(k, side * a[k] * shift, zero[k] + .1, zero[k] + .15,
-                                 zero[k] + .24), p["skin"][k] * .88)
-        covered = (style == 5) | (hats == 5)
-        base = np.where((style == 0)[:, None], p["skin"], p["hair"])
-        base = np.where((style == 5)[:, None], p["hat"], base)
-        base = np.where((hats == 5)[:, None], p["cloth"] * .75, base)
-        skull = b.ellipse(every, zero, zero, a, h)
-        b.paint(every, skull, base)
-        k = np.flatnonzero((style == 1) & ~covered)
-        if len(k):
-            nape = skull[k] * (1 - b.above(k, .52 + .12 * p["extra"][k], -.25))
-            b.paint(k, nape, p["skin"][k] * .8, inside=True)
-
-        # the face turns with the head: it narrows and moves to the side, and is gone from behind
-        wide = a * np.clip(.44 + .40 * toward, 0, .82) * np.where(style <= 1, 1.1, 1.0)
-        k = np.flatnonzero(wide > .12)
-        if len(k):
-            middle = a[k] * .78 * turned[k]
-            low = .2 + .35 * above_view - .1 * (style[k] == 0)
-            cover = b.ellipse(k, middle, low, wide[k], .86 * h[k]) * skull[k]
-            b.paint(k, cover, p["skin"][k], inside=True)
-            self_hair = np.where(p["hair"][k].mean(1, keepdims=True) < .5, p["hair"][k], .3)
-            beard = np.flatnonzero((p["face"][k] < .16) & (style[k] != 5))
-            if len(beard):
-                j = k[beard]
-                cut = 1 - b.above(j, low[beard] + .28, .1)
-                b.paint(j, cover[beard] * cut, self_hair[beard], inside=True)
-            masked = np.flatnonzero(p["face"][k] > .93)
-            if len(masked):
-                j = k[masked]
-                cut = 1 - b.above(j, low[masked] + .12)
-                b.paint(j, cover[masked] * cut, np.tile([[.75, .85, .9]], (len(j), 1)),
-                        inside=True)
-            if b.r.max() > 4:
-                for side in (-1, 1):
-                    b.paint(k, .85 * b.ellipse(k, middle + side * .46 * wide[k], low - .12,
-                                               .16 * wide[k] + .02, .07 + 0 * middle)
-                            * cover, p["skin"][k] * .22, inside=True)
-                    b.paint(k, .6 * b.ellipse(k, middle + side * .46 * wide[k], low - .3,
-                                              .26 * wide[k] + .02, .05 + 0 * middle)
-                            * cover, self_hair * .8, inside=True)
-                b.paint(k, .35 * b.ellipse(k, middle + .1 * wide[k] * np.sign(scene.light[0]) * -1,
-                                           low + .15, .14 * wide[k] + .02, .16 + 0 * middle)
-                        * cover, p["skin"][k] * .6, inside=True)
-                lips = np.flatnonzero((p["face"][k] > .16) & (p["face"][k] <= .93))
-                if len(lips):
-                    j = k[lips]
-                    b.paint(j, .6 * b.ellipse(j, middle[lips], low[lips] + .42,
-                                              .36 * wide[j] + .02, .06 + 0 * a[j]) * skull[j],
-                            p["skin"][j] * [.72, .45, .42], inside=True)
-                glasses = np.flatnonzero((p["face"][k] > .3) & (p["face"][k] < .42))
-                if len(glasses):
-                    j = k[glasses]
-                    for side in (-1, 1):
-                        b.paint(j, .9 * b.ellipse(j, middle[glasses] + side * .42 * wide[j],
-                                                  low[glasses] - .12, .34 * wide[j] + .03,
-                                                  .15 + 0 * a[j]) * cover[glasses],
-                                np.full((len(j), 3), .07), inside=True)
-
-        k = np.flatnonzero(hats == 1)
-        if len(k):
-            b.paint(k, b.ellipse(k, zero[k], zero[k] - .1, a[k] + .08, h[k] + .02)
-                    * b.above(k, zero[k] - .22, .12), p["hat"][k])
-            front = toward[k] > -.3
-            b.paint(k, b.ellipse(k, turned[k] * .75, zero[k] - .2 + .1 * toward[k],
-                                 np.where(front, .5 + .22 * np.abs(toward[k]), .05),
-                                 np.where(front, .15, .03)), p["hat"][k] * .7)
-        k = np.flatnonzero(hats == 2)
-        if len(k):
-            cap = b.ellipse(k, zero[k], zero[k] - .1, a[k] + .09, h[k] + .12)
-            b.paint(k, cap * b.above(k, zero[k] - .12, .1), p["hat"][k])
-            b.paint(k, cap * b.above(k, zero[k] - .12, .1) * (1 - b.above(k, zero[k] - .42, .1)),
-                    p["second"][k], inside=True)
-            j = k[p["extra"][k] < .4]
-            b.paint(j, b.ellipse(j, zero[j], zero[j] - 1.25, zero[j] + .27, zero[j] + .25),
-                    p["second"][j])
-        k = np.flatnonzero(hats == 3)
-        if len(k):
-            b.paint(k, b.ellipse(k, zero[k], zero[k] - .34, a[k] + .68,
-                                 .28 + .5 * above_view + zero[k]), p["hat"][k] * .85)
-            b.paint(k, b.ellipse(k, zero[k], zero[k] - .62, a[k], zero[k] + .6),
-                    p["hat"][k])
-            b.paint(k, b.ellipse(k, zero[k], zero[k] - .36, a[k], zero[k] + .16),
-                    p["second"][k], inside=True)
-        k = np.flatnonzero(hats == 4)
-        if len(k):
-            hard = np.array([(.92, .75, .15), (.9, .9, .88), (.85, .3, .15), (.15, .15, .17)])
-            b.paint(k, b.ellipse(k, zero[k], zero[k] - .12, a[k] + .16, h[k] + .08)
-                    * b.above(k, zero[k] - .12, .08), hard[(p["extra"][k] * 4).astype(int)])
+        _paint_behind_skull(b, p, noise)
+        skull = _paint_skull(b, p)
+        _paint_face(b, p, skull, above_view, scene)
+        _paint_hat(b, p, above_view)
         # light on a ball; hair and cloth have a grain
         depth = np.sqrt(np.clip(1.15 - b.u ** 2 - b.v ** 2, 0, 1))
         lit = np.clip(b.u * scene.light[0] + b.v * scene.light[1] + depth * scene.light[2], 0, 1)
         shade = scene.ambient + (1.25 - scene.ambient) * lit
         shade *= 1 + .07 * noise
-        shine = np.clip(lit - .86, 0, 1) * (.7 * (hats == 4) + .35)[:, None, None]
+        shine = np.clip(lit - .86, 0, 1) * (.7 * (p["hats"] == 4) + .35)[:, None, None]
         b.rgb *= shade
         b.rgb += shine * b.alpha
         np.clip(b.rgb, 0, b.alpha, out=b.rgb)
@@ -205,7 +90,158 @@ def _heads(rng, scene: Scene, everyone: dict) -> list[Sprite]:
     return made
 
 
-def _bodies(rng, scene: Scene, everyone: dict) -> list[Sprite]:
+def _paint_behind_skull(b: Patches, p: dict, noise: np.ndarray) -> None:
+    """Long hair, afro, bun, scarf, hood, ears."""
+    a, h, style, hats, turned, zero = (
+        p[name] for name in ("a", "b", "style", "hats", "turned", "zero"))
+    k = np.flatnonzero(style == 2)
+    if len(k):
+        down = .1 + .5 * p["extra"][k]
+        b.paint(k, b.ellipse(k, -.08 * turned[k], down, a[k] + .14, h[k] + .02 + down * .5,
+                             True), p["hair"][k] * .85)
+    k = np.flatnonzero((style == 3) & (hats == 0))
+    if len(k):
+        cover = b.ellipse(k, zero[k], zero[k] - .18, a[k] + .38, h[k] + .16)
+        b.paint(k, np.clip(cover + .6 * noise[k] * (cover > 0) * (cover < 1), 0, 1),
+                p["hair"][k])
+    k = np.flatnonzero((style == 4) & (hats == 0))
+    if len(k):
+        up = p["extra"][k] < .5
+        b.paint(k, b.ellipse(k, -.5 * turned[k], np.where(up, -1.08, .5), .3 + .1 * up,
+                             np.where(up, .34, .9)), p["hair"][k])
+    k = np.flatnonzero(style == 5)
+    if len(k):
+        b.paint(k, b.ellipse(k, zero[k], zero[k] + .12, a[k] + .17, h[k] + .2), p["hat"][k])
+        b.paint(k, b.ellipse(k, zero[k] + .15 * turned[k], zero[k] + .95, a[k] + .05,
+                             zero[k] + .45), p["hat"][k] * .9)
+    k = np.flatnonzero(hats == 5)
+    if len(k):
+        b.paint(k, b.ellipse(k, zero[k], zero[k] - .02, a[k] + .26, h[k] + .17),
+                p["cloth"][k] * .9)
+    k = np.flatnonzero((style <= 1) & (hats < 4))
+    for side in (-1, 1):
+        shift = np.where(side * turned[k] > .5, .45, 1.0)
+        b.paint(k, b.ellipse(k, side * a[k] * shift, zero[k] + .1, zero[k] + .15,
+                             zero[k] + .24), p["skin"][k] * .88)
+
+
+def _paint_skull(b: Patches, p: dict) -> np.ndarray:
+    """Skull with its hair; returns the share of each pixel that it covers."""
+    a, h, style, hats, zero = (
+        p[name] for name in ("a", "b", "style", "hats", "zero"))
+    every = slice(None)
+    covered = (style == 5) | (hats == 5)
+    base = np.where((style == 0)[:, None], p["skin"], p["hair"])
+    base = np.where((style == 5)[:, None], p["hat"], base)
+    base = np.where((hats == 5)[:, None], p["cloth"] * .75, base)
+    skull = b.ellipse(every, zero, zero, a, h)
+    b.paint(every, skull, base)
+    k = np.flatnonzero((style == 1) & ~covered)
+    if len(k):
+        nape = skull[k] * (1 - b.above(k, .52 + .12 * p["extra"][k], -.25))
+        b.paint(k, nape, p["skin"][k] * .8, inside=True)
+    return skull
+
+
+def _paint_face(
+    b: Patches, p: dict, skull: np.ndarray, above_view: float, scene: Scenery
+) -> None:
+    """The face turns with the head: it narrows and moves to the side, and is gone from behind."""
+    a, h, style, turned, toward = (p[name] for name in ("a", "b", "style", "turned", "toward"))
+    wide = a * np.clip(.44 + .40 * toward, 0, .82) * np.where(style <= 1, 1.1, 1.0)
+    k = np.flatnonzero(wide > .12)
+    if len(k):
+        middle = a[k] * .78 * turned[k]
+        low = .2 + .35 * above_view - .1 * (style[k] == 0)
+        cover = b.ellipse(k, middle, low, wide[k], .86 * h[k]) * skull[k]
+        b.paint(k, cover, p["skin"][k], inside=True)
+        self_hair = np.where(p["hair"][k].mean(1, keepdims=True) < .5, p["hair"][k], .3)
+        beard = np.flatnonzero((p["face"][k] < .16) & (style[k] != 5))
+        if len(beard):
+            j = k[beard]
+            cut = 1 - b.above(j, low[beard] + .28, .1)
+            b.paint(j, cover[beard] * cut, self_hair[beard], inside=True)
+        masked = np.flatnonzero(p["face"][k] > .93)
+        if len(masked):
+            j = k[masked]
+            cut = 1 - b.above(j, low[masked] + .12)
+            b.paint(j, cover[masked] * cut, np.tile([[.75, .85, .9]], (len(j), 1)),
+                    inside=True)
+        _paint_features(b, p, k, skull, cover, middle, low, wide, self_hair, scene)
+
+
+def _paint_features(
+    b: Patches, p: dict, k: np.ndarray, skull: np.ndarray, cover: np.ndarray, middle: np.ndarray,
+    low: np.ndarray, wide: np.ndarray, self_hair: np.ndarray, scene: Scenery,
+) -> None:
+    """Eyes, brows, nose, lips and glasses of the faces of persons k, where heads are large enough
+    to show them; middle, low: where the face is; cover: what it covers."""
+    a = p["a"]
+    if b.r.max() <= 4:
+        return
+    for side in (-1, 1):
+        b.paint(k, .85 * b.ellipse(k, middle + side * .46 * wide[k], low - .12,
+                                   .16 * wide[k] + .02, .07 + 0 * middle)
+                * cover, p["skin"][k] * .22, inside=True)
+        b.paint(k, .6 * b.ellipse(k, middle + side * .46 * wide[k], low - .3,
+                                  .26 * wide[k] + .02, .05 + 0 * middle)
+                * cover, self_hair * .8, inside=True)
+    b.paint(k, .35 * b.ellipse(k, middle + .1 * wide[k] * np.sign(scene.light[0]) * -1,
+                               low + .15, .14 * wide[k] + .02, .16 + 0 * middle)
+            * cover, p["skin"][k] * .6, inside=True)
+    lips = np.flatnonzero((p["face"][k] > .16) & (p["face"][k] <= .93))
+    if len(lips):
+        j = k[lips]
+        b.paint(j, .6 * b.ellipse(j, middle[lips], low[lips] + .42,
+                                  .36 * wide[j] + .02, .06 + 0 * a[j]) * skull[j],
+                p["skin"][j] * [.72, .45, .42], inside=True)
+    glasses = np.flatnonzero((p["face"][k] > .3) & (p["face"][k] < .42))
+    if len(glasses):
+        j = k[glasses]
+        for side in (-1, 1):
+            b.paint(j, .9 * b.ellipse(j, middle[glasses] + side * .42 * wide[j],
+                                      low[glasses] - .12, .34 * wide[j] + .03,
+                                      .15 + 0 * a[j]) * cover[glasses],
+                    np.full((len(j), 3), .07), inside=True)
+
+
+def _paint_hat(b: Patches, p: dict, above_view: float) -> None:
+    """Cap, beanie, brimmed hat or helmet."""
+    a, h, hats, turned, toward, zero = (
+        p[name] for name in ("a", "b", "hats", "turned", "toward", "zero"))
+    k = np.flatnonzero(hats == 1)
+    if len(k):
+        b.paint(k, b.ellipse(k, zero[k], zero[k] - .1, a[k] + .08, h[k] + .02)
+                * b.above(k, zero[k] - .22, .12), p["hat"][k])
+        front = toward[k] > -.3
+        b.paint(k, b.ellipse(k, turned[k] * .75, zero[k] - .2 + .1 * toward[k],
+                             np.where(front, .5 + .22 * np.abs(toward[k]), .05),
+                             np.where(front, .15, .03)), p["hat"][k] * .7)
+    k = np.flatnonzero(hats == 2)
+    if len(k):
+        cap = b.ellipse(k, zero[k], zero[k] - .1, a[k] + .09, h[k] + .12)
+        b.paint(k, cap * b.above(k, zero[k] - .12, .1), p["hat"][k])
+        b.paint(k, cap * b.above(k, zero[k] - .12, .1) * (1 - b.above(k, zero[k] - .42, .1)),
+                p["second"][k], inside=True)
+        j = k[p["extra"][k] < .4]
+        b.paint(j, b.ellipse(j, zero[j], zero[j] - 1.25, zero[j] + .27, zero[j] + .25),
+                p["second"][j])
+    k = np.flatnonzero(hats == 3)
+    if len(k):
+        b.paint(k, b.ellipse(k, zero[k], zero[k] - .34, a[k] + .68,
+                             .28 + .5 * above_view + zero[k]), p["hat"][k] * .85)
+        b.paint(k, b.ellipse(k, zero[k], zero[k] - .62, a[k], zero[k] + .6),
+                p["hat"][k])
+        b.paint(k, b.ellipse(k, zero[k], zero[k] - .36, a[k], zero[k] + .16),
+                p["second"][k], inside=True)
+    k = np.flatnonzero(hats == 4)
+    if len(k):
+        hard = np.array([(.92, .75, .15), (.9, .9, .88), (.85, .3, .15), (.15, .15, .17)])
+        b.paint(k, b.ellipse(k, zero[k], zero[k] - .12, a[k] + .16, h[k] + .08)
+                * b.above(k, zero[k] - .12, .08), hard[(p["extra"][k] * 4).astype(int)])
+
+
+def _bodies(rng, scene: Scenery, everyone: dict) -> list[Sprite]:
     """Neck, trunk, arms and, where people stand loosely, legs; with a soft shadow round them."""
     made: list[Sprite | None] = [None] * len(everyone["r"])
     seated, q = scene.kind == "stands", scene.tilt
@@ -216,38 +252,14 @@ def _bodies(rng, scene: Scene, everyone: dict) -> list[Sprite]:
         length = (8.6 if seated else 13.6 if whole else 7.5) * q
         # nothing below the picture needs painting
         lowest = float(np.max((scene.shape[0] - p["y"]) / p["r"])) + .5
-        b = Batch(p["x"], p["y"], p["r"], (-2.7, .35, 2.7, max(min(length, lowest), 1.4)))
+        b = Patches(p["x"], p["y"], p["r"], (-2.7, .35, 2.7, max(min(length, lowest), 1.4)))
         every = slice(None)
         zero = np.zeros(len(members))
-        toward = np.cos(p["yaw"])
-        wide = (1.62 + .4 * p["extra"]) * (.68 + .32 * np.abs(toward))
+        wide = (1.62 + .4 * p["extra"]) * (.68 + .32 * np.abs(np.cos(p["yaw"])))
         noise = b.grain(rng, 9, 5)
         distance = np.sqrt((b.u / 2.7) ** 2 + ((b.v - 3.2 * q) / (3.4 * q)) ** 2)
         halo = .5 * np.clip(1.25 - distance, 0, .6)
-        if seated:
-            for side in (-1, 1):
-                knee = side * (.7 + .25 * p["face"])
-                b.paint(every, b.ellipse(every, knee, zero + 7.0 * q, zero + .5, zero + 1.5 * q,
-                                         True), p["second"] * .5)
-                b.paint(every, b.ellipse(every, knee, zero + 5.7 * q, zero + .6, zero + .6 * q),
-                        p["second"] * .65)
-        elif whole:
-            for side in (-1, 1):
-                stride = rng.normal(0, .25, len(members))
-                b.paint(every, b.ellipse(every, side * .55 * wide / 1.8 + stride * .3,
-                                         zero + 9.3 * q, zero + .62, zero + 4.1 * q, True),
-                        p["second"] * .6)
-                b.paint(every, b.ellipse(every, side * .6 + stride * .6, zero + 13.1 * q,
-                                         zero + .6, zero + .4 * q), p["hair"] * .6)
-        for side in (-1, 1):
-            swing = rng.normal(0, .12, len(members))
-            start = np.stack([side * (wide - .42), zero + 2.1 * q], 1)
-            elbow = np.stack([side * (wide + .02) + swing, zero + 4.2 * q], 1)
-            hand = np.stack([side * (wide - (.9 if seated else .25)) + 2 * swing,
-                             zero + (5.4 if seated else 6.6) * q], 1)
-            b.paint(every, b.capsule(every, elbow, hand, zero + .33), p["skin"] * .85)
-            sleeve = np.where((p["face"] > .45)[:, None], hand, elbow)
-            b.paint(every, b.capsule(every, start, sleeve, zero + .46), p["cloth"] * .8)
+        _paint_limbs(rng, b, p, wide, q, seated, whole)
         middle, half = (3.6 if seated else 3.9) * q, (2.5 if seated else 2.8) * q
         trunk = b.ellipse(every, zero, zero + middle, wide, zero + half, True)
         outward = np.abs(b.u) / per_person(wide)
@@ -256,33 +268,7 @@ def _bodies(rng, scene: Scene, everyone: dict) -> list[Sprite]:
         trunk *= np.clip(.5 + (per_person(wide) * (1.06 - .06 * b.v / q) - np.abs(b.u)) * b.r, 0, 1)
         b.paint(every, trunk, p["cloth"])
         pattern = (p["extra"] * 97) % 1
-        k = np.flatnonzero(pattern < .14)  # stripes
-        if len(k):
-            wave = np.sin(b.v[k] * per_person(3 + 5 * p["face"][k])) > .2
-            b.paint(k, .9 * wave * trunk[k], p["second"][k], inside=True)
-        k = np.flatnonzero((pattern > .14) & (pattern < .22))  # checks
-        if len(k):
-            wave = (np.sin(b.v[k] * 5) > .3) | (np.sin(b.u[k] * 5) > .3)
-            b.paint(k, .5 * wave * trunk[k], p["second"][k], inside=True)
-        k = np.flatnonzero((pattern > .22) & (pattern < .45) & (toward > 0))  # open jacket
-        if len(k):
-            b.paint(k, b.ellipse(k, zero[k], zero[k] + 3.6 * q, .2 + .3 * p["face"][k],
-                                 zero[k] + 3.2 * q) * trunk[k], p["second"][k], inside=True)
-        k = np.flatnonzero((pattern > .45) & (pattern < .6))  # print on the chest
-        if len(k):
-            b.paint(k, .85 * b.ellipse(k, zero[k], zero[k] + 2.9 * q, zero[k] + .7,
-                                       .3 + .5 * p["face"][k]) * trunk[k],
-                    p["second"][k], inside=True)
-        k = np.flatnonzero((pattern > .85) & (toward < .2))  # rucksack
-        if len(k):
-            b.paint(k, b.ellipse(k, zero[k], zero[k] + 3.3 * q, zero[k] + 1.05,
-                                 zero[k] + 1.7 * q, True), p["second"][k])
-            b.paint(k, b.ellipse(k, zero[k], zero[k] + 3.9 * q, zero[k] + .75,
-                                 zero[k] + .7 * q, True), p["second"][k] * .75)
-        k = np.flatnonzero((pattern > .85) & (toward >= .2))  # straps
-        for side in (-1, 1):
-            b.paint(k, b.ellipse(k, side * .8 + zero[k], zero[k] + 2.6 * q, zero[k] + .17,
-                                 zero[k] + 1.9 * q, True) * trunk[k], p["second"][k], inside=True)
+        _paint_clothes(b, p, pattern, trunk, q)
         neck = b.ellipse(every, zero, zero + .95 * q + .15, zero + .42, zero + .62)
         b.paint(every, neck, p["skin"] * .7)
         k = np.flatnonzero((pattern > .6) & (pattern < .68))  # scarf
@@ -303,7 +289,75 @@ def _bodies(rng, scene: Scene, everyone: dict) -> list[Sprite]:
     return made
 
 
-def _props(rng, scene: Scene, everyone: dict) -> dict[int, Sprite]:
+def _paint_limbs(
+    rng, b: Patches, p: dict, wide: np.ndarray, q: float, seated: bool, whole: bool
+) -> None:
+    """Knees or legs, and arms. wide: (n,) half widths of the trunks; q: tilt of the scene."""
+    every, zero = slice(None), np.zeros(len(wide))
+    if seated:
+        for side in (-1, 1):
+            knee = side * (.7 + .25 * p["face"])
+            b.paint(every, b.ellipse(every, knee, zero + 7.0 * q, zero + .5, zero + 1.5 * q,
+                                     True), p["second"] * .5)
+            b.paint(every, b.ellipse(every, knee, zero + 5.7 * q, zero + .6, zero + .6 * q),
+                    p["second"] * .65)
+    elif whole:
+        for side in (-1, 1):
+            stride = rng.normal(0, .25, len(wide))
+            b.paint(every, b.ellipse(every, side * .55 * wide / 1.8 + stride * .3,
+                                     zero + 9.3 * q, zero + .62, zero + 4.1 * q, True),
+                    p["second"] * .6)
+            b.paint(every, b.ellipse(every, side * .6 + stride * .6, zero + 13.1 * q,
+                                     zero + .6, zero + .4 * q), p["hair"] * .6)
+    for side in (-1, 1):
+        swing = rng.normal(0, .12, len(wide))
+        start = np.stack([side * (wide - .42), zero + 2.1 * q], 1)
+        elbow = np.stack([side * (wide + .02) + swing, zero + 4.2 * q], 1)
+        hand = np.stack([side * (wide - (.9 if seated else .25)) + 2 * swing,
+                         zero + (5.4 if seated else 6.6) * q], 1)
+        b.paint(every, b.capsule(every, elbow, hand, zero + .33), p["skin"] * .85)
+        sleeve = np.where((p["face"] > .45)[:, None], hand, elbow)
+        b.paint(every, b.capsule(every, start, sleeve, zero + .46), p["cloth"] * .8)
+
+
+def _paint_clothes(
+    b: Patches, p: dict, pattern: np.ndarray, trunk: np.ndarray, q: float
+) -> None:
+    """What is on or over the trunk: stripes, checks, a jacket, a print, a rucksack.
+
+    pattern: (n,) in 0..1, who wears what; trunk: (n, h, w), the share of each pixel it covers.
+    """
+    zero, toward = np.zeros(len(pattern)), np.cos(p["yaw"])
+    k = np.flatnonzero(pattern < .14)  # stripes
+    if len(k):
+        wave = np.sin(b.v[k] * per_person(3 + 5 * p["face"][k])) > .2
+        b.paint(k, .9 * wave * trunk[k], p["second"][k], inside=True)
+    k = np.flatnonzero((pattern > .14) & (pattern < .22))  # checks
+    if len(k):
+        wave = (np.sin(b.v[k] * 5) > .3) | (np.sin(b.u[k] * 5) > .3)
+        b.paint(k, .5 * wave * trunk[k], p["second"][k], inside=True)
+    k = np.flatnonzero((pattern > .22) & (pattern < .45) & (toward > 0))  # open jacket
+    if len(k):
+        b.paint(k, b.ellipse(k, zero[k], zero[k] + 3.6 * q, .2 + .3 * p["face"][k],
+                             zero[k] + 3.2 * q) * trunk[k], p["second"][k], inside=True)
+    k = np.flatnonzero((pattern > .45) & (pattern < .6))  # print on the chest
+    if len(k):
+        b.paint(k, .85 * b.ellipse(k, zero[k], zero[k] + 2.9 * q, zero[k] + .7,
+                                   .3 + .5 * p["face"][k]) * trunk[k],
+                p["second"][k], inside=True)
+    k = np.flatnonzero((pattern > .85) & (toward < .2))  # rucksack
+    if len(k):
+        b.paint(k, b.ellipse(k, zero[k], zero[k] + 3.3 * q, zero[k] + 1.05,
+                             zero[k] + 1.7 * q, True), p["second"][k])
+        b.paint(k, b.ellipse(k, zero[k], zero[k] + 3.9 * q, zero[k] + .75,
+                             zero[k] + .7 * q, True), p["second"][k] * .75)
+    k = np.flatnonzero((pattern > .85) & (toward >= .2))  # straps
+    for side in (-1, 1):
+        b.paint(k, b.ellipse(k, side * .8 + zero[k], zero[k] + 2.6 * q, zero[k] + .17,
+                             zero[k] + 1.9 * q, True) * trunk[k], p["second"][k], inside=True)
+
+
+def _props(rng, scene: Scenery, everyone: dict) -> dict[int, Sprite]:
     """Raised arms, some with a phone, and placards: they hide heads behind, never one's own."""
     n = len(everyone["r"])
     share = {"concert": .14, "stands": .1, "street": .05, "park": .03}.get(scene.kind, .02)
@@ -314,7 +368,7 @@ def _props(rng, scene: Scene, everyone: dict) -> dict[int, Sprite]:
     for group in chunks(everyone["r"][chosen], 5.6 * 7):
         members = chosen[group]
         p = _pick(everyone, members)
-        b = Batch(p["x"], p["y"], p["r"], (-2.9, -4.2, 2.9, 2.4))
+        b = Patches(p["x"], p["y"], p["r"], (-2.9, -4.2, 2.9, 2.4))
         m = len(members)
         side = rng.choice([-1, 1], m)
         for both in (False, True):
@@ -350,7 +404,7 @@ def _props(rng, scene: Scene, everyone: dict) -> dict[int, Sprite]:
     return made
 
 
-def draw_things(rng, scene: Scene, room: Room, people: int) -> list[Figure]:
+def draw_things(rng, scene: Scenery, room: Room, people: int) -> list[Figure]:
     """Round things in the colours of heads: balls, knobs on posts, sacks, plants in pots."""
     number = int(rng.integers(0, 3 + int(THINGS * people)))
     places = room.take(number)
@@ -361,7 +415,7 @@ def draw_things(rng, scene: Scene, room: Room, people: int) -> list[Figure]:
     sort = rng.integers(0, 5, number)
     made: list[Figure | None] = [None] * number
     for group in chunks(r, 3.4 * 5):
-        b = Batch(places[group, 0], places[group, 1], r[group], (-1.7, -1.7, 1.7, 4.0))
+        b = Patches(places[group, 0], places[group, 1], r[group], (-1.7, -1.7, 1.7, 4.0))
         m = len(group)
         zero, every = np.zeros(m), slice(None)
         kind = sort[group]

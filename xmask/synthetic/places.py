@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from xmask.synthetic.scene import LARGEST_HEAD, SMALLEST_HEAD, Scene
+from xmask.synthetic.scene import LARGEST_HEAD, SMALLEST_HEAD, Scenery
 from xmask.synthetic.sprites import cloud_field, window
 
 GROUPS = (1, 1, 1, 2, 2, 2, 3, 3, 4, 5)  # sizes of the groups in which people stand together
@@ -20,7 +20,7 @@ def _disc(across: int, down: int) -> np.ndarray:
     return (x / rx) ** 2 + (y / ry) ** 2 < 1
 
 
-def _seat_rows(scene: Scene) -> np.ndarray:
+def _seat_rows(scene: Scenery) -> np.ndarray:
     """Image rows of the heads of people who sit in rows 1.3 heads apart."""
     steps = np.arange(400)
     rate = (scene.near - scene.far) / (scene.shape[0] - scene.top)
@@ -32,7 +32,7 @@ def _seat_rows(scene: Scene) -> np.ndarray:
 class Room:
     """Free and taken ground: a pixel map in which every head blocks an ellipse of its own."""
 
-    def __init__(self, rng, scene: Scene):
+    def __init__(self, rng, scene: Scenery):
         self.rng, self.scene = rng, scene
         self.crowding = cloud_field(rng, scene.shape, 5)
         self.taken = np.zeros(scene.shape, bool)

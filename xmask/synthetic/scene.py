@@ -60,7 +60,7 @@ WEATHER = ("clear", "fog", "rain", "snow")  # the order of the codes in JHU-CROW
 
 
 @dataclass(frozen=True)
-class Scene:
+class Scenery:
     """What is fixed before anybody stands in the scene."""
 
     shape: tuple[int, int]
@@ -85,7 +85,7 @@ class Scene:
         return self.far + (self.near - self.far) * share
 
 
-def plan(rng, shape: tuple[int, int], people: int, character: Character) -> Scene:
+def plan_scenery(rng, shape: tuple[int, int], people: int, character: Character) -> Scenery:
     """Choose place, light and a perspective in which `people` heads find room."""
     height, width = shape
     kind = str(rng.choice(character.kinds))
@@ -126,7 +126,7 @@ def plan(rng, shape: tuple[int, int], people: int, character: Character) -> Scen
     team = None
     if rng.random() < {"stands": .6, "street": .2}.get(kind, .08):
         team = CLOTH[rng.choice(len(CLOTH), 2)]
-    return Scene(
+    return Scenery(
         shape=shape, kind=kind, weather=weather, blurred=bool(rng.random() < character.blur),
         top=top, far=far, near=near, spacing=spacing, load=load, rows=rows,
         tilt=rng.uniform(*tilts[kind]), facing=(float(facing[0]), float(facing[1])),

@@ -71,7 +71,7 @@ def per_person(values: np.ndarray) -> np.ndarray:
     return np.asarray(values, np.float32).reshape(-1, 1, 1)
 
 
-class Batch:
+class Patches:
     """A stack of n equally large patches that are painted together, one per person.
 
     u, v: coordinates in head units around each person's head centre (n, h, w); r: px per unit

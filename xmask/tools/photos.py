@@ -125,12 +125,12 @@ def run(photos: Sequence[Photo], model: Predictor, out: str | os.PathLike, *,
 
     max_side: as in `Predictor.predict`. overwrite: as of `files.OutputFolder`, which `out` is.
 
-    Written for a photo named N: `N.points.csv` (x, y, score, area in pixels), `N.masks.png`
-    (16-bit label map, value k the head of line k), `N.overlay.png`. Written for all results in
-    the folder, of earlier calls, too: `counts.csv` (by name, and what failed in this call) and
-    `coco.json` (all masks as RLE); for this call `model.json` (the record of the model and the
-    thresholds). A photo keeps its name from call to call; another one of the same name gets the
-    name of its folder before its own.
+    Written for a photo named N: `N.points.csv` (counted heads: x, y, score, area in pixels),
+    `N.masks.png` (16-bit label map, value k the head of line k), `N.overlay.png`. Written for all
+    results in the folder, of earlier calls, too: `counts.csv` (by name, and what failed in this
+    call) and `coco.json` (all masks as RLE). Written for this call: `model.json` (the record of
+    the model and the thresholds). A photo keeps its name from call to call; another one of the
+    same name gets the name of its folder before its own.
     Raises ValueError for a max_side that no image can have, and what `files.OutputFolder` does.
     """
     check_side(max_side)
@@ -227,17 +227,19 @@ class _Results:
         if found.count > MOST_HEADS:
             raise ValueError(f"{photo.path}: {found.count} heads, and a 16-bit label map holds "
                              f"{MOST_HEADS}. Cut the image in parts.")
-        area = np.bincount(found.instances.ravel(), minlength=found.count + 1)[1:]
-        table = pd.DataFrame(found.points, columns=["x", "y"]).assign(
-            score=found.scores, area=area)
+        number = np.where(found.counted, np.cumsum(found.counted), 0)  # of each head; 0 for none
+        labels = np.r_[0, number][found.instances]
+        area = np.bincount(labels.ravel(), minlength=found.count + 1)[1:]
+        table = pd.DataFrame(found.heads, columns=["x", "y"]).assign(
+            score=found.scores[found.counted], area=area)
         points, masks, overlay = results
         files.write_text(points, table.to_csv(index=False, float_format="%.6g",
                                               lineterminator="\n"))
-        files.write_png(masks, found.instances.astype(np.uint16))
-        files.write_png(overlay, paint(image, found.instances, found.points))
+        files.write_png(masks, labels.astype(np.uint16))
+        files.write_png(overlay, paint(image, labels, found.heads))
         table = pd.read_csv(points).assign(head=range(1, len(table) + 1), source="predicted")
         with files.replacing(fragment) as temporary, open(temporary, "w", encoding="utf-8") as file:
-            for one in coco.annotations(found.instances, table):
+            for one in coco.annotations(labels, table):
                 file.write(json.dumps(one) + "\n")
         return Row(str(photo.path), name, found.count, image.shape[1], image.shape[0], repairs)
 

@@ -1,0 +1,131 @@
+"""`xmask learn`: own photos and dots in, a model out; what was done is not done again."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load
+
+import xmask
+from xmask import files
+from xmask.synthetic import draw_scene
+from xmask.tools import learn
+
+TINY = {"optimisation.crop": 64, "optimisation.batch": 1, "schedule.phase1": 1,
+        "schedule.phase2": 2, "schedule.phase3": 3, "schedule.warmup": 0,
+        "schedule.mask_warmup": 0, "schedule.steps_per_epoch": 1}
+
+
+@pytest.fixture
+def photos(tmp_path):
+    for number in range(3):
+        scene = draw_scene(number, shape=(96, 128), people=6)
+        Image.fromarray(scene.image).save(tmp_path / f"p{number}.png")
+    np.savetxt(tmp_path / "p1.csv", scene.points, delimiter=",", header="x,y", comments="")
+    return tmp_path, scene
+
+
+def test_a_folder_of_photos_and_dots(photos):
+    folder, scene = photos
+    dotted, bare = learn.read_folder(folder)
+    assert [one.name for one in dotted] == ["p1"] and [one.name for one in bare] == ["p0", "p2"]
+    assert np.allclose(dotted[0].points, scene.points, atol=1e-4)
+
+
+@pytest.mark.parametrize("text, message", [
+    ("a,b\n1,2\n", "p1.csv: .*line 'x,y' first"),
+    ("x,y\n1,two\n", "p1.csv"),
+    ("x,y\n1,2\n3,\n", "p1.csv: line 3 lacks x or y"),
+    ("", "p1.csv"),
+])
+def test_bad_dots_are_named(photos, text, message):
+    folder, _ = photos
+    (folder / "p1.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        learn.read_folder(folder)
+
+
+def test_dots_without_a_photo_and_folders_without_photos_are_errors(photos, tmp_path):
+    folder, _ = photos
+    (folder / "other.csv").write_text("x,y\n")
+    with pytest.raises(ValueError, match="other.csv: no image of this name"):
+        learn.read_folder(folder)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="empty: no image"):
+        learn.read_folder(tmp_path / "empty")
+
+
+def test_learning_from_own_photos_makes_a_model_that_loads(photos, tmp_path):
+    folder, _ = photos
+    dotted, bare = learn.read_folder(folder)
+    tiny = learn.configure(TINY)
+    run = learn.learn(dotted, bare, tmp_path / "run", tiny, progress=False)
+    model = xmask.load(run, device="cpu")
+    assert model.record["trained_on"]["labelled"] == 1
+    assert model.record["trained_on"]["unlabelled"] == 2
+    assert not model.record["trained_on"]["synthetic"]
+    assert "weights of the package" in model.record["initialisation"]
+    assert model.predict(folder / "p0.png").instances.shape == (96, 128)
+    with pytest.raises(ValueError, match="no dots"):
+        learn.learn([], bare, tmp_path / "none", tiny)
+
+
+def test_what_is_finished_is_not_done_again(photos, tmp_path, monkeypatch, caplog):
+    folder, scene = photos
+    (folder / "broken.jpg").write_bytes(b"no photo")
+    tiny, out = learn.configure(TINY), tmp_path / "run"
+
+    def run():
+        return learn.learn(*learn.read_folder(folder), out, tiny, segmenter="classical",
+                           progress=False)
+
+    run()
+    assert "left out: " in caplog.text and "broken.jpg" in caplog.text
+    record = files.read_json(out / "config.json")
+    assert record["start"] == xmask.load(device="cpu").record["sha256"]
+    assert record["start"][:12] in record["backbone"]["initialisation"]
+    assert len(record["data"]["left_out"]) == 1 and record["data"]["unlabelled"] == 2
+    model = (out / "model.safetensors").read_bytes()
+    tensors = load(model)
+    mask = (out / "masks" / "p1.png").stat().st_mtime_ns
+    monkeypatch.setattr(learn, "Trainer", None)
+    run()  # trains nothing
+    with pytest.raises(TypeError):
+        learn.learn(*learn.read_folder(folder), out, learn.configure(TINY, seed=2),
+                    segmenter="classical", progress=False)
+    monkeypatch.undo()
+    (out / "model.safetensors").write_bytes(model[:-9])  # damaged: trained again
+    run()
+    again = load((out / "model.safetensors").read_bytes())
+    assert all((again[name] == tensors[name]).all() for name in tensors)
+    assert (out / "model.safetensors.set-aside-1").is_file()
+    assert (out / "masks" / "p1.png").stat().st_mtime_ns == mask  # masks are not made again
+    (out / "masks" / "p1.png").write_bytes(b"")
+    (out / "model.safetensors").unlink()
+    run()
+    assert (out / "masks" / "p1.png").stat().st_size > 0
+
+
+def test_a_folder_of_the_users_takes_no_model(photos, tmp_path):
+    folder, _ = photos
+    with pytest.raises(FileExistsError, match="no record of xmask"):
+        learn.learn(*learn.read_folder(folder), folder, learn.configure(TINY), progress=False)
+
+
+def test_only_the_last_images_are_kept_in_memory():
+    reads = []
+
+    class Images:
+        def __len__(self):
+            return 50
+
+        def __getitem__(self, position):
+            reads.append(position)
+            return learn.Sample(np.zeros((10, 10, 3), np.uint8), np.zeros((0, 2)))
+
+    recent = learn.Recent(Images(), limit=5 * 300)
+    for _ in range(2):
+        for position in (*range(50), 49, 48, 47):
+            assert recent[position].shape == (10, 10)
+    assert len(reads) == 100 and len(recent.samples) == 5 and recent.held == 1500
