@@ -104,6 +104,11 @@ class Spans(NamedTuple):
         """Some of the spans. chosen: (S,) bool or int64 indices of spans."""
         return Spans(*(value[chosen] for value in self))
 
+    def pixels(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(head, row, column) of every pixel of the spans, three (M,) int64 tensors, in order."""
+        span, column = _integers(self.first, self.last)
+        return self.head.index_select(0, span), self.row.index_select(0, span), column
+
 
 def circles(points: Array, radii: Array, shape: tuple[int, int], *, split: bool = True
             ) -> Incidence:
@@ -118,7 +123,7 @@ def circles(points: Array, radii: Array, shape: tuple[int, int], *, split: bool 
     Raises ValueError if points are not (N, 2), not finite, or radii do not match them.
     """
     points, numpy_out = point_tensor(points)
-    head, row, column = _pixels(row_spans(points, radii, shape, split=split))
+    head, row, column = row_spans(points, radii, shape, split=split).pixels()
     dx, dy = column - points[:, 0][head], row - points[:, 1][head]
     pixel, squared = row.mul_(shape[1]).add_(column), dx.mul_(dx).add_(dy.mul_(dy))
     return Incidence(*(_as_given(one, numpy_out) for one in (head, pixel, squared)), shape)
@@ -128,14 +133,8 @@ def incidence(points: Array, radii: Array, shape: tuple[int, int]) -> tuple[Arra
     """(head, pixel) of `circles` without sharing: every pixel inside every circle, two (M,) int64
     arrays sorted by head, then by pixel. Arguments and errors are those of `circles`."""
     points, numpy_out = point_tensor(points)
-    head, row, column = incidence_rows(points, radii, shape)
+    head, row, column = row_spans(points, radii, shape, split=False).pixels()
     return _as_given(head, numpy_out), _as_given(row.mul_(shape[1]).add_(column), numpy_out)
-
-
-def incidence_rows(points: torch.Tensor, radii: Array, shape: tuple[int, int]
-                   ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`incidence` as (head, row, column), three (M,) int64 tensors on the points' device."""
-    return _pixels(row_spans(points, radii, shape, split=False))
 
 
 def row_spans(
@@ -187,12 +186,6 @@ def row_spans(
     return spans if places is None else _share_out(points, spans, *places)
 
 
-def _pixels(spans: Spans) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(head, row, column) of every pixel of the spans, three (M,) int64 tensors, in order."""
-    span, column = _integers(spans.first, spans.last)
-    return spans.head.index_select(0, span), spans.row.index_select(0, span), column
-
-
 def _integers(first: torch.Tensor, last: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Every integer of the ranges first[k]..last[k] (both (S,) int64), and before it the k it
     comes from: two (M,) int64 tensors, in order."""
@@ -209,30 +202,35 @@ def _share_out(points: torch.Tensor, spans: Spans, place: torch.Tensor, sharers:
     place of each head; sharers: the number of heads at each place."""
     share = sharers[place]
     shared = share[spans.head] > 1
-    head, row, column = _pixels(spans.select(shared))
+    head, row, column = spans.select(shared).pixels()
 
     # A head's turn is its rank, by index, among the heads at its place.
-    by_place = torch.argsort(place, stable=True)
     turn = torch.empty_like(place)
-    turn[by_place] = (torch.arange(len(points), device=points.device)
-                      - (torch.cumsum(sharers, 0) - sharers)[place[by_place]])
+    by_place, rank = ranks(place, torch.arange(len(place), device=place.device), sharers)
+    turn[by_place] = rank
 
     dx, dy = column - points[head, 0], row - points[head, 1]
     angle = torch.atan2(dy, dx) % (2 * math.pi)
     angle = angle.masked_fill((dx == 0) & (dy == 0), -1.0)
-    # Sort by head, then angle (two stable sorts), and read off each pixel's rank in its circle.
-    order = torch.argsort(angle, stable=True)
-    order = order[torch.argsort(head[order], stable=True)]
+    size = torch.bincount(head, minlength=len(points))
+    order, rank = ranks(head, angle, size)
     owner = head[order]
-    size = torch.bincount(owner, minlength=len(points))
-    start = torch.cumsum(size, 0) - size
-    rank = torch.arange(len(owner), device=owner.device) - start[owner]
     sector = torch.div(rank * share[owner], size[owner], rounding_mode="floor")
     kept = order[sector == turn[owner]].sort().values
 
     pixels = Spans(head[kept], row[kept], column[kept], column[kept])
     together = Spans(*map(torch.cat, zip(spans.select(~shared), pixels)))
     return together.select(torch.argsort(together.head, stable=True))
+
+
+def ranks(group: torch.Tensor, value: torch.Tensor, size: torch.Tensor
+          ) -> tuple[torch.Tensor, torch.Tensor]:
+    """(order, rank), both (M,) int64: `order` sorts by group, within a group by value, and then
+    by position; `rank` counts from 0 in each group, in that order. size: members of each group."""
+    order = torch.argsort(value, stable=True)
+    order = order[torch.argsort(group[order], stable=True)]
+    start = torch.cumsum(size, 0) - size
+    return order, torch.arange(len(group), device=group.device) - start[group[order]]
 
 
 def _shared_places(points: torch.Tensor, image: torch.Tensor | None

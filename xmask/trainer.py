@@ -374,7 +374,7 @@ def _discs(points: list[Tensor], radius: float, shape: tuple[int, int]) -> Tenso
     height, width = shape
     stacked, image, _ = decode.stack_points(points, points[0].device)
     radii = torch.full((len(stacked),), radius, device=stacked.device)
-    head, row, column = nnec.incidence_rows(stacked, radii, shape)
+    head, row, column = nnec.row_spans(stacked, radii, shape, split=False).pixels()
     covered = torch.zeros(len(points), height, width, dtype=torch.bool, device=stacked.device)
     covered[image[head], row, column] = True
     return covered
