@@ -21,14 +21,11 @@ import torch
 import torch.nn.functional as F
 
 from xmask.config import Evaluation
-from xmask.features import feature_bands, flat_features, full_precision, smooth_at, upsample
-from xmask.nnec import Incidence, exclusion_radii, lowest_wins, point_tensor, row_spans
+from xmask.features import feature_bands, full_precision, smooth_at, upsample
+from xmask.nnec import exclusion_radii, lowest_wins, point_tensor, row_spans
 
-# A lone head's radius in decoding, as a share of the shorter side (paper).
-LONE_RADIUS = 0.25
-# Density gate of pseudo-masks (paper): sigmoid(logit) in [0.1, 0.5] takes the whole circle.
-GATE = (0.1, 0.5)
-_PAIRS = 1 << 15  # pairs whose features are gathered at once: a few MB
+LONE_RADIUS = 0.25  # a lone head's radius in decoding, as a share of the shorter side (paper)
+GATE = (0.1, 0.5)  # density gate (paper): sigmoid(logit) in between takes the whole circle
 
 
 @dataclass(frozen=True)
@@ -37,8 +34,7 @@ class Prediction:
 
     points: (N, 2) float32 (x, y) px, all points that take part in masks. scores: (N,) float32,
     their probabilities. instances: (H, W) int32 label map, value k belongs to points[k - 1].
-    counted: (N,) bool, True where the point is a counted head. A point that is not counted keeps
-    its mask in `instances`; where both thresholds are equal there are none of these.
+    counted: (N,) bool, True where the point is a counted head; the others keep their masks.
     """
 
     points: np.ndarray
@@ -219,19 +215,3 @@ def _above(logits: torch.Tensor, threshold: float) -> torch.Tensor:
     """(h, w) bool: the cells that are points."""
     chosen = torch.sigmoid(logits) >= threshold
     return chosen & (logits > 0) if threshold >= 0.5 else chosen
-
-
-def pair_terms(features: torch.Tensor, centres: torch.Tensor, radii: torch.Tensor,
-               pairs: Incidence) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two terms of the energy apart, for whoever moves lambda: |f(u) - f(p_i)| and
-    |u - p_i|^2 / r_i^2 of every pair, each (M,) of the features' type.
-
-    features: (D, H, W), smoothed. centres: (N, D), theirs at the heads. radii: (N,) px. pairs:
-    of `nnec.circles`, tensors.
-    """
-    flat = flat_features(features)
-    distance = torch.cat([
-        torch.linalg.vector_norm(
-            flat.index_select(0, pixel) - centres.index_select(0, head), dim=1)
-        for pixel, head in zip(pairs.pixel.split(_PAIRS), pairs.head.split(_PAIRS))])
-    return distance, (pairs.squared / radii[pairs.head].square()).to(flat.dtype)

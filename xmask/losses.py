@@ -1,10 +1,8 @@
 """The three losses of the method, for one image and for a batch: paper section on objectives.
 
 - `p2r_loss`: point-to-region counting (P2R), binary cross-entropy with one positive cell a head.
-- `exclusivity_loss`: pull together the pixels of an instance and push away everything else,
-  inside each head's exclusion circle only.
-- `mask_constraint`: instance masks as a prior for counting; with `point_mask_consistency`, which
-  the authors compute on integers and which is differentiable here.
+- `exclusivity_loss`: in each head's exclusion circle, pull its pixels together, push others away.
+- `mask_constraint`: instance masks as a prior for counting; and `point_mask_consistency`.
 
 Each has a form for one image and one for a batch. That of a batch takes the section `loss` of the
 configuration, that of one image the section's fields by keyword; what is not given has its
@@ -54,10 +52,8 @@ def p2r_loss(logits: torch.Tensor, points: Any, stride: int, *,
     return p2r_losses(logits[None], [points], stride, _fields(section), weight=_one(weight))[0]
 
 
-def p2r_losses(
-    logits: torch.Tensor, points: Sequence[Any], stride: int, section: Loss = _PAPER, *,
-    weight: torch.Tensor | None = None,
-) -> torch.Tensor:
+def p2r_losses(logits: torch.Tensor, points: Sequence[Any], stride: int, section: Loss = _PAPER,
+               *, weight: torch.Tensor | None = None) -> torch.Tensor:
     """`p2r_loss` of a batch: logits (B, h, w), B sets of points, weight (B, h, w) -> (B,)."""
     logits = features.full_precision(logits)
     target = p2r_targets(logits, points, stride, section)
@@ -65,9 +61,8 @@ def p2r_losses(
     cell_weight = torch.where(empty, section.empty_weight, target + 1)
     if weight is not None:
         cell_weight = cell_weight * weight.to(cell_weight)
-    cost = F.binary_cross_entropy_with_logits(
-        logits, target, weight=cell_weight, reduction="none")
-    return cost.mean((1, 2))
+    return F.binary_cross_entropy_with_logits(
+        logits, target, weight=cell_weight, reduction="none").mean((1, 2))
 
 
 def p2r_target(logits: torch.Tensor, points: Any, stride: int, **section: Any) -> torch.Tensor:
@@ -76,9 +71,8 @@ def p2r_target(logits: torch.Tensor, points: Any, stride: int, **section: Any) -
 
 
 @torch.no_grad()
-def p2r_targets(
-    logits: torch.Tensor, points: Sequence[Any], stride: int, section: Loss = _PAPER
-) -> torch.Tensor:
+def p2r_targets(logits: torch.Tensor, points: Sequence[Any], stride: int, section: Loss = _PAPER
+                ) -> torch.Tensor:
     """`p2r_target` of a batch, (B, h, w)."""
     logits = features.full_precision(logits.detach())
     shape = tuple(logits.shape[1:])
@@ -104,30 +98,26 @@ def p2r_targets(
     return target.reshape(logits.shape)
 
 
-def p2r_assign(
-    points: Any, cells_shape: tuple[int, int], stride: int, max_distance: float = 96.0
-) -> tuple[torch.Tensor, torch.Tensor]:
+def p2r_assign(points: Any, cells_shape: tuple[int, int], stride: int, max_distance: float = 96.0
+               ) -> tuple[torch.Tensor, torch.Tensor]:
     """Nearest point of every cell, if closer than max_distance.
 
-    points: (N, 2), (x, y) pixels. cells_shape: (h, w).
-    Returns (owner (h*w,) int64, -1 for none; distance (h*w,) float64 pixels, inf for none), on
-    the points' device. Of points equally far the lowest index owns the cell.
+    points: (N, 2), (x, y) pixels. cells_shape: (h, w). Returns owner (h*w,) int64, -1 for none,
+    and distance (h*w,) float64 px, inf for none. Of points equally far the lowest index owns.
     """
     points, image, _ = stack_points([points], to_tensor(points)[0].device)
     return _nearest_heads(points, image, 1, cells_shape, stride, max_distance)
 
 
-def _nearest_heads(
-    points: torch.Tensor, image: torch.Tensor, images: int, cells_shape: tuple[int, int],
-    stride: int, max_distance: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _nearest_heads(points: torch.Tensor, image: torch.Tensor, images: int,
+                   cells_shape: tuple[int, int], stride: int, max_distance: float
+                   ) -> tuple[torch.Tensor, torch.Tensor]:
     """`p2r_assign` for the cells of a batch: owner and distance (images * h * w,).
 
     Squares of cells are quartered along both sides again and again, each with a list of the
     points that may be nearest to one of its cells: those not farther from its nearest side than
-    some point is from its farthest corner. The lists of all squares stand in one, so that a step
-    is a few gathers and one scatter-min whatever the heads, on a CPU as on an accelerator, and
-    exact.
+    some point is from its farthest corner. The lists of all squares stand in one: a step is a
+    few gathers and one scatter-min whatever the heads.
     """
     rows, columns = cells_shape
     levels = 1
@@ -197,14 +187,12 @@ def exclusivity_loss(embedding: torch.Tensor, points: Any, label_map: Any, *, ig
         embedding[None], [points], _one(label_map), _fields(section), _one(ignore))[0]
 
 
-def exclusivity_losses(
-    embedding: torch.Tensor, points: Sequence[Any], label_maps: torch.Tensor,
-    section: Loss = _PAPER, ignore: torch.Tensor | None = None,
-) -> torch.Tensor:
+def exclusivity_losses(embedding: torch.Tensor, points: Sequence[Any], label_maps: torch.Tensor,
+                       section: Loss = _PAPER, ignore: torch.Tensor | None = None) -> torch.Tensor:
     """`exclusivity_loss` of a batch, all heads of all images on one incidence list.
 
     embedding: (B, D, h, w). points: B sets. label_maps: (B, H, W) int. ignore: (B, H, W) bool.
-    Returns (B,); an image without a head on an instance gives 0.
+    Returns (B,).
     """
     embedding = features.full_precision(embedding)
     device = embedding.device
@@ -251,10 +239,8 @@ def exclusivity_losses(
     # The norm has gradient zero, not NaN, where a pixel is its own centre.
     distance = torch.linalg.vector_norm(
         flat.index_select(0, pixel) - centres.index_select(0, head), dim=1)
-    cost = torch.where(
-        same,
-        torch.relu(distance - (section.tau - section.margin)),
-        torch.relu((section.tau + section.push_margins * section.margin) - distance))
+    near, far = section.tau - section.margin, section.tau + section.push_margins * section.margin
+    cost = torch.where(same, torch.relu(distance - near), torch.relu(far - distance))
 
     # Mean per region, regions 2i (pull) and 2i + 1 (push) of head i, then over an image's heads.
     region = 2 * head + (~same).long()
@@ -265,8 +251,8 @@ def exclusivity_losses(
 
 
 def _one_at_a_time(device: torch.device) -> bool:
-    """Whether the exclusivity loss goes image by image: on a CPU one image's features stay in
-    cache, a batch's do not and take 1.6 times as long (16 crops of 256 px, measured)."""
+    """On a CPU, where one image's features stay in cache; a batch's do not, and take 1.6 times as
+    long (16 crops of 256 px, measured)."""
     return device.type == "cpu"
 
 
@@ -302,11 +288,9 @@ def mask_constraint(logits: torch.Tensor, label_map: Any, confident_points: Any 
                             visible=_one(visible))[0]
 
 
-def mask_constraints(
-    logits: torch.Tensor, label_maps: torch.Tensor,
-    confident_points: Sequence[Any] | None = None, section: Loss = _PAPER, *,
-    stride: int = 4, visible: torch.Tensor | None = None,
-) -> torch.Tensor:
+def mask_constraints(logits: torch.Tensor, label_maps: torch.Tensor,
+                     confident_points: Sequence[Any] | None = None, section: Loss = _PAPER, *,
+                     stride: int = 4, visible: torch.Tensor | None = None) -> torch.Tensor:
     """`mask_constraint` of a batch: logits (B, h, w), label_maps (B, H, W) int, B sets of points,
     visible (B, H, W) bool -> (B,)."""
     logits = features.full_precision(logits)
@@ -341,10 +325,8 @@ def mask_constraints(
     return total
 
 
-def point_mask_consistency(
-    logits: torch.Tensor, label_map: Any, points: Any = None, *, stride: int = 4,
-    ignore: Any = None,
-) -> torch.Tensor:
+def point_mask_consistency(logits: torch.Tensor, label_map: Any, points: Any = None, *,
+                           stride: int = 4, ignore: Any = None) -> torch.Tensor:
     """Every point on an instance, every instance with a point: a scalar, differentiable.
 
     logits: (h, w). label_map: (stride * h, stride * w) int. points: (K, 2), (x, y) pixels; an
@@ -353,9 +335,8 @@ def point_mask_consistency(
     points there, do not count.
     The mean sigmoid of the positive cells that lie on no instance, plus the mean over instances
     that count of 1 - the largest sigmoid of the instance's cells. Instances too small to hold the
-    centre of a cell are left out; a part without cells or instances is 0. (The authors count
-    mismatches on integers, which has no gradient; this is our differentiable form.) Raises
-    ValueError as `mask_constraint`.
+    centre of a cell are left out; a part without cells or instances is 0. (Ours: the authors
+    count mismatches on integers, without gradient.) Raises ValueError as `mask_constraint`.
     """
     return point_mask_consistencies(
         logits[None], _one(label_map), None if points is None else [points], stride=stride,
@@ -363,9 +344,8 @@ def point_mask_consistency(
 
 
 def point_mask_consistencies(
-    logits: torch.Tensor, label_maps: torch.Tensor, points: Sequence[Any] | None = None, *,
-    stride: int = 4, ignore: torch.Tensor | None = None,
-) -> torch.Tensor:
+        logits: torch.Tensor, label_maps: torch.Tensor, points: Sequence[Any] | None = None, *,
+        stride: int = 4, ignore: torch.Tensor | None = None) -> torch.Tensor:
     """`point_mask_consistency` of a batch: logits (B, h, w), label_maps (B, H, W), B sets of
     points or None, ignore (B, H, W) bool or None -> (B,)."""
     logits = features.full_precision(logits)
@@ -391,10 +371,9 @@ def point_mask_consistencies(
     return total + missing / asked.sum(1).clamp(min=1)
 
 
-def _heads_per_region(
-    points: torch.Tensor, image: torch.Tensor, owner: torch.Tensor, cells_owned: torch.Tensor,
-    cells_shape: tuple[int, int], stride: int,
-) -> torch.Tensor:
+def _heads_per_region(points: torch.Tensor, image: torch.Tensor, owner: torch.Tensor,
+                      cells_owned: torch.Tensor, cells_shape: tuple[int, int], stride: int
+                      ) -> torch.Tensor:
     """(N,) number of heads that region i answers for: its own, and those that own no cell."""
     heads = (cells_owned > 0).long()
     homeless = torch.nonzero(cells_owned == 0).squeeze(1)
@@ -415,22 +394,20 @@ def _numbered(labels: torch.Tensor) -> tuple[torch.Tensor, int]:
     return labels + (torch.arange(len(labels), device=labels.device) * most).view(-1, 1, 1), most
 
 
-def _counted_instances(
-    numbers: torch.Tensor, most: int, points: Sequence[Any] | None, hidden: torch.Tensor | None
-) -> torch.Tensor:
+def _counted_instances(numbers: torch.Tensor, most: int, points: Sequence[Any] | None,
+                       hidden: torch.Tensor | None) -> torch.Tensor:
     """(B, most) bool: which instances of maps (B, H, W), numbered b * most + label, hold one of
     their image's points (None: all do) on a pixel that is not hidden."""
-    count = len(numbers)
-    present = torch.zeros(count * most, dtype=torch.bool, device=numbers.device)
-    if points is None:
-        present[numbers.reshape(-1)] = True
-    else:
+    present = torch.zeros(len(numbers) * most, dtype=torch.bool, device=numbers.device)
+    chosen = numbers.reshape(-1)
+    if points is not None:
         at, image, _ = stack_points(points, numbers.device)
         inside, position = _pixel_of(at, image, numbers.shape[1:])
         if hidden is not None:
             inside = inside & ~hidden.reshape(-1)[position]
-        present[numbers.reshape(-1)[position[inside]]] = True
-    present = present.view(count, most)
+        chosen = chosen[position[inside]]
+    present[chosen] = True
+    present = present.view(len(numbers), most)
     present[:, 0] = False  # the background
     return present
 
@@ -460,9 +437,8 @@ def _fitting(name: str, maps: torch.Tensor, output: torch.Tensor, stride: int) -
     return maps.to(output.device)
 
 
-def _pixel_of(
-    points: torch.Tensor, image: torch.Tensor, shape: tuple[int, int]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _pixel_of(points: torch.Tensor, image: torch.Tensor, shape: tuple[int, int]
+              ) -> tuple[torch.Tensor, torch.Tensor]:
     """(inside, index): whether each point lies in its image, and the flat index, in maps
     (B, H, W), of the pixel that holds it, or of the nearest one."""
     height, width = shape

@@ -6,9 +6,9 @@ For heads p_1..p_N of one image, the circle of head i reaches to its nearest nei
 
 so no other head lies inside it. If a pixel u lies in the circles of i and j, the two heads are
 at least as far from each other as either is from u; u then sees them at 60 degrees or more, and
-at most five circles cover any pixel (six only on exact ties), however dense the crowd. The
-method therefore needs no N x H x W array: a sparse list of (head, pixel) pairs holds everything,
-and decoding, losses and mask generation are gathers and segment reductions over that list.
+at most five circles cover any pixel (six only on exact ties), however dense the crowd. A sparse
+list of (head, pixel) pairs therefore replaces every N x H x W array: decoding, losses and mask
+generation are gathers and segment reductions over it.
 
 Points are (x, y) in pixels with the origin at the centre of the top-left pixel; a pixel's flat
 index is y * W + x. NumPy arrays in give NumPy arrays out; tensors in give tensors out on the
@@ -27,14 +27,11 @@ from scipy.spatial import cKDTree
 
 Array = Any  # np.ndarray or torch.Tensor: what comes in decides what comes out
 
-# Distances held at once when radii are computed on an accelerator (128 MB of float64; ours).
-_DISTANCES_AT_ONCE = 1 << 24
+_DISTANCES_AT_ONCE = 1 << 24  # where an accelerator computes radii (128 MB of float64; ours)
 
 
-def exclusion_radii(
-    points: Array, shape: tuple[int, int], min_radius: float = 3.0, *, lone: float = 0.5,
-    image: torch.Tensor | None = None,
-) -> Array:
+def exclusion_radii(points: Array, shape: tuple[int, int], min_radius: float = 3.0, *,
+                    lone: float = 0.5, image: torch.Tensor | None = None) -> Array:
     """Radius of every head's exclusion circle, in pixels.
 
     points: (N, 2) float, (x, y) pixels. shape: (H, W) of the image.
@@ -115,8 +112,7 @@ def circles(points: Array, radii: Array, shape: tuple[int, int], *, split: bool 
     """Every pixel inside every circle, with its distance.
 
     points: (N, 2) float, (x, y) pixels. radii: (N,) float, pixels. shape: (H, W).
-    split: heads at exactly the same place share their circle, see `row_spans`; False gives each
-        of them all of it.
+    split: heads at exactly the same place share their circle, see `row_spans`; False: each has all.
     A pixel is inside if its centre is at distance <= radius, decided in float64 as
     dx*dx + dy*dy <= r*r. Circles are cut at the image border; a head may lie outside the image.
     Time and memory are proportional to the number of pairs.
@@ -137,18 +133,15 @@ def incidence(points: Array, radii: Array, shape: tuple[int, int]) -> tuple[Arra
     return _as_given(head, numpy_out), _as_given(row.mul_(shape[1]).add_(column), numpy_out)
 
 
-def row_spans(
-    points: Array, radii: Array, shape: tuple[int, int], *, split: bool = True,
-    image: torch.Tensor | None = None,
-) -> Spans:
+def row_spans(points: Array, radii: Array, shape: tuple[int, int], *, split: bool = True,
+              image: torch.Tensor | None = None) -> Spans:
     """The circles row by row, on the points' device; arguments and errors as in `circles`.
 
-    split: share the circle of heads at exactly the same place among them (our rule). Real
-        annotations hold exact duplicates. k coincident heads cut the pixels of their common
-        circle, ordered by angle around the head, into k sectors of equal size (to one pixel),
-        given out in index order; the pixel exactly at the centre goes to the first. Sectors are
-        equal in visible pixels rather than in degrees, so that a circle cut by the image border,
-        too, gives every head its part. What they keep comes as spans of one pixel.
+    split: share the circle of heads at exactly the same place among them (our rule; real
+        annotations hold duplicates). k coincident heads cut the pixels of their common circle,
+        ordered by angle around the head, into k sectors of equal size (to one pixel), given out
+        in index order; the pixel exactly at the centre goes to the first. Equal in visible pixels
+        rather than in degrees, they leave every head its part of a circle cut by the image border.
     image: (N,) int64, for a batch: only heads of one image share; rows count within their image.
     """
     points, _ = point_tensor(points)
@@ -250,9 +243,8 @@ def _shared_places(points: torch.Tensor, image: torch.Tensor | None
     return None if int(sharers.max()) == 1 else (place, sharers)
 
 
-def lowest_wins(
-    energy: Array, head: Array, pixel: Array, shape: tuple[int, int], threshold: float = math.inf
-) -> Array:
+def lowest_wins(energy: Array, head: Array, pixel: Array, shape: tuple[int, int],
+                threshold: float = math.inf) -> Array:
     """Exclusive label map: every pixel goes to the head that claims it with the lowest energy.
 
     energy: (M,) float, one value per pair. head, pixel: (M,) int64, an incidence list.
@@ -279,9 +271,8 @@ def lowest_wins(
     return _as_given(labels.reshape(shape), numpy_out)
 
 
-def _lowest_packed(
-    energy: torch.Tensor, head: torch.Tensor, pixel: torch.Tensor, pixels: int, threshold: float
-) -> torch.Tensor:
+def _lowest_packed(energy: torch.Tensor, head: torch.Tensor, pixel: torch.Tensor, pixels: int,
+                   threshold: float) -> torch.Tensor:
     """(pixels,) int32 labels of `lowest_wins` for float32 energies, by one scatter.
 
     Energy and head are packed into one int64, whose order is that of (energy, head): the bits of

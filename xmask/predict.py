@@ -3,12 +3,12 @@ one's own photos (paper section on evaluation).
 
 `xmask.load()` gives a `Predictor`; `predict_image` is what it does, and what evaluation does.
 
-Large images go through the network in pieces, with the same result as whole. An output cell sees
-the image through a window of a limited reach, so a piece with that margin computes its inner
-cells exactly, and the mask head is told where the piece lies in the whole image. Points, circles
-and masks come from the logits and the embedding of the whole image (`xmask.decode`), so a head
-on a seam is one cell like any other. What grows with the image is the image itself, its label
-map, and 4.25 bytes a pixel for logits and a 16-channel embedding at stride 4.
+Large images go through the network in pieces, with the same result as whole: an output cell sees
+the image through a window of limited reach, so a piece with that margin computes its inner cells
+exactly, and the mask head is told where the piece lies. Points and masks come from the logits and
+the embedding of the whole image (`xmask.decode`), so a head on a seam is one cell like any other.
+What grows with the image is the image itself, its label map, and 4.25 bytes a pixel for logits and
+a 16-channel embedding at stride 4.
 """
 
 from __future__ import annotations
@@ -52,6 +52,8 @@ def network_maps(network: nn.Module, image: np.ndarray, *, tile: int | None = No
     an image that is no larger than one piece with its margins is one piece. None: `TILE`, on an
     accelerator `TILE_ACCELERATOR`, and at least four margins. It changes memory, not the result.
     """
+    if tile is not None and (tile < model.MULTIPLE or tile % model.MULTIPLE):
+        raise ValueError(f"tile: {tile} is not a positive multiple of {model.MULTIPLE} px")
     device = next(network.parameters()).device
     half = device.type == "cuda" and torch.cuda.is_bf16_supported()
     height, width = (-(-side // model.MULTIPLE) * model.MULTIPLE for side in image.shape[:2])
@@ -116,11 +118,11 @@ def _cells(start: int, stop: int) -> slice:
 
 
 class Predictor:
-    """A trained network on a device. Make one with `load`, call `predict` as often as wanted.
+    """A trained network on a device. `xmask.load` makes one; call `predict` as often as wanted.
 
     network: the `xmask.model.XMask`, in evaluation mode. config: the `xmask.config.Config` it was
-    trained with. record: what it is, JSON-ready (see `load`). decoding: the thresholds used,
-    `config.evaluation` unless changed.
+    trained with. record: what it is, JSON-ready (see `xmask.tools.models.load`). decoding: the
+    thresholds used, `config.evaluation` unless changed.
     """
 
     def __init__(self, network: nn.Module, config: configuration.Config, record: dict):
@@ -135,15 +137,11 @@ class Predictor:
                 tile: int | None = None, name: str = "image") -> decode.Prediction:
         """Points, scores, counted heads and masks of one image, at its own size, whatever that is.
 
-        image: (H, W, 3) uint8 RGB, or the path of an image file (read upright and as 8-bit RGB,
-            see `xmask.data.images.read_image`).
+        image: (H, W, 3) uint8 RGB, or the path of an image file (`xmask.data.images.read_image`).
         max_side: px; a larger image is computed at this longer side, and points and masks are
             brought back to its own size. None: never. Heads should look about as large as in the
             training images, and those of a close-up do not.
-        tile: px, a multiple of 32, side of the pieces in which large images are computed; it
-            changes memory, not the result. None: see `network_maps`.
-        name: what errors call an array.
-        Returns a `Prediction`; `heads` are its counted points and `count` their number.
+        tile: px, see `network_maps`. name: what errors call an array.
         Raises FileNotFoundError or ValueError, naming the file, for what is no such image.
         """
         if isinstance(image, (str, os.PathLike)):
@@ -159,25 +157,18 @@ class Predictor:
             small = max(round(height * scale), 1), max(round(width * scale), 1)
             found = self.predict(resize_image(pixels, small), tile=tile, name=f"{name}, resized")
             return _enlarged(found, (height, width))
-        _check_tile(tile)
         return predict_image(self.network, pixels, self.decoding, tile=tile)
 
     def maps(self, image: np.ndarray | str | os.PathLike, *, tile: int | None = None
              ) -> tuple[Tensor, Tensor]:
         """What the network says before decoding: logits (h, w) and embedding (D, h, w), float32,
         one cell for 4 x 4 px; they cover the image padded to a multiple of 32 px."""
-        _check_tile(tile)
         return network_maps(self.network, _pixels(image), tile=tile)
 
     def __repr__(self) -> str:
         r = self.record
         return (f"<xmask.Predictor {r['backbone']} ({r['initialisation']} start), trained on "
                 f"{r['trained_on']['text']}, sha256 {r['sha256'][:12]}, on {self.device}>")
-
-
-def _check_tile(tile: int | None) -> None:
-    if tile is not None and (tile < model.MULTIPLE or tile % model.MULTIPLE):
-        raise ValueError(f"tile: {tile} is not a positive multiple of {model.MULTIPLE} px")
 
 
 def check_side(max_side: int | None) -> None:
