@@ -141,15 +141,6 @@ def test_what_is_no_stored_configuration_is_refused(values, message):
         from_dict(values)
 
 
-def test_a_configuration_of_an_earlier_version_is_read():
-    values = BASE.to_dict() | {"profile": "reduced"}
-    values["loss"]["consistency"] = values["loss"].pop("point_mask") + 1
-    values["evaluation"] = {"point_threshold": 0.4, "theta": 0.9}
-    made = from_dict(values)
-    assert (made.profile, made.loss.point_mask) == ("photo", 2)
-    assert (made.evaluation.count_threshold, made.evaluation.weights) == (0.4, "teacher")
-
-
 @pytest.mark.parametrize("images, steps", [(300, 19), (1201, 76), (2272, 142), (1, 1)])
 def test_an_epoch_is_one_pass_over_all_training_images(images, steps):
     assert config.steps_per_epoch(BASE.schedule, BASE.optimisation.batch, images) == steps

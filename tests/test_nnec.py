@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import reference
-from xmask.nnec import circles, exclusion_radii, incidence, incidence_rows, lowest_wins, row_spans
+from xmask.nnec import circles, exclusion_radii, incidence, lowest_wins, row_spans
 
 SHAPES = st.tuples(st.integers(1, 40), st.integers(1, 40))
 
@@ -194,7 +194,7 @@ def test_circles_are_the_incidence_list_with_squared_distances(crowd):
         np.testing.assert_array_equal(some.squared, squared[chosen])
     np.testing.assert_array_equal(
         found.lowest_wins(squared, 9.0), lowest_wins(squared, head, pixel, shape, 9.0))
-    tensors = incidence_rows(torch.from_numpy(points), radii, shape)
+    tensors = row_spans(torch.from_numpy(points), radii, shape, split=False).pixels()
     np.testing.assert_array_equal(np.stack([head, row, column]), np.stack(tensors))
 
 

@@ -1,24 +1,18 @@
-"""`xmask.load`: what it loads says what it is, and predicts as evaluation does; an image in pieces
-gives what it gives in one piece: no seam, no head lost or counted twice."""
+"""A model predicts as evaluation does; an image in pieces gives what it gives in one piece: no
+seam, no head lost or counted twice."""
 
 from __future__ import annotations
-
-import json
-import shutil
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 import xmask
 from tests.test_trainer import tiny
 from xmask import config as configuration
 from xmask import features, files, model, predict
-from xmask.cli import main
 from xmask.data.images import resize_image
 from xmask.data.transforms import to_tensor
 from xmask.synthetic import draw_scene
@@ -32,46 +26,6 @@ def scene():
 @pytest.fixture(scope="module")
 def bundled():
     return xmask.load(device="cpu")
-
-
-@pytest.fixture
-def run(tmp_path):
-    """A run folder as the trainer leaves it, of an untrained tiny network."""
-    torch.manual_seed(0)
-    config = tiny()
-    network = model.build(config.network)[0]
-    folder = tmp_path / "runs" / "sha-40-s1"
-    files.write_json(folder / "config.json", {
-        "profile": "demo", "selection": "last", "dataset": "sha", "synthetic": True,
-        "backbone": {"name": "slim", "initialisation": "random"}, "versions": {"xmask": "0"},
-        "data": {"labelled": ["IMG_1", "IMG_2"], "unlabelled": 3}, "config": config.to_dict()})
-    state = network.state_dict()
-    save_file(state, folder / "model.safetensors", metadata={"config": json.dumps(
-        config.to_dict()), "backbone": "random"})
-    other = {name: value * 0 for name, value in state.items()}
-    torch.save({"teacher": state, "student": other, "epoch": 7}, folder / "checkpoint.pt")
-    return folder
-
-
-def test_the_bundled_model_says_what_it_is(bundled):
-    record = bundled.record
-    assert record["trained_on"]["synthetic"] is True and record["backbone"] == "slim"
-    assert record["initialisation"] == "random" and len(record["sha256"]) == 64
-    assert record["trained_on"]["labelled"] > 0 and record["epochs"] > 0
-    json.dumps(record)
-    assert "synthetic crowds" in repr(bundled) and record["sha256"][:12] in repr(bundled)
-    assert predict.BUNDLED.stat().st_size < 4e6
-
-
-def test_the_bundled_model_beats_guessing_on_a_crowd_it_has_not_seen(bundled):
-    """Not a number to be proud of: a model file swapped for an untrained one must be noticed."""
-    scenes = [draw_scene(seed=seed, shape=(256, 320), people=people)
-              for seed, people in ((901, 20), (902, 60), (903, 120))]
-    counts = [bundled.predict(s.image).count for s in scenes]
-    true = [len(s.points) for s in scenes]
-    constant = np.abs(np.array(true) - np.median(true)).mean()
-    assert np.abs(np.array(counts) - true).mean() < constant
-    assert counts == sorted(counts)
 
 
 def test_a_prediction_is_what_evaluation_says(bundled, scene):
@@ -136,166 +90,11 @@ def test_too_small_and_missing_images_are_named(bundled, tmp_path):
         bundled.predict(np.zeros((40, 40, 3), np.uint8), tile=100)
 
 
-def test_a_run_folder_its_export_and_its_checkpoint_hold_the_same_teacher(run, tmp_path, capsys):
-    direct = xmask.load(run, "cpu")
-    assert main(["export", str(run), "--out", str(tmp_path / "mine.safetensors")]) == 0
-    assert "synthetic crowds (2 labelled and 3 unlabelled images" in capsys.readouterr().out
-    exported = xmask.load(tmp_path / "mine.safetensors", "cpu")
-    (run / "model.safetensors").unlink()
-    halfway = xmask.load(run / "checkpoint.pt", "cpu")
-    assert direct.record["sha256"] == exported.record["sha256"] == halfway.record["sha256"]
-    assert halfway.record["epochs"] == 7
-    assert direct.record["epochs"] == exported.record["epochs"] == tiny().schedule.phase3
-    assert direct.config == exported.config == halfway.config == tiny()
-    with safe_open(tmp_path / "mine.safetensors", "pt") as file:
-        assert set(file.metadata()) == {"config", "backbone", "record"}
-
-
-def test_a_checkpoint_gives_the_student_where_evaluation_reads_it(run):
-    content = files.read_json(run / "config.json")
-    content["config"]["evaluation"]["weights"] = "student"
-    files.write_json(run / "config.json", content)
-    (run / "model.safetensors").unlink()
-    assert all(not value.any() for value in xmask.load(run, "cpu").network.state_dict().values())
-
-
-def test_a_file_that_does_not_say_what_it_was_trained_on_is_refused(run):
-    with pytest.raises(ValueError, match="does not say what it was trained on"):
-        xmask.load(run / "model.safetensors")
-
-
-@pytest.mark.parametrize("broken, message", [
-    ("config.json", "config.json: missing"), ("both", "model.safetensors: missing"),
-    ("field", "field 'backbone' is missing"), ("checkpoint", "not a checkpoint of this run")])
-def test_a_folder_that_is_no_run_is_named(run, tmp_path, broken, message):
-    if broken == "config.json":
-        (run / "config.json").unlink()
-    elif broken == "field":
-        content = files.read_json(run / "config.json")
-        del content["backbone"]
-        files.write_json(run / "config.json", content)
-    else:
-        (run / "model.safetensors").unlink()
-        if broken == "checkpoint":
-            (run / "checkpoint.pt").write_bytes(b"nothing")
-        else:
-            (run / "checkpoint.pt").unlink()
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        predict.export(run, tmp_path / "out.safetensors")
-    assert not (tmp_path / "out.safetensors").exists()
-
-
-def test_weights_and_devices_that_are_not_there_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere.safetensors"):
-        xmask.load(tmp_path / "nowhere.safetensors")
-    (tmp_path / "text.safetensors").write_text("no")
-    with pytest.raises(ValueError, match="text.safetensors: not a model"):
-        xmask.load(tmp_path / "text.safetensors")
-    with pytest.raises(ValueError, match="device: 'gpuu' is unknown"):
-        xmask.load(device="gpuu")
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_and_cpu_agree(bundled, scene):
     on_cuda = xmask.load(device="cuda").predict(scene.image, tile=64)
     on_cpu = bundled.predict(scene.image)
     assert abs(on_cuda.count - on_cpu.count) <= 0.05 * on_cpu.count + 1
-
-
-def test_the_bundled_model_can_be_committed_and_shipped():
-    from pathlib import Path
-
-    root = Path(__file__).parents[1]
-    assert '"weights/*"' in (root / "pyproject.toml").read_text()
-    if shutil.which("git") and (root / ".git").exists():
-        import subprocess
-
-        ignored = subprocess.run(["git", "check-ignore", str(predict.BUNDLED)], cwd=root)
-        assert ignored.returncode == 1, "the bundled model is ignored by git"
-
-
-# -- files that are no models --------------------------------------------------------------------
-
-
-def exported(run, tmp_path, state=None, **metadata):
-    """A model file like those of `xmask export`, some of its parts replaced; None: left out."""
-    file = predict.export(run, tmp_path / "model.safetensors")
-    with safe_open(file, "pt") as opened:
-        known = opened.metadata()
-    whole = known | metadata
-    save_file(predict.load_file(file) if state is None else state, file,
-              metadata={name: text for name, text in whole.items() if text is not None} or None)
-    return file
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_weights_that_are_no_numbers_are_refused(run, tmp_path, value):
-    state = predict.load_file(run / "model.safetensors")
-    name = sorted(state)[3]
-    state[name].view(-1)[0] = value
-    with pytest.raises(ValueError, match=f"model.safetensors: weights {name} hold NaN or infin"):
-        xmask.load(exported(run, tmp_path, state), "cpu")
-    (run / "model.safetensors").unlink()
-    torch.save({"teacher": state, "student": state, "epoch": 7}, run / "checkpoint.pt")
-    with pytest.raises(ValueError, match=f"checkpoint.pt: weights {name} hold NaN or infinite"):
-        xmask.load(run, "cpu")
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-10**40, 10**40) | st.floats() | st.text(max_size=9),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner,
-                                                                max_size=3), max_leaves=6)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.data())
-def test_metadata_of_any_shape_is_refused_by_the_name_of_the_file(data):
-    """Not JSON, a list, fields missing, of another type or size: always a ValueError."""
-    config = tiny()
-    whole = {"config": config.to_dict(), "record": {
-        "backbone": "slim", "initialisation": "random", "trained_on": {"text": "crowds"}}}
-    part = data.draw(st.sampled_from(["config", "record"]))
-    kind = data.draw(st.sampled_from(["text", "json", "field", "section"]))
-    if kind == "text":
-        text = data.draw(st.text(max_size=30))
-    elif kind == "json":
-        text = json.dumps(data.draw(JSON))
-    else:
-        values = json.loads(json.dumps(whole[part]))
-        if kind == "field" or part == "record":
-            name = data.draw(st.sampled_from(sorted(values)))
-            values[name] = data.draw(JSON)
-        else:
-            field = data.draw(st.sampled_from(["backbone", "channels", "embedding"]))
-            values["network"][field] = data.draw(JSON | st.sampled_from([10**9, -4, "resnet999"]))
-        text = json.dumps(values)
-    import tempfile
-    from pathlib import Path
-
-    torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "odd.safetensors"
-        save_file(model.XMask(config.network).state_dict(), file, metadata={
-            name: json.dumps(value) for name, value in whole.items()} | {part: text})
-        try:
-            repr(xmask.load(file, "cpu"))
-        except ValueError as error:
-            assert "odd.safetensors" in str(error)
-
-
-@pytest.mark.parametrize("part, text", [
-    ("config", None), ("config", "[]"), ("config", "nonsense"), ("config", "[" * 100_000),
-    ("record", "3"), ("record", "{}"), ("record", '{"backbone": 1}')])
-def test_metadata_that_says_nothing_is_refused(run, tmp_path, part, text):
-    with pytest.raises(ValueError, match="model.safetensors: "):
-        xmask.load(exported(run, tmp_path, **{part: text}), "cpu")
-
-
-def test_a_configuration_that_asks_for_gigabytes_is_refused_before_they_are_made(run, tmp_path):
-    values = tiny().to_dict()
-    values["network"]["channels"] = 4096
-    with pytest.raises(ValueError, match=r"model.safetensors: .*tensor .*asks for \(4096"):
-        xmask.load(exported(run, tmp_path, config=json.dumps(values)), "cpu")
 
 
 # -- in pieces -----------------------------------------------------------------------------------

@@ -340,13 +340,13 @@ def _edp_study(o: argparse.Namespace) -> int:
 
 
 def _predict(o: argparse.Namespace) -> int:
-    from xmask import files, predict
-    from xmask.tools import photos
+    from xmask import files
+    from xmask.tools import models, photos
 
     found = photos.find(o.images)
     photos.check_side(o.max_side)
     files.OutputFolder(o.out, overwrite=o.overwrite).check()
-    model = predict.load(o.weights, o.device)
+    model = models.load(o.weights, o.device)
     print(f"{model!r}")
     rows = photos.run(found, model, o.out, max_side=o.max_side, overwrite=o.overwrite)
     for row in rows:
@@ -362,10 +362,11 @@ def _predict(o: argparse.Namespace) -> int:
 
 
 def _export(o: argparse.Namespace) -> int:
-    from xmask import files, predict
+    from xmask import files
+    from xmask.tools import models
 
     files.check_new(o.out, o.overwrite)
-    print(predict.load(predict.export(o.run, o.out), "cpu"))
+    print(models.load(models.export(o.run, o.out), "cpu"))
     return 0
 
 

@@ -263,7 +263,7 @@ def from_dict(values: dict[str, Any]) -> Config:
     for part in (values, *values.values()):
         if isinstance(part, dict) and (odd := [key for key in part if not isinstance(key, str)]):
             raise ValueError(f"configuration: {_short(odd[0])} is not a field's name")
-    return Config(**_renewed(values))
+    return Config(**values)
 
 
 def override(config: AnySection, changes: dict[str, Any]) -> AnySection:
@@ -286,19 +286,6 @@ def steps_per_epoch(schedule: Schedule, batch: int, images: int) -> int:
     """Steps of an epoch: as set, else one pass over all `images` training images in batches, the
     last of which may be smaller (release: 19, 76 and 142 on SHA, QNRF and JHU)."""
     return schedule.steps_per_epoch or -(-images // batch)
-
-
-def _renewed(values: dict[str, Any]) -> dict[str, Any]:
-    """A configuration stored before the point-mask term had its name: it evaluated the teacher,
-    and counted all points that took part."""
-    loss, old = values.get("loss"), values.get("evaluation", {})
-    if not (isinstance(loss, dict) and "consistency" in loss and isinstance(old, dict)):
-        return values
-    loss = dict(loss)
-    loss["point_mask"] = loss.pop("consistency")
-    evaluation = old | {"count_threshold": old.get("point_threshold", 0.5), "weights": "teacher"}
-    renamed = {"profile": "photo"} if values.get("profile") == "reduced" else {}
-    return values | renamed | {"loss": loss, "evaluation": evaluation}
 
 
 def _names(kind: type[Section]) -> list[str]:

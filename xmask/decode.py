@@ -21,21 +21,11 @@ import torch
 import torch.nn.functional as F
 
 from xmask.config import Evaluation
-from xmask.features import feature_bands, flat_features, full_precision, smooth_at, upsample
-from xmask.nnec import (
-    Incidence,
-    Spans,
-    exclusion_radii,
-    lowest_wins,
-    point_tensor,
-    row_spans,
-)
+from xmask.features import feature_bands, full_precision, smooth_at, upsample
+from xmask.nnec import exclusion_radii, lowest_wins, point_tensor, row_spans
 
-# A lone head's radius in decoding, as a share of the shorter side (paper).
-LONE_RADIUS = 0.25
-# Density gate of pseudo-masks (paper): sigmoid(logit) in [0.1, 0.5] takes the whole circle.
-GATE = (0.1, 0.5)
-_PAIRS = 1 << 15  # pairs whose features are gathered at once: a few MB
+LONE_RADIUS = 0.25  # a lone head's radius in decoding, as a share of the shorter side (paper)
+GATE = (0.1, 0.5)  # density gate (paper): sigmoid(logit) in between takes the whole circle
 
 
 @dataclass(frozen=True)
@@ -44,8 +34,7 @@ class Prediction:
 
     points: (N, 2) float32 (x, y) px, all points that take part in masks. scores: (N,) float32,
     their probabilities. instances: (H, W) int32 label map, value k belongs to points[k - 1].
-    counted: (N,) bool, True where the point is a counted head. A point that is not counted keeps
-    its mask in `instances`; where both thresholds are equal there are none of these.
+    counted: (N,) bool, True where the point is a counted head; the others keep their masks.
     """
 
     points: np.ndarray
@@ -65,10 +54,8 @@ class Prediction:
 
 
 @torch.no_grad()
-def predict(
-    logits: torch.Tensor, embedding: torch.Tensor, shape: tuple[int, int], decoding: Evaluation, *,
-    stride: int = 4,
-) -> Prediction:
+def predict(logits: torch.Tensor, embedding: torch.Tensor, shape: tuple[int, int],
+            decoding: Evaluation, *, stride: int = 4) -> Prediction:
     """Points, scores, counted heads and label map of one image.
 
     logits: (h, w); embedding: (D, h, w); cell (0, 0) of both covers the top-left `stride` pixels
@@ -109,24 +96,17 @@ def predict(
 
 
 @torch.no_grad()
-def instance_map(
-    embedding: torch.Tensor,
-    points: Any,
-    *,
-    threshold: float = 1.1,
-    geometry_weight: float = 0.8,
-    sigma: float | None = 3.0,
-    density: torch.Tensor | None = None,
-) -> torch.Tensor:
+def instance_map(embedding: torch.Tensor, points: Any, *, threshold: float = 1.1,
+                 geometry_weight: float = 0.8, sigma: float | None = 3.0,
+                 density: torch.Tensor | None = None) -> torch.Tensor:
     """Exclusive label map of an embedding at image resolution.
 
     embedding: (D, H, W) tensor. points: (N, 2) tensor or array, (x, y) pixels.
-    threshold: theta; geometry_weight: lambda (paper: 1.1 and 0.8 in evaluation, 0.8 and 0.6 in
-        training). sigma: width in pixels of the 7 x 7 Gaussian that smooths the embedding first
-        (paper: 3 in evaluation, 1.5 in training); None or 0 for none.
-    density: (H, W) sigmoid of the logits, upsampled, for the paper's optional density gate: pixels
-        in [0.1, 0.5] go to a head by their circle alone, above 0.5 by energy < theta, below 0.1
-        to nobody; the lowest energy still decides between heads. None for no gate.
+    threshold: theta. geometry_weight: lambda. sigma: px, of the 7 x 7 Gaussian that smooths the
+        embedding first; None or 0 for none. (The defaults are the paper's for evaluation.)
+    density: (H, W) sigmoid of the logits, upsampled, for the density gate (paper): pixels in
+        [0.1, 0.5] go to a head by their circle alone, above 0.5 by energy < theta, below 0.1 to
+        nobody; the lowest energy still decides between heads. None for no gate.
     Returns (H, W) int32 on the embedding's device: 0 background, k the instance of points[k-1].
     Raises ValueError if the embedding is not (D, H, W) or points are not finite (N, 2).
     """
@@ -140,17 +120,10 @@ def instance_map(
 
 
 @torch.no_grad()
-def instance_maps(
-    embedding: torch.Tensor,
-    points: Sequence[Any],
-    *,
-    stride: int = 1,
-    shape: tuple[int, int] | None = None,
-    threshold: float = 1.1,
-    geometry_weight: float = 0.8,
-    sigma: float | None = 3.0,
-    density: torch.Tensor | None = None,
-) -> torch.Tensor:
+def instance_maps(embedding: torch.Tensor, points: Sequence[Any], *, stride: int = 1,
+                  shape: tuple[int, int] | None = None, threshold: float = 1.1,
+                  geometry_weight: float = 0.8, sigma: float | None = 3.0,
+                  density: torch.Tensor | None = None) -> torch.Tensor:
     """`instance_map` of a batch, all heads of all images on one incidence list.
 
     embedding: (B, D, h, w), a cell of which covers `stride` pixels of images of `shape` (H, W);
@@ -165,7 +138,9 @@ def instance_maps(
     points, image, first = stack_points(points, embedding.device)
     radii = exclusion_radii(points, (height, width), lone=LONE_RADIUS, image=image)
     spans = row_spans(points, radii, (height, width), image=image)
-    head, row, left, right = _by_row(spans, image * height)  # the images are one tall one
+    # The images are one tall one. Sorted by row, then by head, a band's spans are one stretch.
+    row = spans.row + (image * height).index_select(0, spans.head)
+    head, row, left, right = spans._replace(row=row).select(torch.argsort(row, stable=True))
     x, y = points.unbind(1)
     centre = x.index_select(0, head)
     dy = row - (y + image * height).index_select(0, head)
@@ -212,16 +187,8 @@ def instance_maps(
     return labels.view(count, height, width)
 
 
-def _by_row(spans: Spans, above: torch.Tensor) -> Spans:
-    """Spans (head, row, first, last) sorted by row, to which `above[head]` is added, then by head:
-    those of a band of rows are one stretch of the list."""
-    row = spans.row + above.index_select(0, spans.head)
-    return spans._replace(row=row).select(torch.argsort(row, stable=True))
-
-
-def stack_points(
-    points: Sequence[Any], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def stack_points(points: Sequence[Any], device: torch.device
+                 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The heads of a batch as one list: (points (N, 2) float64, image (N,) int64, first (B,)
     int64, the number of heads before each image), on the device."""
     parts = [point_tensor(p)[0].to(device) for p in points]
@@ -230,9 +197,8 @@ def stack_points(
     return torch.cat(parts), image, (torch.cumsum(sizes, 0) - sizes).to(device)
 
 
-def points_from_logits(
-    logits: torch.Tensor, *, stride: int = 4, threshold: float = 0.5
-) -> tuple[torch.Tensor, torch.Tensor]:
+def points_from_logits(logits: torch.Tensor, *, stride: int = 4, threshold: float = 0.5
+                       ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cells that are heads: (points (N, 2) float32 (x, y), scores (N,) float32), row by row.
 
     logits: (h, w). A cell is a head if sigmoid(logit) >= threshold; from 0.5 on also logit > 0,
@@ -240,8 +206,7 @@ def points_from_logits(
     Its place is the centre of the cell, stride * cell + (stride - 1) / 2.
     """
     logits = full_precision(logits.detach())
-    chosen = _above(logits, threshold)
-    row, column = torch.nonzero(chosen, as_tuple=True)
+    row, column = torch.nonzero(_above(logits, threshold), as_tuple=True)
     points = torch.stack([column, row], dim=1).float() * stride + (stride - 1) / 2
     return points, torch.sigmoid(logits[row, column]).float()
 
@@ -250,20 +215,3 @@ def _above(logits: torch.Tensor, threshold: float) -> torch.Tensor:
     """(h, w) bool: the cells that are points."""
     chosen = torch.sigmoid(logits) >= threshold
     return chosen & (logits > 0) if threshold >= 0.5 else chosen
-
-
-def pair_terms(
-    features: torch.Tensor, centres: torch.Tensor, radii: torch.Tensor, pairs: Incidence
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two terms of the energy apart, for whoever moves lambda: |f(u) - f(p_i)| and
-    |u - p_i|^2 / r_i^2 of every pair, each (M,) of the features' type.
-
-    features: (D, H, W), smoothed. centres: (N, D), theirs at the heads. radii: (N,) px. pairs:
-    of `nnec.circles`, tensors.
-    """
-    flat = flat_features(features)
-    distance = torch.cat([
-        torch.linalg.vector_norm(
-            flat.index_select(0, pixel) - centres.index_select(0, head), dim=1)
-        for pixel, head in zip(pairs.pixel.split(_PAIRS), pairs.head.split(_PAIRS))])
-    return distance, (pairs.squared / radii[pairs.head].square()).to(flat.dtype)

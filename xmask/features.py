@@ -17,8 +17,7 @@ import torch.nn.functional as F
 
 from xmask.nnec import point_tensor
 
-# Bytes of a band of features: what is made of it, too, stays in cache and below the size from
-# which the C library asks the system for fresh pages (ours, measured).
+# Bytes of a band of features: in cache, and too small to ask the system for fresh pages (measured).
 _BAND = 1 << 21
 _ACCELERATOR_BAND = 1 << 28  # the same on an accelerator, where few and large steps are fast
 _ROWS = 1 << 26  # bytes of cells stretched to the width of the image at once
@@ -43,8 +42,8 @@ def upsample(maps: torch.Tensor, factor: int | tuple[int, int]) -> torch.Tensor:
 def smooth(embedding: torch.Tensor, sigma: float | None) -> torch.Tensor:
     """7 x 7 Gaussian smoothing (paper) of (..., D, H, W), normalised, with reflected borders.
 
-    sigma: pixels; None or 0 returns the input. A side too short to reflect (<= 3 pixels)
-    repeats its border instead. Vectors are not brought back to unit length afterwards.
+    sigma: pixels; None or 0 returns the input. A side of 3 pixels or less repeats its border
+    instead. Vectors are not brought back to unit length.
     """
     if not sigma:
         return embedding
@@ -63,10 +62,9 @@ def upsample_smooth(maps: torch.Tensor, shape: tuple[int, int], sigma: float | N
                     ) -> torch.Tensor:
     """`smooth(upsample(maps, shape), sigma)` of (B, D, h, w) at once: (B, D, H, W).
 
-    Both are linear and separable, so each axis is one small matrix, in blocks along its diagonal:
-    for crops of 128 and 256 px at stride 4, with the gradient, less than a quarter of the time of
-    interpolation and convolution (measured). Where nothing is upsampled and images are large,
-    `smooth` is faster. Differentiable in the maps.
+    Each axis is one small matrix, in blocks along its diagonal: for crops of 128 and 256 px at
+    stride 4, with the gradient, less than a quarter of the time of interpolation and convolution
+    (measured). Where nothing is upsampled and images are large, `smooth` is faster.
     """
     x = full_precision(maps).permute(0, 2, 3, 1)
     with _no_autocast(maps):
@@ -119,10 +117,8 @@ def full_precision(value: torch.Tensor) -> torch.Tensor:
     return value if value.dtype == torch.float64 else value.float()
 
 
-def smooth_at(
-    embedding: torch.Tensor, points: torch.Tensor, image: torch.Tensor, stride: int,
-    shape: tuple[int, int], sigma: float | None,
-) -> torch.Tensor:
+def smooth_at(embedding: torch.Tensor, points: torch.Tensor, image: torch.Tensor, stride: int,
+              shape: tuple[int, int], sigma: float | None) -> torch.Tensor:
     """(N, D): `sample_at` of `smooth` after `upsample` of (B, D, h, w) by `stride` to images of
     `shape`, from the few cells that have a say. points: (N, 2) float64 (x, y) px; image: (N,)."""
     columns, across = _taps(points[:, 0], embedding.shape[3], stride, shape[1], sigma)
@@ -132,14 +128,12 @@ def smooth_at(
     return (cells * weight[..., None]).sum((1, 2))
 
 
-def feature_bands(
-    embedding: torch.Tensor, stride: int, shape: tuple[int, int], sigma: float | None
-) -> Iterator[tuple[slice, int, int, torch.Tensor]]:
+def feature_bands(embedding: torch.Tensor, stride: int, shape: tuple[int, int],
+                  sigma: float | None) -> Iterator[tuple[slice, int, int, torch.Tensor]]:
     """`smooth` after `upsample` of (B, D, h, w) to images of `shape`, in bands of rows.
 
     Yields (images, top, bottom, features (pixels, D)): a few rows of one image on a CPU; on an
-    accelerator as many rows as 256 MB hold, or all images where these hold them whole. Features
-    of large images never stand in memory as a whole.
+    accelerator as many rows as 256 MB hold, or all images where these hold them whole.
     """
     count, depth, cells, _ = embedding.shape
     height, width = shape
@@ -179,9 +173,8 @@ def _smooth_rows(embedding: torch.Tensor, stride: int, width: int, sigma: float 
 
 
 @functools.lru_cache(maxsize=32)
-def _blocks(
-    cells: int, stride: float, length: int, sigma: float | None, size: int
-) -> list[tuple[int, int, int, torch.Tensor]]:
+def _blocks(cells: int, stride: float, length: int, sigma: float | None, size: int
+            ) -> list[tuple[int, int, int, torch.Tensor]]:
     """One axis of upsampling and smoothing, which is linear, as small matrices.
 
     (start, stop, base, weight (stop - start, K)): output pixels start..stop are weight times the
@@ -199,20 +192,18 @@ def _blocks(
     return blocks
 
 
-def _taps(
-    position: torch.Tensor, cells: int, stride: float, length: int, sigma: float | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _taps(position: torch.Tensor, cells: int, stride: float, length: int, sigma: float | None
+          ) -> tuple[torch.Tensor, torch.Tensor]:
     """One axis of `smooth_at`: cells (N, T) int64 and their weights (N, T) float64.
 
-    A value at a position is a mean of two pixels, each a Gaussian mean of seven, each a mean of
-    two cells; the weights of the few cells that this comes to are added up.
+    A value is a mean of two pixels, each a Gaussian mean of seven, each a mean of two cells; the
+    weights of these few cells are added up.
     """
     position = position.clamp(0, length - 1)
     below = position.floor().clamp(max=max(length - 2, 0))
     part = (position - below)[:, None]
     reach = _KERNEL // 2 if sigma else 0
-    kernel = _gaussian(sigma) if sigma else torch.ones(1, dtype=torch.float64)
-    kernel = kernel.to(position)
+    kernel = (_gaussian(sigma) if sigma else torch.ones(1, dtype=torch.float64)).to(position)
     nothing = kernel.new_zeros(1)
     weight = (1 - part) * torch.cat([kernel, nothing]) + part * torch.cat([nothing, kernel])
     offset = torch.arange(-reach, reach + 2, device=position.device)
@@ -248,8 +239,8 @@ def _gaussian(sigma: float) -> torch.Tensor:
 def _blur(x: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
     """Convolve (B, D, H, W) with `window`, its borders reflected.
 
-    One pass over the image with zeros beyond the border, which is wrong in thin strips along it;
-    those are computed anew. That costs less than copying the image into a wider one.
+    One pass with zeros beyond the border, which is wrong in thin strips along it; those are
+    computed anew. That costs less than copying the image into a wider one.
     """
     reach = _KERNEL // 2
 

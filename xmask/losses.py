@@ -1,14 +1,13 @@
 """The three losses of the method, for one image and for a batch: paper section on objectives.
 
 - `p2r_loss`: point-to-region counting (P2R), binary cross-entropy with one positive cell a head.
-- `exclusivity_loss`: pull together the pixels of an instance and push away everything else,
-  inside each head's exclusion circle only.
-- `mask_constraint`: instance masks as a prior for counting; with `point_mask_consistency`, which
-  the authors compute on integers and which is differentiable here.
+- `exclusivity_loss`: in each head's exclusion circle, pull its pixels together, push others away.
+- `mask_constraint`: instance masks as a prior for counting; and `point_mask_consistency`.
 
-Each has a form for one image, which takes its numbers by keyword, and one for a batch, which takes
-the section `loss` of the configuration whole. Cells are those of the network's output: cell c has
-its centre at stride * c + (stride - 1) / 2.
+Each has a form for one image and one for a batch. That of a batch takes the section `loss` of the
+configuration, that of one image the section's fields by keyword; what is not given has its
+published value, which for the constraint's weights is 0. Cells are those of the network's output:
+cell c has its centre at stride * c + (stride - 1) / 2.
 
 A crop also shows parts of persons whose dot lies outside it; their labels are above the number of
 dots. Nobody demands a head of them: see `mask_constraint` and `point_mask_consistency`.
@@ -27,42 +26,34 @@ import torch.nn.functional as F
 from xmask import features
 from xmask.config import Loss
 from xmask.decode import stack_points
-from xmask.nnec import exclusion_radii, incidence_rows, to_tensor
+from xmask.nnec import exclusion_radii, ranks, row_spans, to_tensor
 
-_PAPER = Loss()  # published margins; the constraint's weights are 0
-PUSH_MARGINS = 4.0  # exclusivity (paper): others are pushed beyond tau + 4 * margin
+_PAPER = Loss()
 
 
-def p2r_loss(
-    logits: torch.Tensor, points: Any, stride: int, *, max_distance: float = 96.0,
-    min_radius: float = 8.0, distance_cost: float = 8.0, empty_weight: float = 0.5,
-    weight: torch.Tensor | None = None,
-) -> torch.Tensor:
+def p2r_loss(logits: torch.Tensor, points: Any, stride: int, *,
+             weight: torch.Tensor | None = None, **section: Any) -> torch.Tensor:
     """Point-to-region loss of one image, a scalar.
 
     logits: (h, w). points: (N, 2) array or tensor, (x, y) pixels. stride: pixels per cell.
-    max_distance, min_radius: a cell belongs to its nearest point if closer than max_distance
-        pixels; the region's radius, the largest such distance, is clipped to
-        [min_radius, max_distance] (paper: 96 and 8).
     weight: (h, w) factor per cell, 0 under a cut-out; None for 1 everywhere.
-    The target is 1 in the cheapest cell of each region, at cost distance_cost * distance / radius
-    - logit (paper: 8), and 0 elsewhere; the loss is binary cross-entropy with weight target + 1,
-    averaged over all cells. Without points the target is all zero, the weight empty_weight.
+    section: fields of `config.Loss`. A cell belongs to its nearest point if closer than
+        `max_distance` pixels; the region's radius, the largest such distance, is clipped to
+        [`min_radius`, `max_distance`] (paper: 8 and 96).
+    The target is 1 in the cheapest cell of each region, at cost `distance_cost` * distance /
+    radius - logit (paper: 8), and 0 elsewhere; the loss is binary cross-entropy with weight
+    target + 1, averaged over all cells. Without points the target is all zero, the weight
+    `empty_weight`.
 
     A point that owns no cell, because another one is nearer to all of them or at the same place,
     joins the region that owns its nearest cell; a region of k points has its k cheapest cells as
     targets, so that every head is counted (ours; annotations hold exact duplicates).
     """
-    section = Loss(max_distance=max_distance, min_radius=min_radius, distance_cost=distance_cost,
-                   empty_weight=empty_weight)
-    return p2r_losses(logits[None], [points], stride, section,
-                      weight=None if weight is None else weight[None])[0]
+    return p2r_losses(logits[None], [points], stride, _fields(section), weight=_one(weight))[0]
 
 
-def p2r_losses(
-    logits: torch.Tensor, points: Sequence[Any], stride: int, section: Loss = _PAPER, *,
-    weight: torch.Tensor | None = None,
-) -> torch.Tensor:
+def p2r_losses(logits: torch.Tensor, points: Sequence[Any], stride: int, section: Loss = _PAPER,
+               *, weight: torch.Tensor | None = None) -> torch.Tensor:
     """`p2r_loss` of a batch: logits (B, h, w), B sets of points, weight (B, h, w) -> (B,)."""
     logits = features.full_precision(logits)
     target = p2r_targets(logits, points, stride, section)
@@ -70,24 +61,18 @@ def p2r_losses(
     cell_weight = torch.where(empty, section.empty_weight, target + 1)
     if weight is not None:
         cell_weight = cell_weight * weight.to(cell_weight)
-    cost = F.binary_cross_entropy_with_logits(
-        logits, target, weight=cell_weight, reduction="none")
-    return cost.mean((1, 2))
+    return F.binary_cross_entropy_with_logits(
+        logits, target, weight=cell_weight, reduction="none").mean((1, 2))
 
 
-def p2r_target(
-    logits: torch.Tensor, points: Any, stride: int, *, max_distance: float = 96.0,
-    min_radius: float = 8.0,
-) -> torch.Tensor:
+def p2r_target(logits: torch.Tensor, points: Any, stride: int, **section: Any) -> torch.Tensor:
     """The 0/1 target (h, w) of `p2r_loss`: as many ones as there are points, room permitting."""
-    section = Loss(max_distance=max_distance, min_radius=min_radius)
-    return p2r_targets(logits[None], [points], stride, section)[0]
+    return p2r_targets(logits[None], [points], stride, _fields(section))[0]
 
 
 @torch.no_grad()
-def p2r_targets(
-    logits: torch.Tensor, points: Sequence[Any], stride: int, section: Loss = _PAPER
-) -> torch.Tensor:
+def p2r_targets(logits: torch.Tensor, points: Sequence[Any], stride: int, section: Loss = _PAPER
+                ) -> torch.Tensor:
     """`p2r_target` of a batch, (B, h, w)."""
     logits = features.full_precision(logits.detach())
     shape = tuple(logits.shape[1:])
@@ -108,40 +93,31 @@ def p2r_targets(
     radius.clamp_(section.min_radius, section.max_distance)
     cost = section.distance_cost * distance / radius[region] - logits.reshape(-1)[cell]
 
-    # Rank of each cell in its region, by cost: two stable sorts.
-    order = torch.argsort(cost, stable=True)
-    order = order[torch.argsort(region[order], stable=True)]
-    region = region[order]
-    start = torch.cumsum(cells_owned, 0) - cells_owned
-    rank = torch.arange(len(region), device=region.device) - start[region]
-    target[cell[order[rank < heads[region]]]] = 1
+    order, rank = ranks(region, cost, cells_owned)
+    target[cell[order[rank < heads[region[order]]]]] = 1
     return target.reshape(logits.shape)
 
 
-def p2r_assign(
-    points: Any, cells_shape: tuple[int, int], stride: int, max_distance: float = 96.0
-) -> tuple[torch.Tensor, torch.Tensor]:
+def p2r_assign(points: Any, cells_shape: tuple[int, int], stride: int, max_distance: float = 96.0
+               ) -> tuple[torch.Tensor, torch.Tensor]:
     """Nearest point of every cell, if closer than max_distance.
 
-    points: (N, 2), (x, y) pixels. cells_shape: (h, w).
-    Returns (owner (h*w,) int64, -1 for none; distance (h*w,) float64 pixels, inf for none), on
-    the points' device. Of points equally far the lowest index owns the cell.
+    points: (N, 2), (x, y) pixels. cells_shape: (h, w). Returns owner (h*w,) int64, -1 for none,
+    and distance (h*w,) float64 px, inf for none. Of points equally far the lowest index owns.
     """
     points, image, _ = stack_points([points], to_tensor(points)[0].device)
     return _nearest_heads(points, image, 1, cells_shape, stride, max_distance)
 
 
-def _nearest_heads(
-    points: torch.Tensor, image: torch.Tensor, images: int, cells_shape: tuple[int, int],
-    stride: int, max_distance: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _nearest_heads(points: torch.Tensor, image: torch.Tensor, images: int,
+                   cells_shape: tuple[int, int], stride: int, max_distance: float
+                   ) -> tuple[torch.Tensor, torch.Tensor]:
     """`p2r_assign` for the cells of a batch: owner and distance (images * h * w,).
 
     Squares of cells are quartered along both sides again and again, each with a list of the
     points that may be nearest to one of its cells: those not farther from its nearest side than
-    some point is from its farthest corner. The lists of all squares stand in one, so that a step
-    is a few gathers and one scatter-min whatever the heads, on a CPU as on an accelerator, and
-    exact.
+    some point is from its farthest corner. The lists of all squares stand in one: a step is a
+    few gathers and one scatter-min whatever the heads.
     """
     rows, columns = cells_shape
     levels = 1
@@ -167,8 +143,7 @@ def _nearest_heads(
         away_y = (py - (top * stride + (stride - 1) / 2 + half_y)).abs()
         near = (away_x - half_x).clamp(min=0).square() + (away_y - half_y).clamp(min=0).square()
         far = (away_x + half_x).square() + (away_y + half_y).square()
-        across = -(-columns // side)
-        down = -(-rows // side)
+        across, down = -(-columns // side), -(-rows // side)
         square = (where * down + (top >> 2 * level)) * across + (left >> 2 * level)
         best = torch.full((images * down * across,), math.inf, dtype=far.dtype, device=device)
         best.scatter_reduce_(0, square, far, "amin")
@@ -184,23 +159,20 @@ def _nearest_heads(
     return owner.masked_fill(none, -1), distance.masked_fill(none, math.inf)
 
 
-def exclusivity_loss(
-    embedding: torch.Tensor, points: Any, label_map: Any, *, tau: float = 0.6,
-    margin: float = 0.1, push_margins: float = PUSH_MARGINS, sigma: float | None = 1.5,
-    ignore: Any = None, differentiable_centers: bool = True, nnec: bool = True,
-) -> torch.Tensor:
+def exclusivity_loss(embedding: torch.Tensor, points: Any, label_map: Any, *, ignore: Any = None,
+                     **section: Any) -> torch.Tensor:
     """Exclusivity loss of one image, a scalar.
 
     embedding: (D, H, W), or coarser (D, h, w) and then upsampled bilinearly to the label map.
     points: (M, 2), (x, y) pixels, the predicted heads; all of them shape the circles.
     label_map: (H, W) int, 0 background, k an instance.
-    tau, margin, sigma: paper, 0.6, 0.1 and 1.5 px (7 x 7 Gaussian; None for no smoothing).
-    push_margins: others are pushed beyond tau + push_margins * margin (paper: 4).
     ignore: (H, W) bool, pixels left out of both means; None for none.
-    differentiable_centers: False reads the centre feature at the rounded point and without
-        gradient (ablation "without center sampling").
-    nnec: False gives every head the same circle, of twice the median exclusion radius (ablation
-        "without NNEC"; the release's alternative, the whole image for every head, is not sparse).
+    section: fields of `config.Loss`: `tau`, `margin`, `push_margins` and `sigma` (paper: 0.6, 0.1,
+        4, and 1.5 px of a 7 x 7 Gaussian; None or 0 for no smoothing);
+        `differentiable_centers`: False reads the centre feature at the rounded point and without
+        gradient (ablation "without center sampling");
+        `nnec`: False gives every head the same circle, of twice the median exclusion radius
+        (ablation "without NNEC"; the release's alternative, the whole image, is not sparse).
 
     For each point on an instance (label at the rounded position), with d the distance in
     embedding space between pixel and centre, inside the point's circle: the mean of
@@ -211,20 +183,16 @@ def exclusivity_loss(
     Raises ValueError for points that are not finite (N, 2), and for a label map or `ignore` that
     does not fit the embedding.
     """
-    section = Loss(tau=tau, margin=margin, push_margins=push_margins, sigma=sigma or 0.0,
-                   differentiable_centers=differentiable_centers, nnec=nnec)
-    return exclusivity_losses(embedding[None], [points], _one_map(label_map), section,
-                              None if ignore is None else _one_map(ignore))[0]
+    return exclusivity_losses(
+        embedding[None], [points], _one(label_map), _fields(section), _one(ignore))[0]
 
 
-def exclusivity_losses(
-    embedding: torch.Tensor, points: Sequence[Any], label_maps: torch.Tensor,
-    section: Loss = _PAPER, ignore: torch.Tensor | None = None,
-) -> torch.Tensor:
+def exclusivity_losses(embedding: torch.Tensor, points: Sequence[Any], label_maps: torch.Tensor,
+                       section: Loss = _PAPER, ignore: torch.Tensor | None = None) -> torch.Tensor:
     """`exclusivity_loss` of a batch, all heads of all images on one incidence list.
 
     embedding: (B, D, h, w). points: B sets. label_maps: (B, H, W) int. ignore: (B, H, W) bool.
-    Returns (B,); an image without a head on an instance gives 0.
+    Returns (B,).
     """
     embedding = features.full_precision(embedding)
     device = embedding.device
@@ -252,7 +220,7 @@ def exclusivity_losses(
         typical = torch.stack([r.median() if len(r) else r.new_zeros(()) for r in crowds])
         radii = (2 * typical).clamp(max=side)[image]
     points, image, label = points[chosen], image[chosen], label[chosen]
-    head, row, column = incidence_rows(points, radii[chosen], (height, width))
+    head, row, column = row_spans(points, radii[chosen], (height, width), split=False).pixels()
     pixel = ((image * height).index_select(0, head) + row) * width + column
     if ignore is not None:
         seen = ~ignore.reshape(-1).index_select(0, pixel)
@@ -271,10 +239,8 @@ def exclusivity_losses(
     # The norm has gradient zero, not NaN, where a pixel is its own centre.
     distance = torch.linalg.vector_norm(
         flat.index_select(0, pixel) - centres.index_select(0, head), dim=1)
-    cost = torch.where(
-        same,
-        torch.relu(distance - (section.tau - section.margin)),
-        torch.relu((section.tau + section.push_margins * section.margin) - distance))
+    near, far = section.tau - section.margin, section.tau + section.push_margins * section.margin
+    cost = torch.where(same, torch.relu(distance - near), torch.relu(far - distance))
 
     # Mean per region, regions 2i (pull) and 2i + 1 (push) of head i, then over an image's heads.
     region = 2 * head + (~same).long()
@@ -285,15 +251,13 @@ def exclusivity_losses(
 
 
 def _one_at_a_time(device: torch.device) -> bool:
-    """Whether the exclusivity loss goes image by image: on a CPU one image's features stay in
-    cache, a batch's do not and take 1.6 times as long (16 crops of 256 px, measured)."""
+    """On a CPU, where one image's features stay in cache; a batch's do not, and take 1.6 times as
+    long (16 crops of 256 px, measured)."""
     return device.type == "cpu"
 
 
-def mask_constraint(
-    logits: torch.Tensor, label_map: Any, confident_points: Any = None, *, stride: int = 4,
-    background: float = 0.0, foreground: float = 0.0, one_point: float = 0.0, visible: Any = None,
-) -> torch.Tensor:
+def mask_constraint(logits: torch.Tensor, label_map: Any, confident_points: Any = None, *,
+                    stride: int = 4, visible: Any = None, **section: Any) -> torch.Tensor:
     """Instance-mask prior for counting, a scalar: the weighted sum of three terms.
 
     logits: (h, w). label_map: (stride * h, stride * w) int. confident_points: (K, 2), (x, y)
@@ -301,11 +265,12 @@ def mask_constraint(
         The pixels of an instance that does not count are neither its own nor background: of a
         person cut by a crop nothing is asked, and a pseudo-mask that nobody vouches for is not
         evidence that there is no head.
-    background, foreground, one_point: weights of the terms; a weight of 0 leaves a term out.
     visible: (stride * h, stride * w) bool, False under a cut-out; None: all visible. Hidden
         pixels are not background, and a point on one does not count: P2R asks for no head there,
         and the network could only guess. An instance whose point is visible counts whole, with
         its hidden pixels, as in the authors' release (which counts hidden points too).
+    section: fields of `config.Loss`: the weights `background`, `foreground` and `one_point` of
+        the terms, 0 unless given; a weight of 0 leaves a term out.
 
     R is the relu of the logits, upsampled bilinearly to the masks and divided by stride**2, so
     that it keeps its total (the relu comes first, our reading: after the upsampling, a head that
@@ -318,17 +283,14 @@ def mask_constraint(
     A term without pixels or instances is 0. Raises ValueError for points that are not finite
     (K, 2), and for a label map or `visible` of another shape.
     """
-    section = Loss(background=background, foreground=foreground, one_point=one_point)
-    return mask_constraints(
-        logits[None], _one_map(label_map), None if confident_points is None else [confident_points],
-        section, stride=stride, visible=None if visible is None else _one_map(visible))[0]
+    dots = None if confident_points is None else [confident_points]
+    return mask_constraints(logits[None], _one(label_map), dots, _fields(section), stride=stride,
+                            visible=_one(visible))[0]
 
 
-def mask_constraints(
-    logits: torch.Tensor, label_maps: torch.Tensor,
-    confident_points: Sequence[Any] | None = None, section: Loss = _PAPER, *,
-    stride: int = 4, visible: torch.Tensor | None = None,
-) -> torch.Tensor:
+def mask_constraints(logits: torch.Tensor, label_maps: torch.Tensor,
+                     confident_points: Sequence[Any] | None = None, section: Loss = _PAPER, *,
+                     stride: int = 4, visible: torch.Tensor | None = None) -> torch.Tensor:
     """`mask_constraint` of a batch: logits (B, h, w), label_maps (B, H, W) int, B sets of points,
     visible (B, H, W) bool -> (B,)."""
     logits = features.full_precision(logits)
@@ -363,10 +325,8 @@ def mask_constraints(
     return total
 
 
-def point_mask_consistency(
-    logits: torch.Tensor, label_map: Any, points: Any = None, *, stride: int = 4,
-    ignore: Any = None,
-) -> torch.Tensor:
+def point_mask_consistency(logits: torch.Tensor, label_map: Any, points: Any = None, *,
+                           stride: int = 4, ignore: Any = None) -> torch.Tensor:
     """Every point on an instance, every instance with a point: a scalar, differentiable.
 
     logits: (h, w). label_map: (stride * h, stride * w) int. points: (K, 2), (x, y) pixels; an
@@ -375,19 +335,17 @@ def point_mask_consistency(
     points there, do not count.
     The mean sigmoid of the positive cells that lie on no instance, plus the mean over instances
     that count of 1 - the largest sigmoid of the instance's cells. Instances too small to hold the
-    centre of a cell are left out; a part without cells or instances is 0. (The authors count
-    mismatches on integers, which has no gradient; this is our differentiable form.) Raises
-    ValueError as `mask_constraint`.
+    centre of a cell are left out; a part without cells or instances is 0. (Ours: the authors
+    count mismatches on integers, without gradient.) Raises ValueError as `mask_constraint`.
     """
     return point_mask_consistencies(
-        logits[None], _one_map(label_map), None if points is None else [points], stride=stride,
-        ignore=None if ignore is None else _one_map(ignore))[0]
+        logits[None], _one(label_map), None if points is None else [points], stride=stride,
+        ignore=_one(ignore))[0]
 
 
 def point_mask_consistencies(
-    logits: torch.Tensor, label_maps: torch.Tensor, points: Sequence[Any] | None = None, *,
-    stride: int = 4, ignore: torch.Tensor | None = None,
-) -> torch.Tensor:
+        logits: torch.Tensor, label_maps: torch.Tensor, points: Sequence[Any] | None = None, *,
+        stride: int = 4, ignore: torch.Tensor | None = None) -> torch.Tensor:
     """`point_mask_consistency` of a batch: logits (B, h, w), label_maps (B, H, W), B sets of
     points or None, ignore (B, H, W) bool or None -> (B,)."""
     logits = features.full_precision(logits)
@@ -413,10 +371,9 @@ def point_mask_consistencies(
     return total + missing / asked.sum(1).clamp(min=1)
 
 
-def _heads_per_region(
-    points: torch.Tensor, image: torch.Tensor, owner: torch.Tensor, cells_owned: torch.Tensor,
-    cells_shape: tuple[int, int], stride: int,
-) -> torch.Tensor:
+def _heads_per_region(points: torch.Tensor, image: torch.Tensor, owner: torch.Tensor,
+                      cells_owned: torch.Tensor, cells_shape: tuple[int, int], stride: int
+                      ) -> torch.Tensor:
     """(N,) number of heads that region i answers for: its own, and those that own no cell."""
     heads = (cells_owned > 0).long()
     homeless = torch.nonzero(cells_owned == 0).squeeze(1)
@@ -437,32 +394,35 @@ def _numbered(labels: torch.Tensor) -> tuple[torch.Tensor, int]:
     return labels + (torch.arange(len(labels), device=labels.device) * most).view(-1, 1, 1), most
 
 
-def _counted_instances(
-    numbers: torch.Tensor, most: int, points: Sequence[Any] | None, hidden: torch.Tensor | None
-) -> torch.Tensor:
+def _counted_instances(numbers: torch.Tensor, most: int, points: Sequence[Any] | None,
+                       hidden: torch.Tensor | None) -> torch.Tensor:
     """(B, most) bool: which instances of maps (B, H, W), numbered b * most + label, hold one of
     their image's points (None: all do) on a pixel that is not hidden."""
-    count = len(numbers)
-    present = torch.zeros(count * most, dtype=torch.bool, device=numbers.device)
-    if points is None:
-        present[numbers.reshape(-1)] = True
-    else:
+    present = torch.zeros(len(numbers) * most, dtype=torch.bool, device=numbers.device)
+    chosen = numbers.reshape(-1)
+    if points is not None:
         at, image, _ = stack_points(points, numbers.device)
         inside, position = _pixel_of(at, image, numbers.shape[1:])
         if hidden is not None:
             inside = inside & ~hidden.reshape(-1)[position]
-        present[numbers.reshape(-1)[position[inside]]] = True
-    present = present.view(count, most)
+        chosen = chosen[position[inside]]
+    present[chosen] = True
+    present = present.view(len(numbers), most)
     present[:, 0] = False  # the background
     return present
 
 
-def _one_map(value: Any) -> torch.Tensor:
-    """(1, H, W) tensor of a map (H, W) of one image."""
-    if not isinstance(value, torch.Tensor):
-        value = np.asarray(value)
-        value = torch.from_numpy(value.astype(bool if value.dtype == bool else np.int64))
-    return value[None]
+def _fields(values: dict[str, Any]) -> Loss:
+    """The section of some of its fields, of which None switches one off."""
+    return Loss(**{name: 0.0 if value is None else value for name, value in values.items()})
+
+
+def _one(value: Any) -> Any:
+    """(1, H, W) tensor of a map (H, W) of one image; None stays None."""
+    if value is None or isinstance(value, torch.Tensor):
+        return None if value is None else value[None]
+    value = np.asarray(value)
+    return torch.from_numpy(value.astype(bool if value.dtype == bool else np.int64))[None]
 
 
 def _fitting(name: str, maps: torch.Tensor, output: torch.Tensor, stride: int) -> torch.Tensor:
@@ -477,9 +437,8 @@ def _fitting(name: str, maps: torch.Tensor, output: torch.Tensor, stride: int) -
     return maps.to(output.device)
 
 
-def _pixel_of(
-    points: torch.Tensor, image: torch.Tensor, shape: tuple[int, int]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _pixel_of(points: torch.Tensor, image: torch.Tensor, shape: tuple[int, int]
+              ) -> tuple[torch.Tensor, torch.Tensor]:
     """(inside, index): whether each point lies in its image, and the flat index, in maps
     (B, H, W), of the pixel that holds it, or of the nearest one."""
     height, width = shape

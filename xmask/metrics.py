@@ -42,11 +42,8 @@ def counting(pred: Sequence[float], true: Sequence[float]) -> dict[str, float | 
         raise ValueError("counting: some counts are NaN or infinite; give numbers of heads")
     error = np.abs(pred - true)
     some = true > 0
-    return {
-        "mae": float(error.mean()),
-        "rmse": float(np.sqrt((error**2).mean())),
-        "nae": float((error[some] / true[some]).mean()) if some.any() else None,
-    }
+    return {"mae": float(error.mean()), "rmse": float(np.sqrt((error**2).mean())),
+            "nae": float((error[some] / true[some]).mean()) if some.any() else None}
 
 
 def localization(pred_points: Any, true_points: Any, sigma: float) -> dict[str, float]:
@@ -57,7 +54,7 @@ def localization(pred_points: Any, true_points: Any, sigma: float) -> dict[str, 
     Returns
     - precision: matched / n_pred; recall: matched / n_true; f1: their harmonic mean. Nothing
       predicted and nothing there is perfect (1.0 each); otherwise a share of nothing is 0.0;
-    - the counts behind them, for `localization_total`: matched pairs, n_pred, n_true.
+    - the counts behind them, for `localization_total`: matched, n_pred, n_true.
     Raises ValueError if sigma is negative or points are not finite (N, 2).
     """
     if not sigma >= 0:
@@ -86,15 +83,13 @@ def segmentation(pred_map: Any, true_map: Any) -> dict[str, float]:
     Returns
     - mean_iou: IoU summed over the one-to-one matching of predicted to true instances that makes
       this sum largest (Hungarian), divided by the number of true instances (paper);
-    - ap50: TP / (TP + FP + FN) at IoU >= 0.5, as StarDist's average precision; the matching has
-      as many pairs as possible;
+    - ap50: TP / (TP + FP + FN) of a largest matching at IoU >= 0.5, StarDist's average precision;
     - pq: panoptic quality of the one class, IoU summed over pairs with IoU > 0.5 (unique by
       themselves), divided by TP + FP / 2 + FN / 2;
     - aji: aggregated Jaccard index: each true instance with the predicted one of highest IoU
       (lowest label on ties; one may serve several), intersections summed, divided by the summed
       unions plus the pixels of predicted instances that served none;
-    - the sums behind them, for `segmentation_total`: iou_sum, n_true, n_pred, tp50, pq_iou_sum,
-      pq_tp, aji_intersection, aji_union.
+    - the sums behind them, for `segmentation_total`.
     A value whose denominator is 0 (no instances) is 0.0.
     Raises ValueError if the shapes differ or a label is negative.
     """
@@ -106,15 +101,11 @@ def segmentation(pred_map: Any, true_map: Any) -> dict[str, float]:
     pred, true, length = _runs(pred.reshape(-1), true.reshape(-1))
     pred, pred_area = _compact(pred, "pred_map", length)
     true, true_area = _compact(true, "true_map", length)
-    n_pred, n_true = len(pred_area), len(true_area)
-
-    i, j, overlap = _overlaps(pred, true, length, (n_pred, n_true))
+    shape = n_pred, n_true = len(pred_area), len(true_area)
+    i, j, overlap = _overlaps(pred, true, length, shape)
     union = pred_area[i] + true_area[j] - overlap
     iou = overlap / union
-
-    best = _best_pairs(i, j, iou, (n_pred, n_true))
-    fifty = iou >= 0.5
-    above = iou > 0.5
+    best, fifty, above = _best_pairs(i, j, iou, shape), iou >= 0.5, iou > 0.5
 
     # Highest IoU per true instance, of equal ones the lowest predicted label.
     order = np.lexsort((i, -iou, j))
@@ -124,26 +115,22 @@ def segmentation(pred_map: Any, true_map: Any) -> dict[str, float]:
     idle = np.setdiff1d(np.arange(n_pred), i[chosen])
     together = union[chosen].sum() + true_area[unmet].sum() + pred_area[idle].sum()
     return _segmentation_values(dict(zip(_SUMS, (
-        float(iou[best].sum()), n_true, n_pred,
-        _matching_size(i[fifty], j[fifty], (n_pred, n_true)),
-        float(iou[above].sum()), int(above.sum()),
-        int(overlap[chosen].sum()), int(together)))))
+        float(iou[best].sum()), n_true, n_pred, _matching_size(i[fifty], j[fifty], shape),
+        float(iou[above].sum()), int(above.sum()), int(overlap[chosen].sum()), int(together)))))
 
 
 def overlapping_iou_sum(masks: Incidence, true_map: np.ndarray) -> float:
     """IoU summed over the best one-to-one matching, for predicted masks that may overlap.
 
     masks: pairs of arrays, mask of head i covers pixel u. true_map: (H, W) int label map.
-    `segmentation` asks for exclusive masks; this serves the baseline of equal discs.
+    It serves the baseline of equal discs.
     """
     true, true_area = _compact(true_map, "true_map")
-    head, label, people = masks.head, true[masks.pixel], max(len(true_area), 1)
-    area = np.bincount(head) if len(head) else np.zeros(0, np.int64)
-    key, overlap = np.unique(
-        head[label >= 0] * people + label[label >= 0], return_counts=True)
-    i, j = np.divmod(key, people)
+    area = np.bincount(masks.head) if len(masks) else np.zeros(0, np.int64)
+    shape, ones = (len(area), len(true_area)), np.ones(len(masks), np.int64)
+    i, j, overlap = _overlaps(masks.head, true[masks.pixel], ones, shape)
     iou = overlap / (area[i] + true_area[j] - overlap)
-    return float(iou[_best_pairs(i, j, iou, (len(area), len(true_area)))].sum())
+    return float(iou[_best_pairs(i, j, iou, shape)].sum())
 
 
 def segmentation_total(images: Iterable[dict[str, float]]) -> dict[str, float]:
@@ -166,13 +153,10 @@ def _localization_values(matched: int, n_pred: int, n_true: int) -> dict[str, fl
 
 def _segmentation_values(sums: dict[str, float]) -> dict[str, float]:
     n_true, n_pred, tp = sums["n_true"], sums["n_pred"], sums["tp50"]
-    return {
-        "mean_iou": _share(sums["iou_sum"], n_true),
-        "ap50": _share(tp, n_pred + n_true - tp),
-        "pq": _share(sums["pq_iou_sum"], (n_pred + n_true) / 2),  # TP + FP/2 + FN/2
-        "aji": _share(sums["aji_intersection"], sums["aji_union"]),
-        **sums,
-    }
+    return {"mean_iou": _share(sums["iou_sum"], n_true),
+            "ap50": _share(tp, n_pred + n_true - tp),
+            "pq": _share(sums["pq_iou_sum"], (n_pred + n_true) / 2),  # TP + FP/2 + FN/2
+            "aji": _share(sums["aji_intersection"], sums["aji_union"]), **sums}
 
 
 def _runs(pred: np.ndarray, true: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

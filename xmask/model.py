@@ -27,11 +27,8 @@ _NO_CLASSIFIER: dict[str, Any] = {"num_classes": 0, "mlp_ratio": 1 / 4096}  # a 
 
 @dataclass(frozen=True)
 class Output:
-    """What the network says of a batch.
-
-    logits: (B, h, w), the person logit of every cell at stride 4.
-    embedding: (B, D, h, w), unit length along D, or None where masks were not asked for.
-    """
+    """Of a batch, at stride 4: the person logit of every cell (B, h, w), and the embedding
+    (B, D, h, w), of unit length along D, or None where masks were not asked for."""
 
     logits: Tensor
     embedding: Tensor | None
@@ -46,12 +43,9 @@ class XMask(nn.Module):
         c = config.channels
         self.fusion = Fusion(self.encoder.channels, c)
         self.decoder = nn.Sequential(
-            nn.Conv2d(c, c, 3, padding=1),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(c, c, 3, padding=1),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(c, 8, 3, padding=1),
-            nn.PixelShuffle(2),
+            nn.Conv2d(c, c, 3, padding=1), nn.ReLU(inplace=True),
+            nn.Conv2d(c, c, 3, padding=1), nn.ReLU(inplace=True),
+            nn.Conv2d(c, 8, 3, padding=1), nn.PixelShuffle(2),
         )
         self.mask_head = MaskHead(c, config.embedding)
 
@@ -147,18 +141,13 @@ class MaskHead(nn.Module):
         super().__init__()
 
         def block(inputs: int) -> list[nn.Module]:
-            return [
-                nn.Conv2d(inputs, channels, 3, padding=1),
-                nn.BatchNorm2d(channels),
-                nn.ReLU(inplace=True),
-            ]
+            return [nn.Conv2d(inputs, channels, 3, padding=1), nn.BatchNorm2d(channels),
+                    nn.ReLU(inplace=True)]
 
         self.layers = nn.Sequential(
-            *block(channels + 2),
-            *block(channels),
+            *block(channels + 2), *block(channels),
             nn.Conv2d(channels, 4 * channels, 3, padding=1),
-            nn.PixelShuffle(2),
-            nn.ReLU(inplace=True),
+            nn.PixelShuffle(2), nn.ReLU(inplace=True),
             nn.Conv2d(channels, embedding, 1),
         )
 
@@ -182,8 +171,7 @@ def coordinates(height: int, width: int, device: torch.device | str = "cpu") -> 
 def build(config: Network) -> tuple[XMask, str]:
     """A fresh network and how its encoder was initialised, to be recorded with every result.
 
-    Raises ValueError for a backbone, and FileNotFoundError or ValueError for weights, that cannot
-    be used, see `Encoder` and `xmask.pretrained.initialise`.
+    Raises the errors of `Encoder` and of `xmask.pretrained.initialise`.
     """
     network = XMask(config)
     return network, initialise(network.encoder.body, config.backbone, config.weights)

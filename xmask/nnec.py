@@ -6,9 +6,9 @@ For heads p_1..p_N of one image, the circle of head i reaches to its nearest nei
 
 so no other head lies inside it. If a pixel u lies in the circles of i and j, the two heads are
 at least as far from each other as either is from u; u then sees them at 60 degrees or more, and
-at most five circles cover any pixel (six only on exact ties), however dense the crowd. The
-method therefore needs no N x H x W array: a sparse list of (head, pixel) pairs holds everything,
-and decoding, losses and mask generation are gathers and segment reductions over that list.
+at most five circles cover any pixel (six only on exact ties), however dense the crowd. A sparse
+list of (head, pixel) pairs therefore replaces every N x H x W array: decoding, losses and mask
+generation are gathers and segment reductions over it.
 
 Points are (x, y) in pixels with the origin at the centre of the top-left pixel; a pixel's flat
 index is y * W + x. NumPy arrays in give NumPy arrays out; tensors in give tensors out on the
@@ -27,14 +27,11 @@ from scipy.spatial import cKDTree
 
 Array = Any  # np.ndarray or torch.Tensor: what comes in decides what comes out
 
-# Distances held at once when radii are computed on an accelerator (128 MB of float64; ours).
-_DISTANCES_AT_ONCE = 1 << 24
+_DISTANCES_AT_ONCE = 1 << 24  # where an accelerator computes radii (128 MB of float64; ours)
 
 
-def exclusion_radii(
-    points: Array, shape: tuple[int, int], min_radius: float = 3.0, *, lone: float = 0.5,
-    image: torch.Tensor | None = None,
-) -> Array:
+def exclusion_radii(points: Array, shape: tuple[int, int], min_radius: float = 3.0, *,
+                    lone: float = 0.5, image: torch.Tensor | None = None) -> Array:
     """Radius of every head's exclusion circle, in pixels.
 
     points: (N, 2) float, (x, y) pixels. shape: (H, W) of the image.
@@ -104,21 +101,25 @@ class Spans(NamedTuple):
         """Some of the spans. chosen: (S,) bool or int64 indices of spans."""
         return Spans(*(value[chosen] for value in self))
 
+    def pixels(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(head, row, column) of every pixel of the spans, three (M,) int64 tensors, in order."""
+        span, column = _integers(self.first, self.last)
+        return self.head.index_select(0, span), self.row.index_select(0, span), column
+
 
 def circles(points: Array, radii: Array, shape: tuple[int, int], *, split: bool = True
             ) -> Incidence:
     """Every pixel inside every circle, with its distance.
 
     points: (N, 2) float, (x, y) pixels. radii: (N,) float, pixels. shape: (H, W).
-    split: heads at exactly the same place share their circle, see `row_spans`; False gives each
-        of them all of it.
+    split: heads at exactly the same place share their circle, see `row_spans`; False: each has all.
     A pixel is inside if its centre is at distance <= radius, decided in float64 as
     dx*dx + dy*dy <= r*r. Circles are cut at the image border; a head may lie outside the image.
     Time and memory are proportional to the number of pairs.
     Raises ValueError if points are not (N, 2), not finite, or radii do not match them.
     """
     points, numpy_out = point_tensor(points)
-    head, row, column = _pixels(row_spans(points, radii, shape, split=split))
+    head, row, column = row_spans(points, radii, shape, split=split).pixels()
     dx, dy = column - points[:, 0][head], row - points[:, 1][head]
     pixel, squared = row.mul_(shape[1]).add_(column), dx.mul_(dx).add_(dy.mul_(dy))
     return Incidence(*(_as_given(one, numpy_out) for one in (head, pixel, squared)), shape)
@@ -128,28 +129,19 @@ def incidence(points: Array, radii: Array, shape: tuple[int, int]) -> tuple[Arra
     """(head, pixel) of `circles` without sharing: every pixel inside every circle, two (M,) int64
     arrays sorted by head, then by pixel. Arguments and errors are those of `circles`."""
     points, numpy_out = point_tensor(points)
-    head, row, column = incidence_rows(points, radii, shape)
+    head, row, column = row_spans(points, radii, shape, split=False).pixels()
     return _as_given(head, numpy_out), _as_given(row.mul_(shape[1]).add_(column), numpy_out)
 
 
-def incidence_rows(points: torch.Tensor, radii: Array, shape: tuple[int, int]
-                   ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`incidence` as (head, row, column), three (M,) int64 tensors on the points' device."""
-    return _pixels(row_spans(points, radii, shape, split=False))
-
-
-def row_spans(
-    points: Array, radii: Array, shape: tuple[int, int], *, split: bool = True,
-    image: torch.Tensor | None = None,
-) -> Spans:
+def row_spans(points: Array, radii: Array, shape: tuple[int, int], *, split: bool = True,
+              image: torch.Tensor | None = None) -> Spans:
     """The circles row by row, on the points' device; arguments and errors as in `circles`.
 
-    split: share the circle of heads at exactly the same place among them (our rule). Real
-        annotations hold exact duplicates. k coincident heads cut the pixels of their common
-        circle, ordered by angle around the head, into k sectors of equal size (to one pixel),
-        given out in index order; the pixel exactly at the centre goes to the first. Sectors are
-        equal in visible pixels rather than in degrees, so that a circle cut by the image border,
-        too, gives every head its part. What they keep comes as spans of one pixel.
+    split: share the circle of heads at exactly the same place among them (our rule; real
+        annotations hold duplicates). k coincident heads cut the pixels of their common circle,
+        ordered by angle around the head, into k sectors of equal size (to one pixel), given out
+        in index order; the pixel exactly at the centre goes to the first. Equal in visible pixels
+        rather than in degrees, they leave every head its part of a circle cut by the image border.
     image: (N,) int64, for a batch: only heads of one image share; rows count within their image.
     """
     points, _ = point_tensor(points)
@@ -187,12 +179,6 @@ def row_spans(
     return spans if places is None else _share_out(points, spans, *places)
 
 
-def _pixels(spans: Spans) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(head, row, column) of every pixel of the spans, three (M,) int64 tensors, in order."""
-    span, column = _integers(spans.first, spans.last)
-    return spans.head.index_select(0, span), spans.row.index_select(0, span), column
-
-
 def _integers(first: torch.Tensor, last: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Every integer of the ranges first[k]..last[k] (both (S,) int64), and before it the k it
     comes from: two (M,) int64 tensors, in order."""
@@ -209,30 +195,35 @@ def _share_out(points: torch.Tensor, spans: Spans, place: torch.Tensor, sharers:
     place of each head; sharers: the number of heads at each place."""
     share = sharers[place]
     shared = share[spans.head] > 1
-    head, row, column = _pixels(spans.select(shared))
+    head, row, column = spans.select(shared).pixels()
 
     # A head's turn is its rank, by index, among the heads at its place.
-    by_place = torch.argsort(place, stable=True)
     turn = torch.empty_like(place)
-    turn[by_place] = (torch.arange(len(points), device=points.device)
-                      - (torch.cumsum(sharers, 0) - sharers)[place[by_place]])
+    by_place, rank = ranks(place, torch.arange(len(place), device=place.device), sharers)
+    turn[by_place] = rank
 
     dx, dy = column - points[head, 0], row - points[head, 1]
     angle = torch.atan2(dy, dx) % (2 * math.pi)
     angle = angle.masked_fill((dx == 0) & (dy == 0), -1.0)
-    # Sort by head, then angle (two stable sorts), and read off each pixel's rank in its circle.
-    order = torch.argsort(angle, stable=True)
-    order = order[torch.argsort(head[order], stable=True)]
+    size = torch.bincount(head, minlength=len(points))
+    order, rank = ranks(head, angle, size)
     owner = head[order]
-    size = torch.bincount(owner, minlength=len(points))
-    start = torch.cumsum(size, 0) - size
-    rank = torch.arange(len(owner), device=owner.device) - start[owner]
     sector = torch.div(rank * share[owner], size[owner], rounding_mode="floor")
     kept = order[sector == turn[owner]].sort().values
 
     pixels = Spans(head[kept], row[kept], column[kept], column[kept])
     together = Spans(*map(torch.cat, zip(spans.select(~shared), pixels)))
     return together.select(torch.argsort(together.head, stable=True))
+
+
+def ranks(group: torch.Tensor, value: torch.Tensor, size: torch.Tensor
+          ) -> tuple[torch.Tensor, torch.Tensor]:
+    """(order, rank), both (M,) int64: `order` sorts by group, within a group by value, and then
+    by position; `rank` counts from 0 in each group, in that order. size: members of each group."""
+    order = torch.argsort(value, stable=True)
+    order = order[torch.argsort(group[order], stable=True)]
+    start = torch.cumsum(size, 0) - size
+    return order, torch.arange(len(group), device=group.device) - start[group[order]]
 
 
 def _shared_places(points: torch.Tensor, image: torch.Tensor | None
@@ -252,9 +243,8 @@ def _shared_places(points: torch.Tensor, image: torch.Tensor | None
     return None if int(sharers.max()) == 1 else (place, sharers)
 
 
-def lowest_wins(
-    energy: Array, head: Array, pixel: Array, shape: tuple[int, int], threshold: float = math.inf
-) -> Array:
+def lowest_wins(energy: Array, head: Array, pixel: Array, shape: tuple[int, int],
+                threshold: float = math.inf) -> Array:
     """Exclusive label map: every pixel goes to the head that claims it with the lowest energy.
 
     energy: (M,) float, one value per pair. head, pixel: (M,) int64, an incidence list.
@@ -281,9 +271,8 @@ def lowest_wins(
     return _as_given(labels.reshape(shape), numpy_out)
 
 
-def _lowest_packed(
-    energy: torch.Tensor, head: torch.Tensor, pixel: torch.Tensor, pixels: int, threshold: float
-) -> torch.Tensor:
+def _lowest_packed(energy: torch.Tensor, head: torch.Tensor, pixel: torch.Tensor, pixels: int,
+                   threshold: float) -> torch.Tensor:
     """(pixels,) int32 labels of `lowest_wins` for float32 energies, by one scatter.
 
     Energy and head are packed into one int64, whose order is that of (energy, head): the bits of

@@ -1,12 +1,10 @@
 """Promptable segmenters behind one protocol: the "S" of EDP-SAM (paper section on EDP-SAM).
 
-A segmenter looks at an image once and then answers prompts. EDP-SAM only ever needs a head's
-mask inside the head's exclusion circle, so a segmenter is asked for logits at a list of
+A segmenter looks at an image once and then answers prompts. It is asked for logits at a list of
 (head, pixel) incidences and never makes a full image per head: memory follows the number of
-incidences, which is O(H*W) however many heads there are.
-
-`xmask.segmenting.sam_segmenter` is the Segment Anything Model: the original release, or the small
-bundled one. `xmask.segmenting.classical` needs no weights. docs/add_a_segmenter.md adds another.
+incidences, which is O(H*W) however many heads there are. The Segment Anything Model is in
+`xmask.segmenting.sam_segmenter`; `xmask.segmenting.classical` needs no weights;
+docs/add_a_segmenter.md adds another.
 """
 
 from __future__ import annotations
@@ -43,12 +41,10 @@ class Prompts:
             raise ValueError(
                 f"prompts: points {self.points.shape} and labels {self.labels.shape} do not "
                 "match; expected (B, K, 2) and (B, K)")
-        if self.boxes is not None and self.boxes.shape != (count, 4):
-            raise ValueError(
-                f"prompts: boxes {self.boxes.shape} do not match {count} heads; expected (B, 4)")
-        if self.sizes is not None and self.sizes.shape != (count,):
-            raise ValueError(
-                f"prompts: sizes {self.sizes.shape} do not match {count} heads; expected (B,)")
+        for name, value, each in (("boxes", self.boxes, (4,)), ("sizes", self.sizes, ())):
+            if value is not None and value.shape != (count, *each):
+                raise ValueError(f"prompts: {name} {value.shape} do not match {count} heads; "
+                                 f"expected (B,{' 4' if each else ''})")
 
     def __len__(self) -> int:
         return len(self.labels)

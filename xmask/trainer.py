@@ -1,10 +1,9 @@
 """Three-phase mean teacher (paper section on training): points, masks, points under masks.
 
-The loop is plain: an epoch is one pass over all training images as unlabelled ones, a step is one
-batch of labelled crops and, once their weight is above zero, one of unlabelled crops whose labels
-the teacher makes. `Trainer.state` holds everything and crops are a function of their index, so a
-training that goes on from a state ends exactly as if it had not been interrupted. Files are the
-business of `xmask.study.training`.
+An epoch is one pass over all training images as unlabelled ones; a step is one batch of labelled
+crops and, once their weight is above zero, one of unlabelled crops whose labels the teacher makes.
+`Trainer.state` holds everything and crops are a function of their index, so a training that goes
+on from a state ends exactly as if it had not been interrupted.
 """
 
 from __future__ import annotations
@@ -49,8 +48,7 @@ def unlabelled_weight(schedule: Schedule, epoch: int) -> float:
     """Weight w of the unlabelled loss; total = (labelled + w * unlabelled) / (1 + w).
 
     It grows by `ramp` an epoch up to `ramp_end`: from 0 after `warmup` epochs of phase 1 and
-    `mask_warmup` of phase 2 (that it starts anew there is our reading), from `ramp_start` in
-    phase 3.
+    `mask_warmup` of phase 2 (our reading: it starts anew), from `ramp_start` in phase 3.
     """
     if not schedule.unlabelled:
         return 0.0
@@ -69,10 +67,9 @@ class Trainer:
 
     labelled: samples whose `instances` are the masks of EDP-SAM. unlabelled: all training images,
     the labelled ones among them (their points and masks, if any, are never read).
-
-    student, teacher: the two networks. epoch: the number of epochs done. history: one row a done
-    epoch, `step`, `epoch`, `phase`, `weight` and the mean of every term of the loss. steps: the
-    number of steps of an epoch. initialisation: how the network started, in words.
+    student, teacher: the two networks. epoch: epochs done. history: one row a done epoch, `step`,
+    `epoch`, `phase`, `weight` and the mean of every term of the loss. steps: of an epoch.
+    initialisation: how the network started, in words.
     """
 
     def __init__(self, config: Config, labelled: Sequence[Sample], unlabelled: Sequence[Sample], *,
@@ -113,8 +110,6 @@ class Trainer:
     def network(self) -> nn.Module:
         """Student or teacher, whichever is the result (`evaluation.weights`)."""
         return self.student if self.config.evaluation.weights == "student" else self.teacher
-
-    # -- the loop ---------------------------------------------------------------------------
 
     def run_epoch(self) -> dict[str, float]:
         """Train for one epoch; return its row of the history.
@@ -164,14 +159,12 @@ class Trainer:
                                    persistent_workers=m.workers > 0))
 
         labelled, unlabelled = loader(self.labelled, epochs), loader(self.unlabelled, weighted)
-        wanted = set(weighted)
         for e in epochs:
             for _ in range(self.steps):
-                yield next(labelled), next(unlabelled) if e in wanted else None
+                yield next(labelled), next(unlabelled) if self._weight(e) > 0 else None
 
-    def _step(
-        self, phase: int, weight: float, labelled: Batch, unlabelled: Batch | None
-    ) -> dict[str, float]:
+    def _step(self, phase: int, weight: float, labelled: Batch, unlabelled: Batch | None
+              ) -> dict[str, float]:
         labelled = labelled.to(self.device)
         images = labelled.images
         if unlabelled is not None:
@@ -224,11 +217,8 @@ class Trainer:
                 else:
                     mine.copy_(yours)
 
-    # -- what is learnt ---------------------------------------------------------------------
-
-    def _labelled_terms(
-        self, phase: int, logits: Tensor, embedding: Tensor | None, batch: Batch
-    ) -> dict[str, Tensor]:
+    def _labelled_terms(self, phase: int, logits: Tensor, embedding: Tensor | None, batch: Batch
+                        ) -> dict[str, Tensor]:
         """Losses of labelled crops. A person counts whose dot lies in the crop."""
         c = self.config.loss
         instances = None if phase == 1 else torch.stack(batch.instances)
@@ -243,18 +233,16 @@ class Trainer:
                 logits, instances, batch.points, c, stride=model.STRIDE).mean()
         return terms
 
-    def _unlabelled_terms(
-        self, phase: int, logits: Tensor, embedding: Tensor | None, teacher_logits: Tensor,
-        teacher_embedding: Tensor | None, batch: Batch,
-    ) -> dict[str, Tensor]:
+    def _unlabelled_terms(self, phase: int, logits: Tensor, embedding: Tensor | None,
+                          teacher_logits: Tensor, teacher_embedding: Tensor | None, batch: Batch
+                          ) -> dict[str, Tensor]:
         """Losses of unlabelled crops, in which the teacher's output takes the place of labels.
 
         P2R (phases 1 and 3) learns the teacher's points of probability `pseudo_threshold`, except
         under the cut-out. Pseudo-masks (phases 2 and 3) are decoded from the teacher's points of
         probability `pseudo.point_threshold`; one counts if a point above `confident` lies on it.
-        Phase 2: circles and centres are the student's own points; left out are the pixels under
-        the cut-out and in discs of `ignore_radius` px around the teacher's other points.
-        Phase 3: pseudo-masks pass the density gate; see `losses.mask_constraint` for the cut-out.
+        Phase 2 leaves out the pixels under the cut-out and in discs of `ignore_radius` px around
+        the teacher's other points. For the cut-out in phase 3 see `losses.mask_constraint`.
         """
         c, o, visible = self.config.loss, self.config.optimisation, batch.visible
         terms = {}
@@ -278,10 +266,8 @@ class Trainer:
             logits, instances, confident, c, stride=model.STRIDE, visible=visible).mean()
         return terms
 
-    def _mask_terms(
-        self, logits: Tensor, embedding: Tensor, instances: Tensor, dots: list[Tensor],
-        ignored: Tensor | None,
-    ) -> dict[str, Tensor]:
+    def _mask_terms(self, logits: Tensor, embedding: Tensor, instances: Tensor,
+                    dots: list[Tensor], ignored: Tensor | None) -> dict[str, Tensor]:
         """Exclusivity loss around the student's own points, and the point-mask term, in which the
         instances count that hold one of `dots`."""
         c = self.config.loss
@@ -294,17 +280,17 @@ class Trainer:
         return terms
 
     def _p2r(self, logits: Tensor, points: list[Tensor], weight: Tensor | None = None) -> Tensor:
-        return losses.p2r_losses(
-            logits, points, model.STRIDE, self.config.loss, weight=weight).mean()
+        c = self.config.loss
+        return losses.p2r_losses(logits, points, model.STRIDE, c, weight=weight).mean()
 
     def _points(self, logits: Tensor, threshold: float) -> tuple[list[Tensor], list[Tensor]]:
+        """Points and scores of every image of a batch of logits (B, h, w)."""
         found = [decode.points_from_logits(one, stride=model.STRIDE, threshold=threshold)
                  for one in logits.detach()]
         return [points for points, _ in found], [scores for _, scores in found]
 
-    def _pseudo_masks(
-        self, phase: int, logits: Tensor, embedding: Tensor, points: list[Tensor]
-    ) -> Tensor:
+    def _pseudo_masks(self, phase: int, logits: Tensor, embedding: Tensor, points: list[Tensor]
+                      ) -> Tensor:
         """(B, H, W) label maps of the teacher's output; the density gate is for phase 3 only."""
         p, density = self.config.pseudo, None
         if p.density_gate and phase == 3:
@@ -313,16 +299,11 @@ class Trainer:
             embedding, points, stride=model.STRIDE, threshold=p.theta,
             geometry_weight=p.geometry_weight, sigma=p.sigma, density=density)
 
-    # -- state ------------------------------------------------------------------------------
-
     def state(self) -> dict:
         """All that the training has learnt so far, for `restore`; not a copy."""
-        return {
-            "epoch": self.epoch, "history": self.history,
-            "student": self.student.state_dict(), "teacher": self.teacher.state_dict(),
-            "optimiser": self.optimiser.state_dict() if self.optimiser else None,
-            "scaler": self.scaler.state_dict(),
-        }
+        return {"epoch": self.epoch, "history": self.history, "scaler": self.scaler.state_dict(),
+                "student": self.student.state_dict(), "teacher": self.teacher.state_dict(),
+                "optimiser": self.optimiser.state_dict() if self.optimiser else None}
 
     def restore(self, state: dict) -> None:
         """Go on from a `state` of a trainer of this configuration.
@@ -374,7 +355,7 @@ def _discs(points: list[Tensor], radius: float, shape: tuple[int, int]) -> Tenso
     height, width = shape
     stacked, image, _ = decode.stack_points(points, points[0].device)
     radii = torch.full((len(stacked),), radius, device=stacked.device)
-    head, row, column = nnec.incidence_rows(stacked, radii, shape)
+    head, row, column = nnec.row_spans(stacked, radii, shape, split=False).pixels()
     covered = torch.zeros(len(points), height, width, dtype=torch.bool, device=stacked.device)
     covered[image[head], row, column] = True
     return covered

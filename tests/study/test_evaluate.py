@@ -11,8 +11,9 @@ from tests.test_trainer import tiny
 from xmask import files, model
 from xmask.config import override
 from xmask.data.sample import Sample
-from xmask.predict import load_network, predict_image
+from xmask.predict import predict_image
 from xmask.study import evaluate
+from xmask.tools.models import load_network
 
 
 class Images(list):

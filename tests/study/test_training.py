@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from tests.test_trainer import CPU, images, same, tiny, trainer
-from xmask import model, predict
+from xmask import model
 from xmask.config import override
 from xmask.study import training
 from xmask.study.training import NOT_READ_IN_PHASE_1, NOT_READ_IN_WARMUP, fit, read_part
+from xmask.tools import models
 from xmask.trainer import Trainer
 
 
@@ -74,7 +75,7 @@ def test_a_run_killed_before_its_model_is_written_writes_it(tmp_path, finished, 
     made = trainer()
     made.run_epoch = None  # nothing is left to train
     fit(made, tmp_path, progress=False)
-    one, other = (predict.load_network(folder / "model.safetensors")[0]
+    one, other = (models.load_network(folder / "model.safetensors")[0]
                   for folder in (tmp_path, finished[1]))
     assert same(one, other)
 
@@ -90,7 +91,7 @@ def test_the_history_is_a_table_with_a_row_an_epoch(finished):
 @pytest.mark.parametrize("weights", ["student", "teacher"])
 def test_the_model_file_is_the_named_network_and_the_checkpoint_gone(tmp_path, weights):
     made = run(tmp_path, tiny(evaluation__weights=weights))
-    network, config, metadata = predict.load_network(tmp_path / "model.safetensors")
+    network, config, metadata = models.load_network(tmp_path / "model.safetensors")
     assert same(network, getattr(made, weights)) and not same(made.student, made.teacher)
     assert config == made.config and metadata["backbone"] == "random"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["history.csv", "model.safetensors"]
@@ -130,7 +131,7 @@ def test_best_on_test_keeps_the_network_with_the_lowest_score(tmp_path):
     chosen = run(tmp_path, config, score=scored([2.0])).network
     assert len(states) == 3
     assert all(torch.equal(v, states[1][k]) for k, v in chosen.state_dict().items())
-    network, _, _ = predict.load_network(tmp_path / "model.safetensors")
+    network, _, _ = models.load_network(tmp_path / "model.safetensors")
     assert same(network, chosen)
 
 

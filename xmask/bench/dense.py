@@ -13,9 +13,9 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from xmask.config import Loss
 from xmask.decode import LONE_RADIUS
 from xmask.features import sample_at, smooth
-from xmask.losses import PUSH_MARGINS
 
 
 def radii(points: Tensor, shape: tuple[int, int], *, lone: float = 0.5) -> Tensor:
@@ -88,7 +88,7 @@ def exclusivity_loss(
         return (cost * region).sum((1, 2)) / region.sum((1, 2)).clamp(min=1)
 
     pull = mean(torch.relu(distance - (tau - margin)), inside & same)
-    push = mean(torch.relu((tau + PUSH_MARGINS * margin) - distance), inside & ~same)
+    push = mean(torch.relu((tau + Loss().push_margins * margin) - distance), inside & ~same)
     return (pull + push).mean()
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from xmask import files, predict, provenance, segmenters
+from xmask import files, provenance, segmenters
 from xmask.config import Config, from_dict, preset
 from xmask.data import open_dataset
 from xmask.data.masks import mask_dataset
@@ -24,6 +24,7 @@ from xmask.data.training_images import BareImages, Kept, MaskedImages
 from xmask.study import evaluate as evaluation
 from xmask.study import training
 from xmask.synthetic import write_dataset
+from xmask.tools import models
 from xmask.trainer import Trainer
 
 TRAINED = ("config.json", "history.csv", "model.safetensors")  # what a training leaves
@@ -316,7 +317,7 @@ def evaluate(config: Config, data: str = "", *, progress: bool = True) -> dict:
     fingerprint = evaluation_fingerprint(config, data)
     if not provenance.is_done(stamp, fingerprint):
         with files.lock(folder, wait=PATIENCE):
-            network, _, _ = predict.load_network(folder / "model.safetensors", device())
+            network, _, _ = models.load_network(folder / "model.safetensors", device())
             if config.machine.threads:
                 torch.set_num_threads(config.machine.threads)
             result = evaluation.evaluate(network, _test_of(config, data), config, folder,

@@ -18,13 +18,14 @@ import torch
 from PIL import Image
 
 from xmask import decode, nnec
-from xmask.features import sample_at, smooth, upsample
+from xmask.features import flat_features, sample_at, smooth, upsample
 from xmask.predict import Predictor
 from xmask.tools.overlay import INSTANCES
 
 if TYPE_CHECKING:
     import ipywidgets
 
+_PAIRS = 1 << 15  # pairs whose features are gathered at once: a few MB
 SIGMAS = (0.0, 0.75, 1.5, 2.25, 3.0, 4.0)  # px; the paper smooths with 1.5 in training, 3 after
 PICTURES = ("masks", "ownership", "energy", "image")
 _TOP = 2.0  # energy that has the lightest colour; theta is 0.8 to 1.1 in the paper
@@ -72,7 +73,7 @@ class Explorer:
         self._distance: dict[float, np.ndarray] = {}
         for sigma in sigmas:
             features = smooth(full, sigma)
-            distance, spread = decode.pair_terms(
+            distance, spread = _pair_terms(
                 features, sample_at(features, heads), self.radii, pairs)
             self._distance[sigma], self._spread = distance.numpy(), spread.numpy()
         # pictures are painted as one number a pixel: four times fewer steps than by channel
@@ -286,3 +287,19 @@ def _dots(picture: np.ndarray, points: np.ndarray) -> None:
             x = np.clip(place[:, 0] + dx - reach, 0, width - 1)
             y = np.clip(place[:, 1] + dy - reach, 0, height - 1)
             picture[y, x] = value
+
+
+def _pair_terms(features: torch.Tensor, centres: torch.Tensor, radii: torch.Tensor,
+                pairs: nnec.Incidence) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two terms of the energy of `xmask.decode` apart, as lambda moves: |f(u) - f(p_i)| and
+    |u - p_i|^2 / r_i^2 of every pair, each (M,) of the features' type.
+
+    features: (D, H, W), smoothed. centres: (N, D), theirs at the heads. radii: (N,) px. pairs:
+    of `nnec.circles`, tensors.
+    """
+    flat = flat_features(features)
+    distance = torch.cat([
+        torch.linalg.vector_norm(
+            flat.index_select(0, pixel) - centres.index_select(0, head), dim=1)
+        for pixel, head in zip(pairs.pixel.split(_PAIRS), pairs.head.split(_PAIRS))])
+    return distance, (pairs.squared / radii[pairs.head].square()).to(flat.dtype)

@@ -14,13 +14,14 @@ from pathlib import Path
 
 import torch
 
-from xmask import config, files, predict, provenance, segmenters
+from xmask import config, files, provenance, segmenters
 from xmask.config import Config
 from xmask.data.masks import mask_dataset
 from xmask.data.own_photos import OwnPhotos, read_folder
 from xmask.data.sample import Sample
 from xmask.data.training_images import BareImages, MaskedImages
 from xmask.study import training
+from xmask.tools import models
 from xmask.trainer import Trainer
 
 __all__ = ["Recent", "configure", "learn", "read_folder"]
@@ -88,7 +89,7 @@ def _learn(dotted: OwnPhotos, bare: OwnPhotos, folder: files.OutputFolder, setti
     model, record = out / "model.safetensors", out / "config.json"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     opened = segmenters.open_segmenter(segmenter, str(device))
-    shipped = predict.load(device="cpu") if start else None
+    shipped = models.load(device="cpu") if start else None
     initialisation = (f"weights of the package (sha256 {shipped.record['sha256'][:12]})"
                       if shipped else "")
     code = provenance.code("xmask.trainer", "xmask.edp_sam", "xmask.data.own_photos")

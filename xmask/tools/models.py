@@ -1,0 +1,209 @@
+"""What a model file is, how it is read and how it is written; `xmask.load` and `xmask export`.
+
+A model file is a safetensors file whose metadata say, as JSON, the configuration (`config`), how
+the encoder started (`backbone`, text), and, for a file on its own, what the model is (`record`,
+see `load`). In a run folder (`results/<profile>/runs/<run>`) the record is made from
+`config.json`, and while a run is still training its checkpoint holds the weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import xmask
+from xmask import config as configuration
+from xmask import files, model
+from xmask.predict import Predictor
+
+BUNDLED = Path(xmask.__file__).parent / "weights" / "xmask-slim.safetensors"
+
+
+def load(weights: str | os.PathLike | None = None, device: str | torch.device | None = None
+         ) -> Predictor:
+    """A model ready to predict.
+
+    weights: None for the small model of the package; a file made by `xmask export`; or a run
+        folder (`results/<profile>/runs/<run>`), finished or still training.
+    device: "cpu", "cuda", ...; None takes CUDA where there is one.
+    The record of the result: `file`, `sha256` (of the weights), `backbone`, `initialisation`,
+    `trained_on` (`dataset`, `synthetic`, `labelled` images, `unlabelled` images, `text`), `run`,
+    `selection`, `epochs`, `versions`.
+    Raises FileNotFoundError or ValueError, naming file and remedy.
+    """
+    device = _device(device)
+    path = Path(weights) if weights is not None else BUNDLED
+    if path.is_dir() or path.name == "checkpoint.pt":
+        folder = path if path.is_dir() else path.parent
+        network, config, record = _read_run(folder)
+    else:
+        network, config, metadata = load_network(path)
+        record = _record(metadata, path)
+    record = {"file": path.name, "sha256": _weights_digest(network)} | record
+    return Predictor(network.to(device).eval(), config, record)
+
+
+def load_network(path: str | os.PathLike, device: str | torch.device = "cpu"
+                 ) -> tuple[nn.Module, configuration.Config, dict[str, str]]:
+    """A trained network in evaluation mode, its configuration and its safetensors metadata.
+
+    Raises FileNotFoundError, or ValueError that names the file for whatever is not a model of
+    this package: other content, other tensors than its configuration asks for (compared before
+    anything of their size is made), weights that are NaN or infinite.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such model. Check the path; `xmask train` makes a "
+                                "run folder with a model, `xmask export` one file of it.")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        values = json.loads(metadata["config"])
+        if not isinstance(values, dict):
+            raise ValueError(f"metadata config: a {type(values).__name__}, expected an object")
+        config = configuration.from_dict(values)
+        with torch.device("meta"):  # takes no memory, whatever the configuration says
+            empty = model.XMask(config.network).state_dict()
+        wanted = {name: tuple(value.shape) for name, value in empty.items()}
+        other = sorted(name for name in found.keys() | wanted.keys()
+                       if found.get(name) != wanted.get(name))
+        if other:
+            raise ValueError(f"tensor {other[0]}: {found.get(other[0], 'missing')}, its "
+                             f"configuration asks for {wanted.get(other[0], 'none')}")
+        network, state = model.XMask(config.network), load_file(path)
+        network.load_state_dict(state)
+    except Exception as error:  # damaged files raise many types in safetensors, json and torch
+        raise ValueError(
+            f"{path}: not a model of this version of xmask ({type(error).__name__}: {error}). "
+            "Give a run folder or a file made by `xmask export`, or train it again."
+        ) from error
+    _check_finite(state, path)
+    return network.to(device).eval(), config, metadata
+
+
+def export(run: str | os.PathLike, out: str | os.PathLike) -> Path:
+    """Write the model of a run folder as one safetensors file that `load` takes.
+
+    The weights that evaluation uses (`evaluation.weights`); configuration and record go into the
+    file's metadata. Raises FileNotFoundError or ValueError for a folder that is no run.
+    """
+    network, config, record = _read_run(Path(run))
+    state = {name: value.contiguous().cpu() for name, value in network.state_dict().items()}
+    with files.replacing(out) as temporary:
+        save_file(state, temporary, metadata={
+            "config": json.dumps(config.to_dict()), "backbone": record["initialisation"],
+            "record": json.dumps(record)})
+    return Path(out)
+
+
+def _read_run(folder: Path) -> tuple[nn.Module, configuration.Config, dict[str, Any]]:
+    """Network with the weights that evaluation uses, configuration and record of a run folder."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: missing, so nothing says what this model is. Give a run "
+                                "folder (results/<profile>/runs/<run>) as `xmask train` makes it.")
+    try:
+        run = files.read_json(file)
+        config = configuration.from_dict(run["config"])
+        data, selection = run["data"], run["selection"]
+        record = {
+            "backbone": run["backbone"]["name"],
+            "initialisation": run["backbone"]["initialisation"],
+            "trained_on": _trained_on(run, data),
+            "run": folder.resolve().name,
+            "profile": run["profile"],
+            "selection": selection,
+            "versions": run["versions"],
+        }
+    except KeyError as error:
+        raise ValueError(f"{file}: field {error} is missing. Train the run again.") from error
+    except Exception as error:  # anything may stand there
+        raise ValueError(f"{file}: not as this version of xmask writes it "
+                         f"({type(error).__name__}: {error}). Train the run again.") from error
+    finished, halfway = folder / "model.safetensors", folder / "checkpoint.pt"
+    if finished.is_file():
+        network = load_network(finished)[0]
+        return network, config, record | {"epochs": config.schedule.phase3}
+    if not halfway.is_file():
+        raise FileNotFoundError(f"{finished}: missing, and no checkpoint.pt beside it (models are "
+                                "not committed). Train the run: `xmask train --help`.")
+    network = model.XMask(config.network)
+    try:
+        state = torch.load(halfway, map_location="cpu", weights_only=True)
+        network.load_state_dict(state[config.evaluation.weights])
+        record |= {"epochs": int(state["epoch"])}
+    except Exception as error:  # torch raises many types here, none of them helpful alone
+        raise ValueError(f"{halfway}: not a checkpoint of this run ({type(error).__name__}: "
+                         f"{error}). Delete it and train again.") from error
+    _check_finite(network.state_dict(), halfway)
+    return network, config, record
+
+
+def _trained_on(run: dict, data: dict) -> dict[str, Any]:
+    synthetic, labelled = bool(run["synthetic"]), len(data["labelled"])
+    kind = "synthetic crowds" if synthetic else "photographs"
+    rest = f" and {data['unlabelled']} unlabelled" if data["unlabelled"] else ""
+    return {"dataset": run["dataset"], "synthetic": synthetic, "labelled": labelled,
+            "unlabelled": data["unlabelled"],
+            "text": f"{kind} ({labelled} labelled{rest} images, layout {run['dataset']})"}
+
+
+def _check_finite(state: dict[str, Tensor], path: Path) -> None:
+    for name, value in state.items():
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{path}: weights {name} hold NaN or infinite values. The training "
+                             "went wrong or the file is damaged: train or copy it again.")
+
+
+def _record(metadata: dict[str, str], path: Path) -> dict[str, Any]:
+    """The record of an exported file, see `load`."""
+    if "record" not in metadata:
+        raise ValueError(f"{path}: does not say what it was trained on. Export it from its "
+                         "run folder (`xmask export RUN_FOLDER --out FILE`), or give the "
+                         "run folder itself.")
+    try:
+        record = json.loads(metadata["record"])
+        texts = record["backbone"], record["initialisation"], record["trained_on"]["text"]
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError("a text is expected in backbone, initialisation and trained_on.text")
+    except Exception as error:  # anything may stand there
+        raise ValueError(f"{path}: its record is not as `xmask export` writes it "
+                         f"({type(error).__name__}: {error}). Export it again.") from error
+    return record
+
+
+def _weights_digest(network: nn.Module) -> str:
+    """sha256 over names and values: of the model, not of the file it came in."""
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device: {device!r} is unknown; give cpu or cuda") from None
+    if chosen.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"device: {device!r} is not supported; give cpu or cuda")
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device: no Apple GPU is there; give cpu")
+    if chosen.type == "cuda" and (chosen.index or 0) >= max(torch.cuda.device_count(), 1):
+        raise ValueError(f"device: {device!r} is not there; there are "
+                         f"{torch.cuda.device_count()}, counted from 0")
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: no CUDA device is there (or this torch lacks CUDA); give cpu")
+    return chosen
