@@ -93,6 +93,20 @@ def test_tables_are_compared_with_the_committed_ones(tmp_path, monkeypatch):
         "results/demo/tables/lost.csv was not made; results/demo/tables/new.csv is not committed")
 
 
+def test_without_a_commit_to_compare_with_that_is_said(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert reproduce.compare_with_committed(Path("results/demo")) == (
+        "reproduced: no git commit here to compare the tables with")
+
+
+def test_new_published_numbers_make_the_tables_stale(monkeypatch):
+    published = reproduce.tables.read_published()
+    before = reproduce._report_fingerprint([])
+    monkeypatch.setattr(reproduce.tables, "read_published", lambda: published[1:])
+    assert reproduce._report_fingerprint([]) != before
+
+
 def test_the_plan_covers_the_study():
     steps = reproduce.plan("demo")
     names = [step.name for step in steps]

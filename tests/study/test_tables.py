@@ -42,7 +42,7 @@ def write_run(folder, dataset="sha", percent=5, seed=1, variant="xmask", *, synt
          "per_image": [{"name": f"IMG_{i}", "true_count": true, "count": count,
                         "mean_iou": mean_iou} for i, (true, count) in enumerate(counts, 1)]}))
     lines = ["step,epoch,phase,loss,labelled,unlabelled,weight,p2r,exclusivity,constraint,"
-             "consistency"]
+             "point_mask"]
     noise = np.random.default_rng(seed)
     for step in range(steps):
         phase = 1 + 3 * step // steps

@@ -142,4 +142,4 @@ def _write_prediction(folder: Path, name: str, prediction: decode.Prediction) ->
     with files.replacing(folder / f"{name}.csv") as temporary:
         table = pd.DataFrame(prediction.points, columns=["x", "y"])
         table = table.assign(score=prediction.scores, counted=prediction.counted.astype(int))
-        table.to_csv(temporary, index=False, float_format="%.4g")
+        table.to_csv(temporary, index=False, float_format="%.6g")

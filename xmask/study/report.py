@@ -20,14 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
 import pandas as pd
 from PIL import Image
 
 from xmask import files
 from xmask.study import figures, tables
 from xmask.study.runs import UNKNOWN, VARIANTS
-from xmask.tools.overlay import overlay
 
 MOST_PICTURES = 48  #: images of one run that are pictured: those with the largest error
 _WIDE = 440  # px of one picture in the browser of images; truth and prediction stand side by side
@@ -149,15 +147,12 @@ def _splits_to_picture(runs: pd.DataFrame, datasets: Callable[[str], Any] | None
     """{run: test split}: of each dataset the run that the figures show, if its predictions are on
     disk and its images may be shown."""
     found: dict[str, Any] = {}
-    order = runs[runs["variant"] == "xmask"].sort_values(
-        ["percent", "seed"], ascending=[False, True], kind="stable")
-    for (_, synthetic), group in order.groupby(["dataset", "synthetic"], sort=False):
-        run = group.iloc[0]
-        wanted = datasets is not None and (synthetic or pictures)
-        if wanted and (Path(run["path"]) / "predictions").is_dir():
-            split = datasets(run["path"])
-            if split is not None and bool(split.synthetic) == bool(synthetic):
-                found[run["run"]] = split
+    for run in figures.pictured(runs).itertuples():
+        wanted = datasets is not None and (run.synthetic or pictures)
+        if wanted and (Path(run.path) / "predictions").is_dir():
+            split = datasets(run.path)
+            if split is not None and bool(split.synthetic) == bool(run.synthetic):
+                found[run.run] = split
     real = set(runs.loc[~runs["synthetic"], "run"])
     if pictures and real and not real & set(found):
         warnings.warn("pictures of photographs were asked for, but no run has both its "
@@ -200,18 +195,14 @@ def _image(image: dict[str, Any], run: Any, split: Any | None) -> dict[str, Any]
 
 def _picture(split: Any, run: Any, name: str) -> dict[str, Any]:
     """Truth and prediction of an image side by side."""
-    sample = split[list(split.ids).index(name)]
-    shape = sample.image.shape[:2]
-    labels, points = figures.read_prediction(Path(run.path), name, shape)
-    truth = np.zeros(shape, np.int32) if sample.instances is None else sample.instances
-    pair = [overlay(sample.image, truth, sample.points), overlay(sample.image, labels, points)]
-    height = round(_WIDE * shape[0] / shape[1])
+    sample, *pair, heads = figures.painted(split, run.path, name)
+    height = round(_WIDE * sample.image.shape[0] / sample.image.shape[1])
     both = Image.new("RGB", (2 * _WIDE + 6, height), "white")
     for place, half in zip((0, _WIDE + 6), pair):
         both.paste(Image.fromarray(half).resize((_WIDE, height), Image.Resampling.LANCZOS),
                    (place, 0))
     return {"source": _jpeg(both), "width": both.width, "height": both.height,
-            "alt": f"{name}: left {len(sample.points)} true heads, right {len(points)} predicted"}
+            "alt": f"{name}: left {len(sample.points)} true heads, right {heads} predicted"}
 
 
 def _flat(value: dict, prefix: str = "") -> dict[str, str]:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -25,7 +26,7 @@ from tqdm.auto import tqdm
 from xmask import files, provenance
 from xmask.config import Config, preset
 from xmask.presets import ABLATIONS, DATASETS, PERCENTS
-from xmask.study import steps
+from xmask.study import steps, tables
 
 NOTEBOOKS = Path("notebooks")
 # bytes: the C library (glibc; others ignore it) keeps freed memory for the next step instead of
@@ -144,6 +145,7 @@ def _masks_fingerprint(users: list[Config], data: str) -> str:
 
 def _report_fingerprint(inputs: list[Path]) -> str:
     return provenance.fingerprint(("xmask.study.tables", "xmask.study.figures"),
+                                  tables.read_published().to_csv(),
                                   [files.sha256(path) for path in inputs])
 
 
@@ -287,11 +289,10 @@ def compare_with_committed(results: Path) -> str:
     """One line: how many tables equal those committed in git, and what differs in the others."""
     folder = results / "tables"
     try:
-        listed = subprocess.run(["git", "ls-tree", "--name-only", "HEAD", f"{folder.as_posix()}/"],
-                                capture_output=True, check=False, encoding="utf-8")
-    except OSError:
-        return "reproduced: no git here to ask for the committed tables"
-    committed = {Path(line) for line in listed.stdout.splitlines() if line.endswith(".csv")}
+        listed = _git("ls-tree", "--name-only", "HEAD", f"{folder.as_posix()}/").decode()
+    except (OSError, subprocess.CalledProcessError):  # no git, no clone, no commit
+        return "reproduced: no git commit here to compare the tables with"
+    committed = {Path(line) for line in listed.splitlines() if line.endswith(".csv")}
     made = set(folder.glob("*.csv"))
     verdicts = {path: _difference(path) if path in committed & made else
                 "is not committed" if path in made else "was not made"
@@ -302,10 +303,13 @@ def compare_with_committed(results: Path) -> str:
 
 
 def _difference(path: Path) -> str:
-    shown = subprocess.run(["git", "show", f"HEAD:./{path.as_posix()}"], capture_output=True,
-                           check=True)
-    if shown.stdout == path.read_bytes():
+    ours, theirs = path.read_bytes(), _git("show", f"HEAD:./{path.as_posix()}")
+    if ours == theirs:
         return ""
-    ours, theirs = path.read_text().splitlines(), shown.stdout.decode().splitlines()
-    lines = sum(a != b for a, b in zip(ours, theirs)) + abs(len(ours) - len(theirs))
-    return f"differs in {lines} of {len(theirs)} lines"
+    pairs = list(zip_longest(ours.splitlines(), theirs.splitlines()))
+    return (f"differs in {sum(a != b for a, b in pairs)} of "
+            f"{len(theirs.splitlines())} lines")
+
+
+def _git(*arguments: str) -> bytes:
+    return subprocess.run(["git", *arguments], capture_output=True, check=True).stdout
