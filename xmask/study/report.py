@@ -25,7 +25,7 @@ from PIL import Image
 
 from xmask import files
 from xmask.study import figures, tables
-from xmask.study.runs import UNKNOWN, VARIANTS
+from xmask.study.runs import UNKNOWN, VARIANTS, by_dotted_name
 
 MOST_PICTURES = 48  #: images of one run that are pictured: those with the largest error
 _WIDE = 440  # px of one picture in the browser of images; truth and prediction stand side by side
@@ -178,8 +178,8 @@ def _run(run: Any, split: Any | None) -> dict[str, Any]:
         "name": run.run, "pictured": split is not None,
         "label": f"{tables.title(run.dataset, run.synthetic)}, {run.percent:g}% labelled, "
                  f"{VARIANTS.get(run.variant, run.variant)}, seed {run.seed}",
-        "facts": facts | _flat({key: one for key, one in content.items() if key != "config"}),
-        "settings": _flat(content["config"]),
+        "facts": facts | _texts({key: one for key, one in content.items() if key != "config"}),
+        "settings": _texts(content["config"]),
         "images": [_image(image, run, split if place < MOST_PICTURES else None)
                    for place, image in enumerate(images.to_dict("records"))]}
 
@@ -205,14 +205,8 @@ def _picture(split: Any, run: Any, name: str) -> dict[str, Any]:
             "alt": f"{name}: left {len(sample.points)} true heads, right {heads} predicted"}
 
 
-def _flat(value: dict, prefix: str = "") -> dict[str, str]:
-    """Nested fields by dotted name, as text."""
-    flat: dict[str, str] = {}
-    for name, inner in value.items():
-        if isinstance(inner, dict) and inner:
-            flat |= _flat(inner, f"{prefix}{name}.")
-        elif isinstance(inner, list):
-            flat[f"{prefix}{name}"] = f"{len(inner)}: {', '.join(map(str, inner))}"
-        else:
-            flat[f"{prefix}{name}"] = inner if isinstance(inner, str) else json.dumps(inner)
-    return flat
+def _texts(settings: dict) -> dict[str, str]:
+    """Nested settings by dotted name, as text."""
+    return {name: f"{len(value)}: {', '.join(map(str, value))}" if isinstance(value, list)
+            else value if isinstance(value, str) else json.dumps(value)
+            for name, value in by_dotted_name(settings).items()}

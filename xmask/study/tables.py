@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -74,8 +74,7 @@ class Table:
 
     def markdown(self) -> str:
         """Caption, text cells as a Markdown table, and the runs."""
-        rows = [list(self.text.columns), ["---"] * self.text.shape[1], *self.text.values.tolist()]
-        lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+        lines = markdown_table([list(self.text), *self.text.values.tolist()])
         return "\n".join([self.caption, "", *lines, "", f"Runs: {', '.join(self.runs)}", ""])
 
     def __repr__(self) -> str:
@@ -85,23 +84,27 @@ class Table:
 
     def latex(self) -> str:
         """Caption, label and text cells as a LaTeX table; comments name the runs."""
-        rows = [" & ".join(_latex(cell) for cell in row) + r" \\"
-                for row in [list(self.text.columns), *self.text.values.tolist()]]
-        return "\n".join([
-            "% needs \\usepackage{booktabs}", *(f"% run: {run}" for run in self.runs),
-            r"\begin{table}", r"\centering", rf"\caption{{{_latex(self.caption)}}}",
-            rf"\label{{tab:{self.name}}}", rf"\begin{{tabular}}{{{'l' * self.text.shape[1]}}}",
-            r"\toprule", rows[0], r"\midrule", *rows[1:], r"\bottomrule",
-            r"\end{tabular}", r"\end{table}", ""])
+        styled = self.text.style.hide(axis="index").format(_latex).format_index(_latex, axis=1)
+        table = styled.to_latex(
+            column_format="l" * self.text.shape[1], position_float="centering", hrules=True,
+            caption=_latex(self.caption), label=f"tab:{self.name}")
+        return "\n".join(["% needs \\usepackage{booktabs}",
+                          *(f"% run: {run}" for run in self.runs), table])
 
     def write(self, out: str | Path) -> list[Path]:
         """Write `<name>.csv`, `.md` and `.tex` into `out`; each appears whole or not at all."""
-        paths = []
-        for suffix, content in ((".csv", self.csv()), (".md", self.markdown()),
-                                (".tex", self.latex())):
-            paths.append(Path(out) / f"{self.name}{suffix}")
-            files.write_text(paths[-1], content)
-        return paths
+        written = {Path(out) / f"{self.name}.csv": self.csv(),
+                   Path(out) / f"{self.name}.md": self.markdown(),
+                   Path(out) / f"{self.name}.tex": self.latex()}
+        for path, content in written.items():
+            files.write_text(path, content)
+        return list(written)
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table; the first row holds the headings."""
+    ruled = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in ruled]
 
 
 LATEX = {"\\": r"\textbackslash{}", "—": "---", "±": r"$\pm$", "~": r"\textasciitilde{}",
@@ -139,9 +142,7 @@ def _table(name: str, caption: str, rows: list[dict], columns: list[str],
     frame = pd.DataFrame(numbers)
     for heading in ("seeds", "labelled %"):  # whole numbers stay whole beside an unknown
         if heading in frame:
-            frame[heading] = [None if value in (None, "unknown") else value
-                              for value in frame[heading]]
-            frame[heading] = pd.to_numeric(frame[heading]).convert_dtypes()
+            frame[heading] = pd.to_numeric(frame[heading], errors="coerce").convert_dtypes()
     caption = _caption(caption, runs)
     if any(SECONDARY in text for row in texts for text in row.values()):
         caption += " Secondary: see the source; not checked where it was published."
@@ -353,24 +354,24 @@ def _published_rows(dataset: str, percents: pd.Series, columns: dict[str, str]) 
         return []
     table = read_published()
     table = table[table["dataset"] == dataset]
-    rows: dict[tuple[str, str], dict] = {}
+    wanted = {*table["labelled_percent"], *(f"{value:g}" for value in percents)} - {""}
+    ours = pd.DataFrame({"labelled_percent": sorted(wanted), "method": "XMask", "venue": "ECCV'26"})
+    lines = pd.concat([table[table["metric"].isin(list(columns))], ours])
+    rows = []
+    for (percent, method), group in lines.groupby(["labelled_percent", "method"], sort=False):
+        known = group.dropna()
+        rows.append({
+            "dataset": title(dataset), "labelled %": percent or "unknown",
+            "method": f"{method} (published)", "venue": group["venue"].iloc[0], "images": "real",
+            "longer side": "", "seeds": None, "runs": [],
+            "source": "; ".join(known["source"].unique()),
+            "cells": {columns[line.metric]: _as_printed(line) for line in known.itertuples()}})
+    return rows
 
-    def row_of(percent: str, method: str, venue: str) -> dict:
-        return rows.setdefault((percent, method), {
-            "dataset": title(dataset), "labelled %": percent, "method": f"{method} (published)",
-            "venue": venue, "images": "real", "longer side": "", "seeds": None,
-            "cells": {}, "source": "", "runs": []})
 
-    for line in table[table["metric"].isin(list(columns))].itertuples():
-        row = row_of(line.labelled_percent or "unknown", line.method, line.venue)
-        mark = SECONDARY if line.source.startswith("secondary") else ""
-        row["cells"][columns[line.metric]] = Cell(float(line.value), math.nan, line.value + mark)
-        if line.source not in row["source"]:
-            row["source"] += ("; " if row["source"] else "") + line.source
-    stated = [percent for percent in table["labelled_percent"] if percent]
-    for percent in {*stated, *(f"{value:g}" for value in percents)}:
-        row_of(percent, "XMask", "ECCV'26")
-    return list(rows.values())
+def _as_printed(line: Any) -> Cell:
+    mark = SECONDARY if line.source.startswith("secondary") else ""
+    return Cell(float(line.value), math.nan, line.value + mark)
 
 
 def summary_table(runs: pd.DataFrame) -> Table:
