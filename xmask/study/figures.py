@@ -22,7 +22,6 @@ from PIL import Image
 
 from xmask import files
 from xmask.data.sample import Sample
-from xmask.presets import VARIANTS
 from xmask.study import tables
 from xmask.tools.described_figure import DPI, DescribedFigure
 from xmask.tools.overlay import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, overlay
@@ -65,15 +64,13 @@ def learning_curves(runs: pd.DataFrame, dataset: str) -> DescribedFigure:
     Raises FileNotFoundError if a run has no history.csv, ValueError without a run.
     """
     runs = _some(_full(runs[runs["dataset"] == dataset]), f"no XMask run of {dataset}")
-    percents = sorted(runs["percent"].unique())
-    figure, axes = _grid(2, len(percents), width=3.6, height=2.2, sharex="col")
-    for column, percent in enumerate(percents):
-        for number, run in enumerate(runs[runs["percent"] == percent].itertuples()):
-            history = _history(Path(run.path))
-            if number == 0:
-                _shade_phases(axes[:, column], history)
-            _draw_history(axes[:, column], history, label=number == 0)
-        axes[0, column].set_title(f"{percent:g}% labelled")
+    figure, axes = _grid(2, runs["percent"].nunique(), width=3.6, height=2.2, sharex="col")
+    for column, (percent, group) in zip(axes.T, runs.groupby("percent")):
+        histories = [_history(Path(path)) for path in group["path"]]
+        _shade_phases(column, histories[0])
+        for number, history in enumerate(histories):
+            _draw_history(column, history, label=number == 0)
+        column[0].set_title(f"{percent:g}% labelled")
     _dress_history(axes)
     return _finish(figure, f"{_name(dataset, runs)}: learning curves", runs)
 
@@ -85,16 +82,16 @@ def count_scatter(runs: pd.DataFrame, dataset: str) -> DescribedFigure:
     Axes are logarithmic above 10 people and linear below (symlog), so that empty images show.
     """
     runs = _some(_full(runs[runs["dataset"] == dataset]), f"no XMask run of {dataset}")
-    percents = sorted(runs["percent"].unique())
-    figure, axes = _grid(1, len(percents), width=3.0, height=3.0, sharex=True, sharey=True)
-    images = {run.run: _per_image(Path(run.path)) for run in runs.itertuples()}
-    top = max(float(image[["true_count", "count"]].max().max()) for image in images.values())
-    top = max(top, 10.0) * 1.3
-    for axis, percent in zip(axes[0], percents):
-        group = runs[runs["percent"] == percent]
+    figure, axes = _grid(1, runs["percent"].nunique(), width=3.0, height=3.0,
+                         sharex=True, sharey=True)
+    images = {path: pd.DataFrame(files.read_json(Path(path) / "metrics.json")["per_image"])
+              for path in runs["path"]}
+    top = 1.3 * max(10.0, *(float(image[["true_count", "count"]].to_numpy().max())
+                            for image in images.values()))
+    for axis, (percent, group) in zip(axes[0], runs.groupby("percent")):
         axis.plot([0, top], [0, top], color=GREY, lw=1.0, zorder=1)
-        for run in group["run"]:
-            axis.scatter(images[run]["true_count"], images[run]["count"], s=14, alpha=0.6,
+        for path in group["path"]:
+            axis.scatter(images[path]["true_count"], images[path]["count"], s=14, alpha=0.6,
                          color=BLUE, edgecolor="white", linewidth=0.3, zorder=2)
         axis.set_xscale("symlog", linthresh=10)
         axis.set_yscale("symlog", linthresh=10)
@@ -333,7 +330,7 @@ def _figures_of(runs: pd.DataFrame) -> Iterator[tuple[str, DescribedFigure]]:
 def _full(runs: pd.DataFrame) -> pd.DataFrame:
     """The runs of the full method; in a study of changed settings only, those instead."""
     full = runs[runs["variant"] == "xmask"]
-    return full if len(full) else runs[~runs["variant"].isin(VARIANTS)]
+    return full if len(full) else runs[~runs["variant"].isin(tables.VARIANTS)]
 
 
 def pictured(runs: pd.DataFrame) -> pd.DataFrame:
@@ -479,7 +476,3 @@ def _shade_phases(axes: Sequence[Axes], history: pd.DataFrame) -> None:
         axes[0].text((start + end) / 2, 0.98, f"phase {phase}" if wide else f"{phase}",
                      fontsize=7, color="#555555", ha="center", va="top",
                      transform=axes[0].get_xaxis_transform())
-
-
-def _per_image(run: Path) -> pd.DataFrame:
-    return pd.DataFrame(files.read_json(run / "metrics.json")["per_image"])

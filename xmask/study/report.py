@@ -165,6 +165,7 @@ def _run(run: Any, split: Any | None) -> dict[str, Any]:
     """What the page says of a run: its images, the worst first, its facts and its settings."""
     config, metrics = (Path(run.path) / name for name in ("config.json", "metrics.json"))
     content = files.read_json(config)
+    settings = _texts(content.pop("config"))
     facts = {"folder": run.path,
              "measured on": f"{run.images} test images, "
                             + tables.crowds_of(pd.Series([run.synthetic])),
@@ -178,8 +179,7 @@ def _run(run: Any, split: Any | None) -> dict[str, Any]:
         "name": run.run, "pictured": split is not None,
         "label": f"{tables.title(run.dataset, run.synthetic)}, {run.percent:g}% labelled, "
                  f"{VARIANTS.get(run.variant, run.variant)}, seed {run.seed}",
-        "facts": facts | _texts({key: one for key, one in content.items() if key != "config"}),
-        "settings": _texts(content["config"]),
+        "facts": facts | _texts(content), "settings": settings,
         "images": [_image(image, run, split if place < MOST_PICTURES else None)
                    for place, image in enumerate(images.to_dict("records"))]}
 

@@ -162,11 +162,12 @@ def _selection(runs: pd.DataFrame) -> str:
 
 
 def _caption(what: str, runs: pd.DataFrame) -> str:
-    selection = {"last": "last (the final checkpoint, nothing chosen on test images)",
-                 "best-on-test": "best-on-test (checkpoint chosen by its MAE on the test images)"}
+    how = {"last": "the final checkpoint, nothing chosen on test images",
+           "best-on-test": "checkpoint chosen by its MAE on the test images"}
+    selection = _selection(runs)
     return (f"{what} Profile {runs['profile'].iloc[0]}; "
             f"measured on {crowds_of(runs['synthetic'])}; selection: "
-            f"{selection[_selection(runs)]}; backbone {listing(runs['backbone'])}, "
+            f"{selection} ({how[selection]}); backbone {listing(runs['backbone'])}, "
             f"initialisation {listing(runs['initialisation'])}; "
             f"segmenter {listing(runs['segmenter'])}. ± is the sample standard deviation over "
             f"seeds. {UNKNOWN}: unknown or not applicable.")
@@ -217,7 +218,7 @@ def read_published() -> pd.DataFrame:
 
 class Measure(NamedTuple):
     """A column family: heading, column of `load_runs`, factor, decimals, metric in published.csv,
-    and whether every run has the same value (a baseline: then no ± is shown)."""
+    and whether it is a baseline, of which one number is shown where all runs have the same."""
 
     heading: str
     column: str
@@ -230,9 +231,9 @@ class Measure(NamedTuple):
         """Mean and spread over the runs of a group; None where nothing is known."""
         if self.column not in group:
             return None
-        values = group[self.column]
-        if self.same:  # one number, not a mean with ± 0.0; the last bits may differ
-            values = values.round(9).drop_duplicates()
+        values = group[self.column].dropna()
+        if self.same and values.round(9).nunique() == 1:  # the last bits may differ
+            values = values[:1]
         return measured(values, scale=self.scale, digits=self.digits)
 
 
@@ -381,8 +382,8 @@ def summary_table(runs: pd.DataFrame) -> Table:
     Mean IoU / mean IoU of discs: above 1 is better than equal discs at the same points, once
     whole and once exclusive.
     """
-    runs = runs[runs["variant"].isin(main_variants(runs))]
-    runs = runs.assign(
+    order = main_variants(runs)
+    runs = runs[runs["variant"].isin(order)].assign(
         mae_ratio=(runs["mae"] / runs["constant_mae"]).where(runs["constant_mae"] > 0),
         **{f"{column}_ratio": (runs["mean_iou"] / runs[column]).where(runs[column] > 0)
            for column in DISCS})
@@ -394,11 +395,9 @@ def summary_table(runs: pd.DataFrame) -> Table:
                 *(Measure(f"mean IoU % of {discs}", column, 100.0)
                   for column, discs in DISCS.items()), *ratios[1:]]
     rows = []
-    for _, group in sorted(
-            runs.groupby(["synthetic", "percent", "variant"], sort=False), key=lambda item: (
-                not item[0][0], item[0][1], main_variants(runs).index(item[0][2]))):
-        kept = ("dataset", "labelled %", "method", "images", "seeds", "cells", "runs")
-        method = f"{VARIANTS.get(group['variant'].iloc[0], group['variant'].iloc[0])} (ours)"
+    for (_, _, variant), group in sorted(
+            runs.groupby(["synthetic", "percent", "variant"], sort=False),
+            key=lambda item: (not item[0][0], item[0][1], order.index(item[0][2]))):
         parts = [(group[group["dataset"] == dataset], measures)
                  for dataset in ordered(group["dataset"], DATASETS)]
         if len(parts) > 1:  # the spread between datasets is no spread between seeds
@@ -406,11 +405,13 @@ def summary_table(runs: pd.DataFrame) -> Table:
                                   .mean()])
             parts.append((group, []))
         for part, shown in parts:
-            row = _row(part, method, part["seed"].nunique(), shown)
+            row = _row(part, f"{VARIANTS.get(variant, variant)} (ours)", part["seed"].nunique(),
+                       shown)
             if not shown:
                 row["dataset"] = f"mean of {len(parts) - 1} datasets"
                 row["cells"] = _cells(ratios, means, row["images"])
-            rows.append({name: row[name] for name in kept})
+            rows.append({name: row[name] for name in row
+                         if name not in ("venue", "longer side", "source")})
     caption = ("Summary: our numbers against the baselines. MAE / constant count: below 1 beats "
                "the best single number for all images. Mean IoU / discs: above 1 beats discs. "
                f"{_DISCS_EXPLAINED} The mean over datasets is of the ratios.")
