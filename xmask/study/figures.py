@@ -245,7 +245,8 @@ def figure_predictions(dataset, run_folder: str | Path,
 
 def painted(dataset, run_folder: str | Path, name: str
             ) -> tuple[Sample, np.ndarray, np.ndarray, int]:
-    """A test image by its name: (sample, truth over it, prediction over it, heads predicted).
+    """A test image by its name: its sample, two pictures (H, W, 3) uint8, of the truth and of the
+    prediction painted over it, and how many heads were predicted.
 
     Masks are those of all predicted points, as they are measured; dots are the counted heads.
     Raises FileNotFoundError without the predicted files, ValueError if they are of another size

@@ -170,8 +170,8 @@ def run(profile: str, *, data: str = "", jobs: int | None = None, **narrowed) ->
         jobs = 1 if steps.device().type == "cuda" or not threads else max(1, cores // threads)
     begun = time.time()
     with files.lock(steps.work_folder(profile)):
-        for dataset in dict.fromkeys(run.parameters["dataset"] for run in planned
-                                     if "dataset" in run.parameters):
+        for dataset in dict.fromkeys(step.parameters["dataset"] for step in planned
+                                     if "dataset" in step.parameters):
             steps.data_root(profile, dataset, data, jobs=jobs)
         failed = Runner(profile, jobs, config.machine.threads).run(planned)
     minutes = (time.time() - begun) / 60
