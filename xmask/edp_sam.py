@@ -5,7 +5,7 @@ head prompts the Segment Anything Model twice, with its point and with the super
 and the nearest-neighbour exclusion circle cuts leakage between persons. The rest is our reading:
 
 1. Every head gets its circle C_i (radius r_i), and from how the crowd stands a local head radius
-   s_i: an isolated head has a huge circle, not a huge head. Masks lie inside C_i and within 4 s_i.
+   s_i: an isolated head has a huge circle, not a huge head. Masks lie in C_i and within 4 s_i.
 2. Point prompt: the head as positive point, its nearest neighbours as negative points, three
    candidate masks. Their sizes, over all heads at similar height, correct s_i by vote; if that
    moves s_i a lot, a segmenter that enlarges crops by s_i is asked once more.
@@ -121,9 +121,8 @@ def generate_masks(
         raise ValueError("prompts: both are switched off; switch on point_prompt or "
                          "superpixel_prompt")
     shape = image.shape[:2]
-    points = _check_points(points, shape)
+    points, none = _check_points(points, shape), np.zeros(0)
     if len(points) == 0:
-        none = np.zeros(0)
         return np.zeros(shape, np.int32), _table(points, none, none, none, [], [])
     boxes, known = _check_boxes(boxes, len(points))
     radii = geometry.exclusion_radii(points, shape)
@@ -223,11 +222,11 @@ def local_head_radius(points: np.ndarray, radii: np.ndarray, shape: tuple[int, i
     apart they stand is told by the crowd: `crowd_features`, weighted by `_HEAD_SIZE`.
     """
     logarithm = crowd_features(points, radii, shape) @ np.array(list(_HEAD_SIZE.values()))
-    # Heads so far apart that circles end at half the image tell nothing: rather small than large.
+    # Circles that end at half the image tell nothing of heads: rather small than large.
     largest = np.where(radii < 0.5 * min(shape), _LARGEST_HEAD, _LARGEST_ALONE) * min(shape)
     # A head is no larger than its own circle: the other one of a close pair is as near as r_i.
-    size = np.minimum(np.exp(logarithm), np.maximum(radii, 3.0))
-    return size.clip(_SMALLEST_HEAD, np.maximum(largest, _SMALLEST_HEAD))
+    return np.minimum(np.exp(logarithm), np.maximum(radii, 3.0)).clip(
+        _SMALLEST_HEAD, largest.clip(_SMALLEST_HEAD))
 
 
 def crowd_features(points: np.ndarray, radii: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
@@ -282,8 +281,7 @@ def superpixel_regions(
         small = np.ascontiguousarray(small[shrink // 2::shrink, shrink // 2::shrink])
         if small.size == 0:
             small = lab[:1, :1]
-        # scikit-image stretches its input to 0..1; the same factor on the compactness keeps it
-        # in units of Lab.
+        # scikit-image stretches its input to 0..1: the compactness stays in units of Lab
         stretch = max(float(np.ptp(small)), 1e-6)
         regions = slic(
             small, n_segments=max(1, round(height * width / spacing**2)),
@@ -294,9 +292,8 @@ def superpixel_regions(
         head, own = near.head[mine], everywhere.ravel()[near.pixel[mine]]
         # Middle of every superpixel, in pixels of the image.
         size = np.bincount(regions.ravel())
-        middle = [
-            (np.bincount(regions.ravel(), grid.ravel()) / np.maximum(size, 1) + 0.5) * shrink - 0.5
-            for grid in np.indices(regions.shape)[::-1]]
+        middle = [(np.bincount(regions.ravel(), grid.ravel()) / size.clip(1) + 0.5) * shrink - 0.5
+                  for grid in np.indices(regions.shape)[::-1]]
         away = np.hypot(*(middle[axis][own] - points[head, axis] for axis in (0, 1)))
         region[mine] = (own == everywhere.ravel()[home][head]) | (away <= _SLIC_NEAR * scale[head])
     return region

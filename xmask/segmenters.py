@@ -62,7 +62,6 @@ class Segmenter(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """What is needed to know which segmenter made a mask: kind, weights' sha256, settings."""
-        ...
 
     def set_image(self, image: np.ndarray) -> None:
         """Look at an image: (H, W, 3) uint8, RGB. Everything that is not per head happens here."""
@@ -77,7 +76,6 @@ class Segmenter(Protocol):
         Returns (logits (C, M) float32, positive on the object; scores (B, C) float32, the
         segmenter's own estimate of the masks' IoU, 0..1). C is 3 with multimask, else 1.
         """
-        ...
 
 
 def open_segmenter(name: str, device: str | torch.device = "cpu") -> Segmenter:
