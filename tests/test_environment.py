@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-import xmask
 from xmask import provenance
 
 try:
@@ -86,8 +85,7 @@ def test_the_version_is_one_and_a_commit_more_changes_no_result():
     release = PROJECT["tool"]["setuptools_scm"]["fallback_version"]
     assert f"\nversion: {release}\n" in (ROOT / "CITATION.cff").read_text()
     assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1] == release
-    assert re.fullmatch(r"\d+(\.\d+)*", provenance.versions()["xmask"])
-    assert xmask.__version__.startswith(provenance.versions()["xmask"])
+    assert "xmask" not in provenance.versions()  # the digest of the code stands for it
 
 
 @pytest.mark.parametrize("name", ["README.md", "LICENSE", "CITATION.cff", "Makefile",

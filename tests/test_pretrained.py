@@ -118,7 +118,7 @@ def test_weights_that_cannot_be_used_are_refused(tmp_path):
             model.build(Network(weights=str(other)))
     torch.save(timm.create_model("tf_efficientnet_lite1").state_dict(), other)
     with pytest.raises(ValueError, match="other.pth: not a state dict of tf_efficientnet_lite2"):
-        model.build(Network("tf_efficientnet_lite2", weights=str(other)))
+        model.build(Network(backbone="tf_efficientnet_lite2", weights=str(other)))
     for backbone in ("slim", "tf_efficientnet_lite1", "resnet18"):
         with pytest.raises(ValueError, match=f"no ImageNet weights of {backbone} at hand"):
             model.build(Network(backbone=backbone, weights="imagenet"))

@@ -299,7 +299,7 @@ def test_the_point_mask_term_asks_nothing_of_a_person_cut_by_the_crop(value):
     run = trainer(tiny(loss__point_mask=1.0))
     logits = torch.full((1, 8, 8), value, requires_grad=True)
     embedding = torch.zeros(1, 16, 8, 8)
-    run._labelled_terms(2, logits, embedding, cut_crop())["consistency"].backward()
+    run._labelled_terms(2, logits, embedding, cut_crop())["point_mask"].backward()
     assert not logits.grad[0, 4:, 3:].any() and logits.grad.any()
 
 
@@ -377,7 +377,7 @@ def explicit_terms(config, phase, logits, embedding, teacher, teacher_embedding,
     terms["exclusivity"] = reference.exclusivity(
         reference.upsample(embedding.double(), 4), own, masks, sigma=c.sigma, ignore=ignore)
     known = [p for p in sure if not ignore[int(p[1] + 0.5), int(p[0] + 0.5)]]
-    terms["consistency"] = c.point_mask * reference.consistency(logits, masks, 4, known, ignore)
+    terms["point_mask"] = c.point_mask * reference.consistency(logits, masks, 4, known, ignore)
     return terms
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ from xmask.presets import ABLATIONS, DATASETS, PERCENTS, PROFILES, VARIANTS
 def main(arguments: list[str] | None = None) -> int:
     """Exit codes: 0 done, 1 something failed or was found wrong, 2 a wrong command line."""
     for stream in (sys.stdout, sys.stderr):  # a file name may hold bytes that are no text
-        if hasattr(stream, "reconfigure"):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     options = _parser().parse_args(arguments)
     before = os.environ.get("XMASK_MAX_PIXELS")
@@ -24,8 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ["XMASK_MAX_PIXELS"] = str(options.max_pixels)
     try:
         status = options.function(options)
-        if sys.stdout:
-            sys.stdout.flush()
+        _flush()
         return status
     except KeyboardInterrupt:
         print("\nstopped; the same command " + (
@@ -44,6 +44,18 @@ def main(arguments: list[str] | None = None) -> int:
             os.environ.pop("XMASK_MAX_PIXELS", None)
         else:
             os.environ["XMASK_MAX_PIXELS"] = before
+
+
+def _flush() -> None:
+    """Bring what was printed out, so that a full disk or a closed pipe is noticed here."""
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise OSError(error.errno, error.strerror, "standard output") from None
 
 
 def _sentence(error: Exception) -> str:
@@ -280,7 +292,7 @@ def _masks(o: argparse.Namespace) -> int:
         try:
             masks.mask_dataset(dataset, indices, segmenter, o.out, workers=o.workers,
                                threads=o.threads, anew=o.overwrite, overwrite=o.overwrite,
-                               **({"boxes": True} if o.boxes else {}))
+                               boxes=o.boxes)
         except masks.MasksFailed as error:
             failure = error
         names = [dataset.ids[i] for i in indices]

@@ -29,7 +29,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from scipy.ndimage import gaussian_filter
-from scipy.spatial import cKDTree
+from scipy.spatial import KDTree
 from skimage.color import rgb2lab
 from skimage.measure import label as connected_components
 from skimage.segmentation import slic
@@ -47,7 +47,7 @@ ALGORITHM = 5
 
 # All constants are ours unless said otherwise, set on drawn scenes (seeds 1000 to 1005).
 _WINDOW = 25  # heads at similar image height that tell each other their size
-_SMALLEST_HEAD, _LARGEST_HEAD = 2.0, 0.12  # px; of min(H, W): limits of the local head radius
+_SMALLEST_HEAD, _LARGEST_HEAD, _LARGEST_ALONE = 2.0, 0.12, 0.08  # px; of min(H, W) twice: limits
 _QUANTILE = 0.3  # of log r over these heads: the tighter pairs
 _FLAT = 0.06  # of the sum of squared rows, in image heights: how much a slope has to be shown
 # log radius of a head = sum over the columns of `crowd_features`. Fitted to the share of heads
@@ -123,7 +123,8 @@ def generate_masks(
     shape = image.shape[:2]
     points = _check_points(points, shape)
     if len(points) == 0:
-        return np.zeros(shape, np.int32), _table(points, *[np.zeros(0)] * 3, [], [])
+        none = np.zeros(0)
+        return np.zeros(shape, np.int32), _table(points, none, none, none, [], [])
     boxes, known = _check_boxes(boxes, len(points))
     radii = geometry.exclusion_radii(points, shape)
     limit = radii if nnec else np.minimum(2 * radii, max(0.5 * min(shape), 3.0))
@@ -172,7 +173,7 @@ class Candidate(NamedTuple):
 def ask(segmenter: Segmenter, source: str, prompts: Prompts, near: Incidence) -> list[Candidate]:
     """What a segmenter that has its image answers to prompts, N of one kind: 3 candidates or 1."""
     logits, predicted = segmenter.predict(prompts, near.head, near.pixel)
-    return [Candidate(source, *one) for one in zip(logits, predicted.T)]
+    return [Candidate(source, one, good) for one, good in zip(logits, predicted.T)]
 
 
 def _within_reach(
@@ -188,7 +189,7 @@ def _point_candidates(
 ) -> tuple[list[Candidate], np.ndarray, Incidence]:
     """Answers to the point prompts, the local head radii (N,) px that they vote for, where masks
     are looked for from then on. known: (N,) bool, heads of annotated size; agree: vote at all."""
-    points, scale = prompts.points[:, 0], prompts.sizes
+    points, scale = prompts.points[:, 0], np.asarray(prompts.sizes)
     candidates = ask(segmenter, "point", prompts, near)
     if not agree:
         return candidates, scale, near
@@ -222,9 +223,11 @@ def local_head_radius(points: np.ndarray, radii: np.ndarray, shape: tuple[int, i
     apart they stand is told by the crowd: `crowd_features`, weighted by `_HEAD_SIZE`.
     """
     logarithm = crowd_features(points, radii, shape) @ np.array(list(_HEAD_SIZE.values()))
-    largest = max(_LARGEST_HEAD * min(shape), _SMALLEST_HEAD)
+    # Heads so far apart that circles end at half the image tell nothing: rather small than large.
+    largest = np.where(radii < 0.5 * min(shape), _LARGEST_HEAD, _LARGEST_ALONE) * min(shape)
     # A head is no larger than its own circle: the other one of a close pair is as near as r_i.
-    return np.minimum(np.exp(logarithm), np.maximum(radii, 3.0)).clip(_SMALLEST_HEAD, largest)
+    size = np.minimum(np.exp(logarithm), np.maximum(radii, 3.0))
+    return size.clip(_SMALLEST_HEAD, np.maximum(largest, _SMALLEST_HEAD))
 
 
 def crowd_features(points: np.ndarray, radii: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
@@ -243,7 +246,7 @@ def crowd_features(points: np.ndarray, radii: np.ndarray, shape: tuple[int, int]
     # Perspective: a line through log r over the image row, held flat where rows hardly differ.
     height = (points[:, 1] - points[:, 1].mean()) / shape[0]
     slope = height @ (own - own.mean()) / (height @ height + _FLAT)
-    neighbour = cKDTree(points).query(points, k=2)[1][:, 1].clip(max=count - 1)
+    neighbour = np.asarray(KDTree(points).query(points, k=2)[1])[:, 1].clip(max=count - 1)
     away = np.abs(points[neighbour] - points)
     columns = (
         own, 1, row - own, side - own, own.mean() + slope * height - own,
@@ -317,7 +320,7 @@ def check_label_map(label_map: np.ndarray, points: np.ndarray, radii: np.ndarray
         raise ValueError(
             f"label map: {int(outside.sum())} pixels lie outside their head's circle, the first "
             f"of head {first + 1} at {points[first].tolist()} with radius {radii[first]:.2f} px")
-    pieces = connected_components(label_map, background=0, connectivity=1)
+    pieces = np.asarray(connected_components(label_map, background=0, connectivity=1))
     _, at = np.unique(pieces.ravel()[pixel], return_index=True)
     count = np.bincount(owner[at], minlength=len(points))
     if (count > 1).any():
@@ -342,7 +345,7 @@ def point_prompts(
     labels = np.full((count, 1 + wanted), PADDING)
     labels[:, 0] = POSITIVE
     if wanted:
-        distance, neighbour = cKDTree(points).query(points, k=wanted + 1)
+        distance, neighbour = map(np.asarray, KDTree(points).query(points, k=wanted + 1))
         # Among coincident heads the query may name the head itself at any rank: distances of
         # less than a pixel are no negatives, whoever they belong to.
         near = (distance >= 1) & (distance <= within * radii[:, None])
@@ -356,7 +359,7 @@ def superpixel_prompts(dots: Prompts, region: Incidence) -> Prompts:
 
     region: the incidences in the heads' superpixels. A head without one gets a square of its size.
     """
-    points, sizes = dots.points[:, 0], dots.sizes[:, None]
+    points, sizes = dots.points[:, 0], np.asarray(dots.sizes)[:, None]
     boxes = np.concatenate([points - sizes, points + sizes], axis=1)
     if len(region):
         present, start = np.unique(region.head, return_index=True)
@@ -413,7 +416,7 @@ def fuse_candidates(
     best, rows = score.argmax(axis=0), np.arange(count)
     source, chosen = sources[best], score[best, rows]
     logit = np.choose(best[near.head], logits)
-    if overlap:
+    if overlap and region is not None:  # the superpixel prompt brought both
         i, j = (kind[score[kind].argmax(axis=0)] for kind in kinds)
         shared = np.select(
             [(i == a) & (j == b) for a, b in overlap], list(overlap.values()), 0.0)
@@ -447,15 +450,15 @@ def _voted_scale(
     window = min(_WINDOW, count)
     total = np.concatenate([np.zeros((1, _VOTE_BINS)), np.cumsum(votes[order], axis=0)])
     start = (np.arange(count) - window // 2).clip(0, count - window)
-    near = np.empty_like(votes)
-    near[order] = total[start + window] - total[start]
-    near += _VOTE_OWN * votes
-    near *= np.exp(-0.5 * ((grid - np.log(scale)[:, None]) / _VOTE_PRIOR) ** 2)
+    local = np.empty_like(votes)
+    local[order] = total[start + window] - total[start]
+    local += _VOTE_OWN * votes
+    local *= np.exp(-0.5 * ((grid - np.log(scale)[:, None]) / _VOTE_PRIOR) ** 2)
     # The mean of what lies around the highest bin is finer than a bin.
-    best = grid[near.argmax(axis=1)]
-    near *= np.exp(-0.5 * ((grid - best[:, None]) / _VOTE_WIDTH) ** 2)
-    mass = near.sum(axis=1)
-    voted = np.exp((near * grid).sum(axis=1) / np.maximum(mass, 1e-300))
+    best = grid[local.argmax(axis=1)]
+    local *= np.exp(-0.5 * ((grid - best[:, None]) / _VOTE_WIDTH) ** 2)
+    mass = local.sum(axis=1)
+    voted = np.exp((local * grid).sum(axis=1) / np.maximum(mass, 1e-300))
     return np.where(mass > 0, voted, scale)
 
 
@@ -514,7 +517,7 @@ def _give_pixels(owner: np.ndarray, home: np.ndarray, near: Incidence) -> None:
 def keep_connected(labels: np.ndarray, points: np.ndarray) -> np.ndarray:
     """Of every instance of a label map (H, W) only the 4-connected piece that comes nearest to its
     head; points: (N, 2) px."""
-    pieces = connected_components(labels, background=0, connectivity=1).ravel()
+    pieces = np.asarray(connected_components(labels, background=0, connectivity=1)).ravel()
     pixel, owner, squared = _owned(labels, points)
     piece = pieces[pixel]
     nearest = np.full(len(points), np.inf)
@@ -552,7 +555,7 @@ def _table(points: np.ndarray, radii: np.ndarray, score: np.ndarray, area: np.nd
         "source": pd.Series(list(source), dtype=object),
         "area": np.asarray(area).astype(np.int64),
         "flags": pd.Series(list(flags), dtype=object),
-    }, columns=COLUMNS)
+    })
 
 
 def _check_points(points: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
@@ -580,7 +583,7 @@ def _check_boxes(boxes: np.ndarray | None, count: int) -> tuple[np.ndarray, np.n
         raise ValueError(
             f"boxes: shape {boxes.shape} for {count} heads; expected ({count}, 2), width and "
             "height of each")
-    known = (np.isfinite(boxes) & (boxes > 0)).all(axis=1)
+    known = np.all(np.isfinite(boxes) & (boxes > 0), axis=1)
     return np.where(known[:, None], boxes, 1.0), known
 
 

@@ -87,7 +87,7 @@ def packaged_weights() -> tuple[Path, str]:
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """Tensors by name of a .safetensors or .pth file, read without running any code in it."""
+    """Tensors by name, of any shape, of a .safetensors or .pth file; no code in it is run."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -102,8 +102,9 @@ def read_state(path: Path) -> dict[str, Tensor]:
 def copy_weights(body: nn.Module, state: dict[str, Tensor], complaint: str) -> None:
     """Copy a state dict of timm or torchvision into timm's model or its extractor.
 
-    Layers that `body` lacks, such as the classifier, are left out. Raises ValueError, `complaint`
-    first, for a layer that `state` lacks or has in another shape.
+    state: tensors by name, each of the shape that `body` has. Layers that `body` lacks, such as
+    the classifier, are left out. Raises ValueError, `complaint` first, for a layer that `state`
+    lacks or has in another shape.
     """
     ours = body.state_dict()
     if "_conv_stem.weight" in state:  # the package's own names, in timm's order

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 POSITIVE, NEGATIVE, PADDING = 1, 0, -1  # labels of prompt points, as in SAM
 
@@ -61,6 +62,7 @@ class Segmenter(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """What is needed to know which segmenter made a mask: kind, weights' sha256, settings."""
+        ...
 
     def set_image(self, image: np.ndarray) -> None:
         """Look at an image: (H, W, 3) uint8, RGB. Everything that is not per head happens here."""
@@ -75,9 +77,10 @@ class Segmenter(Protocol):
         Returns (logits (C, M) float32, positive on the object; scores (B, C) float32, the
         segmenter's own estimate of the masks' IoU, 0..1). C is 3 with multimask, else 1.
         """
+        ...
 
 
-def open_segmenter(name: str, device: str = "cpu") -> Segmenter:
+def open_segmenter(name: str, device: str | torch.device = "cpu") -> Segmenter:
     """A segmenter from the command line's words: "bundled", "classical", the name of a published
     SAM ("vit_b", "vit_l", "vit_h"; `xmask.segmenting.checkpoints`), or a checkpoint's path.
 

@@ -275,7 +275,7 @@ class Trainer:
         terms = {"exclusivity": losses.exclusivity_losses(
             embedding, points, instances, c, ignored).mean()}
         if c.point_mask:
-            terms["consistency"] = c.point_mask * losses.point_mask_consistencies(
+            terms["point_mask"] = c.point_mask * losses.point_mask_consistencies(
                 logits, instances, dots, stride=model.STRIDE, ignore=ignored).mean()
         return terms
 

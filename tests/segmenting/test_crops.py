@@ -67,5 +67,5 @@ def test_an_original_sam_sees_46_crops_of_an_image_at_most():
     views = {view for radius in (30, 15, 1)
              for view in plan(grid, radius, (400, 400), max_zoom=4, side=1024, cells=256)[0]}
     assert len(views) <= 1 + 9 + 36
-    small = [view for view in plan(grid, 1, (400, 400), max_zoom=4, side=128, cells=64)[0]]
+    small = list(plan(grid, 1, (400, 400), max_zoom=4, side=128, cells=64)[0])
     assert len(small) == 36 and 2 * 1 * 64 / small[0].width < crops.HEAD_CELLS

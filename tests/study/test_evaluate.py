@@ -11,6 +11,7 @@ from tests.test_trainer import tiny
 from xmask import files, model
 from xmask.config import override
 from xmask.data.sample import Sample
+from xmask.decode import Prediction
 from xmask.predict import predict_image
 from xmask.study import evaluate
 from xmask.tools.models import load_network
@@ -57,6 +58,13 @@ def test_what_metrics_json_holds_agrees_with_the_predictions_on_disk(network, tm
         "mean_rmse": np.std([12, 0, 5])})
     assert result["selection"] == "last" and result["synthetic"] is True
     assert rows[1]["mean_iou"] is None
+
+
+def test_places_keep_their_fractions_in_wide_images(tmp_path):
+    prediction = Prediction(np.array([[12345.5, 2.25]]), np.array([0.75]),
+                            np.ones((4, 4), np.int32), np.array([True]))
+    evaluate._write_prediction(tmp_path, "wide", prediction)
+    assert (tmp_path / "wide.csv").read_text() == "x,y,score,counted\n12345.5,2.25,0.75,1\n"
 
 
 def test_uncounted_points_have_masks_and_are_no_heads(network, tmp_path):

@@ -55,7 +55,7 @@ class DrawnSplit:
             for head, (x, y) in enumerate(sample.points.round().astype(int), 1):
                 label_map[y - 1:y + 2, x - 1:x + 2] = head
             files.write_png(run / "predictions" / f"{sample.name}.png", label_map)
-            table = pd.DataFrame(sample.points, columns=["x", "y"]).assign(score=0.9)
+            table = pd.DataFrame(sample.points, columns=["x", "y"]).assign(score=0.9, counted=1)
             table.to_csv(run / "predictions" / f"{sample.name}.csv", index=False)
 
 
@@ -212,10 +212,27 @@ def test_predictions_of_other_images_are_refused(tmp_path):
         figures.figure_predictions(split, run, ["IMG_1"])
 
 
+def test_a_point_that_is_not_counted_is_no_predicted_head(tmp_path):
+    run, split = write_run(tmp_path), DrawnSplit()
+    split.predict_into(run)
+    sample, _, everybody, heads = figures.painted(split, run, "IMG_1")
+    assert heads == len(sample.points) == 6
+    table = pd.read_csv(run / "predictions" / "IMG_1.csv")
+    table.loc[2, "counted"] = 0
+    table.to_csv(run / "predictions" / "IMG_1.csv", index=False)
+    _, _, counted, heads = figures.painted(split, run, "IMG_1")
+    assert heads == 5 and (counted != everybody).any()
+    titles = [axis.get_title() for axis in figures.figure_predictions(split, run, ["IMG_1"]).axes]
+    assert titles == ["IMG_1", "truth: 6 people", "predicted: 5 people"]
+    table.drop(columns="counted").to_csv(run / "predictions" / "IMG_1.csv", index=False)
+    with pytest.raises(ValueError, match="IMG_1.csv: no column 'counted'.*xmask evaluate"):
+        figures.painted(split, run, "IMG_1")
+
+
 def test_a_missing_or_foreign_history_says_what_to_do(tmp_path):
     path = write_run(tmp_path) / "history.csv"
     path.write_text("step,loss\n1,2\n")
-    with pytest.raises(ValueError, match="history.csv: columns consistency.*Train"):
+    with pytest.raises(ValueError, match="history.csv: columns constraint, .*point_mask.*Train"):
         figures.learning_curves(tables.load_runs(tmp_path), "sha")
     path.unlink()
     with pytest.raises(FileNotFoundError, match="history.csv: missing"):

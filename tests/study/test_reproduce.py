@@ -12,10 +12,10 @@ from xmask.presets import ABLATIONS
 from xmask.study import reproduce, steps
 
 
-def test_tables_and_figures_are_made_and_say_synthetic(inside):
+def test_tables_and_figures_are_made_and_say_drawn(inside):
     tables = inside / "results" / "photo" / "tables"
     text = (tables / "counting.md").read_text()
-    assert "synthetic" in text and the_run(inside).name in text
+    assert "measured on drawn crowds" in text and the_run(inside).name in text
     assert list((inside / "figures" / "photo").glob("*.png"))
 
 
@@ -57,7 +57,8 @@ def test_one_process_reproduces_a_profile(inside):
 
 
 def test_a_failing_step_is_named_its_log_kept_and_the_rest_does_not_start(inside, capsys):
-    image = steps.open_test("photo", "sha", "data").image_path(0)
+    config = steps.configure("photo", "sha", 40, 1, overrides=NARROW["overrides"])
+    image = steps.open_test(config, "data").image_path(0)
     notebook = next(Path("work/photo/notebooks").glob("evaluate-*"))
     saved = {path: path.read_bytes() for path in (image, notebook)}
     image.write_bytes(b"no image")
@@ -91,6 +92,20 @@ def test_tables_are_compared_with_the_committed_ones(tmp_path, monkeypatch):
     assert reproduce.compare_with_committed(Path("results/demo")) == (
         "reproduced: 1 of 4 tables equal; results/demo/tables/changed.csv differs in 1 of 3 lines; "
         "results/demo/tables/lost.csv was not made; results/demo/tables/new.csv is not committed")
+
+
+def test_without_a_commit_to_compare_with_that_is_said(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert reproduce.compare_with_committed(Path("results/demo")) == (
+        "reproduced: no git commit here to compare the tables with")
+
+
+def test_new_published_numbers_make_the_tables_stale(monkeypatch):
+    published = reproduce.tables.read_published()
+    before = reproduce._report_fingerprint([])
+    monkeypatch.setattr(reproduce.tables, "read_published", lambda: published[1:])
+    assert reproduce._report_fingerprint([]) != before
 
 
 def test_the_plan_covers_the_study():

@@ -90,7 +90,7 @@ def test_one_process_works_in_a_run_folder_and_the_second_says_who(inside, monke
 
 
 def test_all_images_are_unlabelled_ones_without_points_and_masks(inside):
-    dataset = steps.open_test("photo", "sha", "data")
+    dataset = steps.open_test(steps.configure("photo", "sha", 40, 1, overrides=TINY), "data")
     bare = BareImages(Kept(dataset))
     assert len(bare) == len(dataset) == 3
     for sample, full in zip(bare, dataset):

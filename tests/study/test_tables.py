@@ -42,7 +42,7 @@ def write_run(folder, dataset="sha", percent=5, seed=1, variant="xmask", *, synt
          "per_image": [{"name": f"IMG_{i}", "true_count": true, "count": count,
                         "mean_iou": mean_iou} for i, (true, count) in enumerate(counts, 1)]}))
     lines = ["step,epoch,phase,loss,labelled,unlabelled,weight,p2r,exclusivity,constraint,"
-             "consistency"]
+             "point_mask"]
     noise = np.random.default_rng(seed)
     for step in range(steps):
         phase = 1 + 3 * step // steps
@@ -217,6 +217,14 @@ def test_segmentation_is_in_percent_with_its_baselines(study):
         assert row["mean IoU %, drawn (ours)"] == value
         assert row["PQ %, drawn (ours)"] == tables.UNKNOWN
     assert "may overlap; discs, exclusive: the same" in table.caption
+
+
+def test_seeds_whose_baselines_are_equal_all_count_in_their_mean(tmp_path):
+    for seed, disc in enumerate((0.4, 0.4, 0.7), 1):
+        write_run(tmp_path, seed=seed, disc=disc)
+    table = tables.segmentation_table(tables.load_runs(tmp_path))
+    row = row_of(table.text, method="discs at the points of XMask (baseline)")
+    assert row["mean IoU %, drawn (ours)"] == "50.0 ± 17.3"
 
 
 def test_real_data_without_truth_masks_has_unknown_mean_iou(tmp_path):

@@ -55,35 +55,32 @@ def evaluate(network: nn.Module, dataset, config: Config, folder: Path, *,
         truths.append(sample.instances)
 
     counts = np.array([r["count"] for r in rows]), np.array([r["true_count"] for r in rows])
+    segmentation, discs = None, dict.fromkeys(("fixed_disc", "exclusive_disc"))
+    if segmentations:
+        total = metrics.segmentation_total(segmentations)
+        segmentation = {name: float(total[name]) for name in ("mean_iou", "ap50", "pq", "aji")}
+        discs = {name: best_fixed_disc(predicted, truths, exclusive=name == "exclusive_disc",
+                                       progress=progress) for name in discs}
     return {
         "run": config.run,
-        "profile": config.profile,
-        "dataset": config.dataset,
-        "percent": config.percent,
-        "seed": config.seed,
-        "variant": config.variant,
-        "synthetic": dataset.synthetic,
-        "selection": config.selection,
+        **identity(config, dataset.synthetic),
         "images": len(rows),
         "counting": metrics.counting(*counts),
         "localization": {
             str(s): metrics.localization_total(
-                metrics.localization(p, t, s) for p, t in zip(predicted, true)
-            )
-            for s in LOCALISATION_SIGMAS
-        },
-        "segmentation": _fields(metrics.segmentation_total(segmentations))
-        if segmentations else None,
-        "baselines": {
-            "constant_count": best_constant_count(counts[1]),
-            "fixed_disc": best_fixed_disc(predicted, truths, exclusive=False, progress=progress)
-            if segmentations else None,
-            "exclusive_disc": best_fixed_disc(predicted, truths, exclusive=True,
-                                              progress=progress)
-            if segmentations else None,
-        },
+                metrics.localization(p, t, s) for p, t in zip(predicted, true))
+            for s in LOCALISATION_SIGMAS},
+        "segmentation": segmentation,
+        "baselines": {"constant_count": best_constant_count(counts[1]), **discs},
         "per_image": rows,
     }
+
+
+def identity(config: Config, synthetic: bool) -> dict[str, object]:
+    """Which run this is, as config.json and metrics.json say it."""
+    return {"profile": config.profile, "dataset": config.dataset, "percent": config.percent,
+            "seed": config.seed, "variant": config.variant, "synthetic": synthetic,
+            "selection": config.selection}
 
 
 def best_constant_count(true: np.ndarray) -> dict[str, float]:
@@ -133,13 +130,9 @@ def _people(truth: np.ndarray) -> int:
     return int(np.count_nonzero(np.bincount(truth.ravel())[1:]))
 
 
-def _fields(values: dict) -> dict[str, float]:
-    return {name: float(values[name]) for name in ("mean_iou", "ap50", "pq", "aji")}
-
-
 def _write_prediction(folder: Path, name: str, prediction: decode.Prediction) -> None:
     files.write_png(folder / f"{name}.png", prediction.instances.astype(np.uint16))
     with files.replacing(folder / f"{name}.csv") as temporary:
         table = pd.DataFrame(prediction.points, columns=["x", "y"])
         table = table.assign(score=prediction.scores, counted=prediction.counted.astype(int))
-        table.to_csv(temporary, index=False, float_format="%.4g")
+        table.to_csv(temporary, index=False, float_format="%.6g")

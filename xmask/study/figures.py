@@ -7,10 +7,9 @@ for byte. Colours are those of `xmask.tools.overlay`; the background is white, a
 
 from __future__ import annotations
 
-import functools
 import textwrap
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import matplotlib.style
@@ -22,7 +21,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from PIL import Image
 
 from xmask import files
-from xmask.presets import VARIANTS
+from xmask.data.sample import Sample
 from xmask.study import tables
 from xmask.tools.described_figure import DPI, DescribedFigure
 from xmask.tools.overlay import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, overlay
@@ -30,28 +29,21 @@ from xmask.tools.overlay import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILIO
 SERIES = {"supervised-only": ORANGE, "xmask": BLUE}
 DISCS = {"supervised-only": "#FCEBCC", "xmask": "#CCE3F0"}  # lighter: discs at the same points
 EXCLUSIVE_DISCS = {"supervised-only": "#F3C566", "xmask": "#7AB5D8"}  # between the two
-TERMS = {"p2r": BLUE, "exclusivity": VERMILION, "constraint": GREEN, "consistency": PURPLE}
+TERMS = {"p2r": BLUE, "exclusivity": VERMILION, "constraint": GREEN, "point_mask": PURPLE}
 
 
-def _styled(make: Callable) -> Callable:
-    """Draw in our style only: a reader's matplotlibrc changes no pixel."""
-
-    @functools.wraps(make)
-    def draw(*args, **options):
-        with matplotlib.style.context(["default", seaborn.axes_style("ticks"),
-                                       seaborn.plotting_context("paper"),
-                                       {"font.family": "DejaVu Sans", "axes.grid": True,
-                                        "grid.color": "#E5E5E5", "axes.axisbelow": True}]):
-            return make(*args, **options)
-
-    return draw
+# Drawn in our style only: a reader's matplotlibrc changes no pixel.
+_styled = matplotlib.style.context([
+    "default", seaborn.axes_style("ticks"), seaborn.plotting_context("paper"),
+    {"font.family": "DejaVu Sans", "axes.grid": True, "grid.color": "#E5E5E5",
+     "axes.axisbelow": True}])
 
 
 # Figures from histories and metrics
 
 
 @_styled
-def plot_history(history: pd.DataFrame, title: str = "") -> DescribedFigure:
+def plot_history(history: pd.DataFrame) -> DescribedFigure:
     """Learning curves of one run: the losses, and below their terms on a log axis.
 
     history: the rows of history.csv, with step, phase, labelled, unlabelled and the terms.
@@ -60,7 +52,6 @@ def plot_history(history: pd.DataFrame, title: str = "") -> DescribedFigure:
     _shade_phases(axes[:, 0], history)
     _draw_history(axes[:, 0], history)
     _dress_history(axes)
-    figure.suptitle(title, fontsize=10, fontweight="bold")
     return figure
 
 
@@ -73,15 +64,13 @@ def learning_curves(runs: pd.DataFrame, dataset: str) -> DescribedFigure:
     Raises FileNotFoundError if a run has no history.csv, ValueError without a run.
     """
     runs = _some(_full(runs[runs["dataset"] == dataset]), f"no XMask run of {dataset}")
-    percents = sorted(runs["percent"].unique())
-    figure, axes = _grid(2, len(percents), width=3.6, height=2.2, sharex="col")
-    for column, percent in enumerate(percents):
-        for number, run in enumerate(runs[runs["percent"] == percent].itertuples()):
-            history = _history(Path(run.path))
-            if number == 0:
-                _shade_phases(axes[:, column], history)
-            _draw_history(axes[:, column], history, label=number == 0)
-        axes[0, column].set_title(f"{percent:g}% labelled")
+    figure, axes = _grid(2, runs["percent"].nunique(), width=3.6, height=2.2, sharex="col")
+    for column, (percent, group) in zip(axes.T, runs.groupby("percent")):
+        histories = [_history(Path(path)) for path in group["path"]]
+        _shade_phases(column, histories[0])
+        for number, history in enumerate(histories):
+            _draw_history(column, history, label=number == 0)
+        column[0].set_title(f"{percent:g}% labelled")
     _dress_history(axes)
     return _finish(figure, f"{_name(dataset, runs)}: learning curves", runs)
 
@@ -93,16 +82,16 @@ def count_scatter(runs: pd.DataFrame, dataset: str) -> DescribedFigure:
     Axes are logarithmic above 10 people and linear below (symlog), so that empty images show.
     """
     runs = _some(_full(runs[runs["dataset"] == dataset]), f"no XMask run of {dataset}")
-    percents = sorted(runs["percent"].unique())
-    figure, axes = _grid(1, len(percents), width=3.0, height=3.0, sharex=True, sharey=True)
-    images = {run.run: _per_image(Path(run.path)) for run in runs.itertuples()}
-    top = max(float(image[["true_count", "count"]].max().max()) for image in images.values())
-    top = max(top, 10.0) * 1.3
-    for axis, percent in zip(axes[0], percents):
-        group = runs[runs["percent"] == percent]
+    figure, axes = _grid(1, runs["percent"].nunique(), width=3.0, height=3.0,
+                         sharex=True, sharey=True)
+    images = {path: pd.DataFrame(files.read_json(Path(path) / "metrics.json")["per_image"])
+              for path in runs["path"]}
+    top = 1.3 * max(10.0, *(float(image[["true_count", "count"]].to_numpy().max())
+                            for image in images.values()))
+    for axis, (percent, group) in zip(axes[0], runs.groupby("percent")):
         axis.plot([0, top], [0, top], color=GREY, lw=1.0, zorder=1)
-        for run in group["run"]:
-            axis.scatter(images[run]["true_count"], images[run]["count"], s=14, alpha=0.6,
+        for path in group["path"]:
+            axis.scatter(images[path]["true_count"], images[path]["count"], s=14, alpha=0.6,
                          color=BLUE, edgecolor="white", linewidth=0.3, zorder=2)
         axis.set_xscale("symlog", linthresh=10)
         axis.set_yscale("symlog", linthresh=10)
@@ -234,36 +223,45 @@ def figure_predictions(dataset, run_folder: str | Path,
                          f"{', '.join(dataset.ids[:3])}")
     rows = []
     for name in ids:
-        sample = dataset[list(dataset.ids).index(name)]
-        predicted, points = read_prediction(run_folder, name, sample.image.shape[:2])
-        truth = sample.instances
-        if truth is None:
-            truth = np.zeros(sample.image.shape[:2], dtype=np.int32)
-        rows.append((name, sample, [sample.image, overlay(sample.image, truth, sample.points),
-                                    overlay(sample.image, predicted, points)], len(points)))
-    heights = [3.0 * row[1].image.shape[0] / row[1].image.shape[1] for row in rows]
+        sample, truth, predicted, heads = painted(dataset, run_folder, name)
+        words = "truth" if sample.instances is not None else "true heads (no truth masks)"
+        rows.append({name: sample.image, f"{words}: {len(sample.points)} people": truth,
+                     f"predicted: {heads} people": predicted})
+    heights = [3.0 * row[name].shape[0] / row[name].shape[1] for name, row in zip(ids, rows)]
     figure = DescribedFigure(figsize=(9.2, sum(heights) + 0.28 * len(rows) + 0.75), dpi=DPI,
                              layout="constrained")
     axes = figure.subplots(len(rows), 3, squeeze=False, gridspec_kw={"height_ratios": heights})
-    for (name, sample, pictures, count), line in zip(rows, axes):
-        truth = "truth" if sample.instances is not None else "true heads (no truth masks)"
-        titles = [name, f"{truth}: {len(sample.points)} people", f"predicted: {count} people"]
-        for axis, picture, text in zip(line, pictures, titles):
+    for row, line in zip(rows, axes):
+        for axis, (text, picture) in zip(line, row.items()):
             axis.imshow(picture, interpolation="antialiased")
             axis.set_title(text)
             axis.set_axis_off()
-    run = _run_row(run_folder)
-    title = f"{_name(run['dataset'].iloc[0], run)}, {run['percent'].iloc[0]:g}% labelled"
+    config = files.read_json(run_folder / "config.json")
+    run = pd.DataFrame([{"run": run_folder.name} | {name: config[name] for name in (
+        "profile", "dataset", "percent", "synthetic", "selection")}])
+    title = f"{_name(config['dataset'], run)}, {config['percent']:g}% labelled"
     return _finish(figure, f"{title}: predicted instances", run)
 
 
-def read_prediction(run_folder: Path, name: str, shape: tuple[int, int]
-                    ) -> tuple[np.ndarray, np.ndarray]:
-    """Label map (H, W) int32 and points (N, 2) float32 that a run predicted for an image.
+def painted(dataset, run_folder: str | Path, name: str
+            ) -> tuple[Sample, np.ndarray, np.ndarray, int]:
+    """A test image by its name: its sample, two pictures (H, W, 3) uint8, of the truth and of the
+    prediction painted over it, and how many heads were predicted.
 
-    Raises FileNotFoundError without the files, ValueError if they are of another size than
-    `shape`, the image's (H, W).
+    Masks are those of all predicted points, as they are measured; dots are the counted heads.
+    Raises FileNotFoundError without the predicted files, ValueError if they are of another size
+    than the image or do not say which points are counted.
     """
+    sample = dataset[list(dataset.ids).index(name)]
+    labels, heads = _read_prediction(Path(run_folder), name, sample.image.shape[:2])
+    truth = np.zeros_like(labels) if sample.instances is None else sample.instances
+    return (sample, overlay(sample.image, truth, sample.points),
+            overlay(sample.image, labels, heads), len(heads))
+
+
+def _read_prediction(run_folder: Path, name: str, shape: tuple[int, int]
+                     ) -> tuple[np.ndarray, np.ndarray]:
+    """Label map (H, W) int32 and counted heads (N, 2) float32 of an image of this shape."""
     path = run_folder / "predictions" / f"{name}.png"
     for file in (path, path.with_suffix(".csv")):
         if not file.exists():
@@ -275,13 +273,10 @@ def read_prediction(run_folder: Path, name: str, shape: tuple[int, int]
         raise ValueError(f"{path}: {label_map.shape} pixels, but the image has {shape}: the data "
                          "changed since. Evaluate the run again (`xmask evaluate`).")
     points = pd.read_csv(path.with_suffix(".csv"))
-    return label_map, points[["x", "y"]].to_numpy(np.float32)
-
-
-def _run_row(run_folder: Path) -> pd.DataFrame:
-    config = files.read_json(run_folder / "config.json")
-    names = ("profile", "dataset", "percent", "seed", "variant", "synthetic", "selection")
-    return pd.DataFrame([{"run": run_folder.name, **{name: config[name] for name in names}}])
+    if "counted" not in points:
+        raise ValueError(f"{path.with_suffix('.csv')}: no column 'counted', so nothing says which "
+                         "points are heads. Evaluate the run again (`xmask evaluate`).")
+    return label_map, points.loc[points["counted"] == 1, ["x", "y"]].to_numpy(np.float32)
 
 
 # Writing
@@ -311,8 +306,7 @@ def write_figures(results: str | Path, out: str | Path,
             part = runs[(runs["selection"] == selection) & (runs["synthetic"] == synthetic)]
             ending = ("_real" if both and not synthetic else "") + (
                 "" if selection == "last" else f"_{selection}") + ".png"
-            for name, make in _figures_of(part):
-                paths.append(make().write(out / f"{name}{ending}"))
+            paths += [figure.write(out / f"{name}{ending}") for name, figure in _figures_of(part)]
             if datasets is not None:
                 paths += _write_predictions(part, out, ending, datasets)
     tables.remove_others(
@@ -320,51 +314,52 @@ def write_figures(results: str | Path, out: str | Path,
     return paths
 
 
-def _figures_of(runs: pd.DataFrame) -> list[tuple[str, Callable[[], DescribedFigure]]]:
-    main = _full(runs)
-    made: list[tuple[str, Callable[[], DescribedFigure]]] = []
-    for dataset in tables.ordered(main["dataset"], tables.DATASETS):
-        made += [(f"learning_{dataset}", functools.partial(learning_curves, runs, dataset)),
-                 (f"counts_{dataset}", functools.partial(count_scatter, runs, dataset))]
+def _figures_of(runs: pd.DataFrame) -> Iterator[tuple[str, DescribedFigure]]:
+    """(name, figure) of every plot that runs of one selection and kind give."""
+    for dataset in tables.ordered(_full(runs)["dataset"], tables.DATASETS):
+        yield f"learning_{dataset}", learning_curves(runs, dataset)
+        yield f"counts_{dataset}", count_scatter(runs, dataset)
     compared = runs[runs["variant"].isin(SERIES)]
     if len(compared):
-        made.append(("mae_versus_percent", functools.partial(mae_versus_percent, runs)))
+        yield "mae_versus_percent", mae_versus_percent(runs)
     if compared["mean_iou"].notna().any():
-        made.append(("mean_iou", functools.partial(iou_bars, runs)))
-    return made + [(f"ablation_{dataset}-{percent:g}",
-                    functools.partial(ablation_bars, runs, dataset, percent))
-                   for dataset, percent in tables.ablations(runs)]
+        yield "mean_iou", iou_bars(runs)
+    for dataset, percent in tables.ablations(runs):
+        yield f"ablation_{dataset}-{percent:g}", ablation_bars(runs, dataset, percent)
 
 
 def _full(runs: pd.DataFrame) -> pd.DataFrame:
     """The runs of the full method; in a study of changed settings only, those instead."""
     full = runs[runs["variant"] == "xmask"]
-    return full if len(full) else runs[~runs["variant"].isin(VARIANTS)]
+    return full if len(full) else runs[~runs["variant"].isin(tables.VARIANTS)]
+
+
+def pictured(runs: pd.DataFrame) -> pd.DataFrame:
+    """The run of each dataset that pictures show: of the full method at its largest percentage,
+    the first seed."""
+    order = _full(runs).sort_values(["percent", "seed"], ascending=[False, True], kind="stable")
+    return order.drop_duplicates(["dataset", "synthetic"]).sort_index()
 
 
 def _write_predictions(runs: pd.DataFrame, out: Path, ending: str,
                        datasets: Callable[[str], object]) -> list[Path]:
-    """One figure a dataset: the first seed at the largest percentage of the full method."""
     paths = []
-    main = _full(runs).sort_values(
-        ["percent", "seed"], ascending=[False, True], kind="stable")
-    for dataset in tables.ordered(main["dataset"], tables.DATASETS):
-        run = main[main["dataset"] == dataset].iloc[0]
-        split = datasets(run["path"])
+    for run in pictured(runs).itertuples():
+        split = datasets(run.path)
         if split is None:
             continue
-        if not (Path(run["path"]) / "predictions").is_dir():
-            warnings.warn(f"{run['path']}/predictions: not there (they are not committed), so no "
+        if not (Path(run.path) / "predictions").is_dir():
+            warnings.warn(f"{run.path}/predictions: not there (they are not committed), so no "
                           "predictions are drawn. Evaluate the run again (`xmask evaluate`).",
                           stacklevel=3)
             continue
-        if bool(split.synthetic) != bool(run["synthetic"]):
-            raise ValueError(f"{run['run']} was measured on {tables.kind_of(run['synthetic'])} "
-                             f"images, but the {dataset} test set at hand is "
+        if bool(split.synthetic) != bool(run.synthetic):
+            raise ValueError(f"{run.run} was measured on {tables.kind_of(run.synthetic)} images, "
+                             f"but the {run.dataset} test set at hand is "
                              f"{tables.kind_of(split.synthetic)}. Give the data of the run.")
-        folder = out if split.synthetic else Path(run["path"]) / "pictures"
-        figure = figure_predictions(split, run["path"])
-        paths.append(figure.write(folder / f"predictions_{dataset}{ending}"))
+        folder = out if split.synthetic else Path(run.path) / "pictures"
+        figure = figure_predictions(split, run.path)
+        paths.append(figure.write(folder / f"predictions_{run.dataset}{ending}"))
     return paths
 
 
@@ -482,7 +477,3 @@ def _shade_phases(axes: Sequence[Axes], history: pd.DataFrame) -> None:
         axes[0].text((start + end) / 2, 0.98, f"phase {phase}" if wide else f"{phase}",
                      fontsize=7, color="#555555", ha="center", va="top",
                      transform=axes[0].get_xaxis_transform())
-
-
-def _per_image(run: Path) -> pd.DataFrame:
-    return pd.DataFrame(files.read_json(run / "metrics.json")["per_image"])

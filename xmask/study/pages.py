@@ -14,6 +14,7 @@ import pandas as pd
 
 from xmask import files
 from xmask.study.runs import UNKNOWN
+from xmask.study.tables import markdown_table
 
 README = Path("README.md")
 SUMMARY = Path("results") / "demo" / "tables" / "summary.csv"
@@ -37,17 +38,14 @@ def results_block(root: Path, day: str) -> str:
     """The results of README.md, markers included. root: of the repository; day: e.g. 2026-11-22."""
     table = pd.read_csv(root / SUMMARY, dtype=str, keep_default_na=False)
     table = table[~table["dataset"].str.startswith("mean of")]
-    rows = []
+    rows = [list(SHOWN.values())]
     for row in table.to_dict("records"):
-        cells = []
-        for column in SHOWN:
-            spread = row.get(f"std of {column}", "")
-            cells.append((row[column] or UNKNOWN) + (f" ± {spread}" if spread else ""))
-        rows.append("| " + " | ".join(cells) + " |")
-    head = ["| " + " | ".join(cells) + " |" for cells in (SHOWN.values(), ["---"] * len(SHOWN))]
+        spreads = [row.get(f"std of {column}", "") for column in SHOWN]
+        rows.append([(row[column] or UNKNOWN) + (f" ± {spread}" if spread else "")
+                     for column, spread in zip(SHOWN, spreads)])
     return "\n".join([
         BEGIN, f"**Drawn crowds, profile `demo`, as of {day}**, from "
-        f"[`{SUMMARY.as_posix()}`]({SUMMARY.as_posix()}):", "", *head, *rows, END])
+        f"[`{SUMMARY.as_posix()}`]({SUMMARY.as_posix()}):", "", *markdown_table(rows), END])
 
 
 def stored_block(text: str) -> tuple[str, str]:

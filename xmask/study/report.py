@@ -20,14 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
 import pandas as pd
 from PIL import Image
 
 from xmask import files
 from xmask.study import figures, tables
-from xmask.study.runs import UNKNOWN, VARIANTS
-from xmask.tools.overlay import overlay
+from xmask.study.runs import UNKNOWN, VARIANTS, by_dotted_name
 
 MOST_PICTURES = 48  #: images of one run that are pictured: those with the largest error
 _WIDE = 440  # px of one picture in the browser of images; truth and prediction stand side by side
@@ -149,15 +147,12 @@ def _splits_to_picture(runs: pd.DataFrame, datasets: Callable[[str], Any] | None
     """{run: test split}: of each dataset the run that the figures show, if its predictions are on
     disk and its images may be shown."""
     found: dict[str, Any] = {}
-    order = runs[runs["variant"] == "xmask"].sort_values(
-        ["percent", "seed"], ascending=[False, True], kind="stable")
-    for (_, synthetic), group in order.groupby(["dataset", "synthetic"], sort=False):
-        run = group.iloc[0]
-        wanted = datasets is not None and (synthetic or pictures)
-        if wanted and (Path(run["path"]) / "predictions").is_dir():
-            split = datasets(run["path"])
-            if split is not None and bool(split.synthetic) == bool(synthetic):
-                found[run["run"]] = split
+    for run in figures.pictured(runs).itertuples():
+        wanted = datasets is not None and (run.synthetic or pictures)
+        if wanted and (Path(run.path) / "predictions").is_dir():
+            split = datasets(run.path)
+            if split is not None and bool(split.synthetic) == bool(run.synthetic):
+                found[run.run] = split
     real = set(runs.loc[~runs["synthetic"], "run"])
     if pictures and real and not real & set(found):
         warnings.warn("pictures of photographs were asked for, but no run has both its "
@@ -170,6 +165,7 @@ def _run(run: Any, split: Any | None) -> dict[str, Any]:
     """What the page says of a run: its images, the worst first, its facts and its settings."""
     config, metrics = (Path(run.path) / name for name in ("config.json", "metrics.json"))
     content = files.read_json(config)
+    settings = _texts(content.pop("config"))
     facts = {"folder": run.path,
              "measured on": f"{run.images} test images, "
                             + tables.crowds_of(pd.Series([run.synthetic])),
@@ -183,8 +179,7 @@ def _run(run: Any, split: Any | None) -> dict[str, Any]:
         "name": run.run, "pictured": split is not None,
         "label": f"{tables.title(run.dataset, run.synthetic)}, {run.percent:g}% labelled, "
                  f"{VARIANTS.get(run.variant, run.variant)}, seed {run.seed}",
-        "facts": facts | _flat({key: one for key, one in content.items() if key != "config"}),
-        "settings": _flat(content["config"]),
+        "facts": facts | _texts(content), "settings": settings,
         "images": [_image(image, run, split if place < MOST_PICTURES else None)
                    for place, image in enumerate(images.to_dict("records"))]}
 
@@ -200,28 +195,18 @@ def _image(image: dict[str, Any], run: Any, split: Any | None) -> dict[str, Any]
 
 def _picture(split: Any, run: Any, name: str) -> dict[str, Any]:
     """Truth and prediction of an image side by side."""
-    sample = split[list(split.ids).index(name)]
-    shape = sample.image.shape[:2]
-    labels, points = figures.read_prediction(Path(run.path), name, shape)
-    truth = np.zeros(shape, np.int32) if sample.instances is None else sample.instances
-    pair = [overlay(sample.image, truth, sample.points), overlay(sample.image, labels, points)]
-    height = round(_WIDE * shape[0] / shape[1])
+    sample, *pair, heads = figures.painted(split, run.path, name)
+    height = round(_WIDE * sample.image.shape[0] / sample.image.shape[1])
     both = Image.new("RGB", (2 * _WIDE + 6, height), "white")
     for place, half in zip((0, _WIDE + 6), pair):
         both.paste(Image.fromarray(half).resize((_WIDE, height), Image.Resampling.LANCZOS),
                    (place, 0))
     return {"source": _jpeg(both), "width": both.width, "height": both.height,
-            "alt": f"{name}: left {len(sample.points)} true heads, right {len(points)} predicted"}
+            "alt": f"{name}: left {len(sample.points)} true heads, right {heads} predicted"}
 
 
-def _flat(value: dict, prefix: str = "") -> dict[str, str]:
-    """Nested fields by dotted name, as text."""
-    flat: dict[str, str] = {}
-    for name, inner in value.items():
-        if isinstance(inner, dict) and inner:
-            flat |= _flat(inner, f"{prefix}{name}.")
-        elif isinstance(inner, list):
-            flat[f"{prefix}{name}"] = f"{len(inner)}: {', '.join(map(str, inner))}"
-        else:
-            flat[f"{prefix}{name}"] = inner if isinstance(inner, str) else json.dumps(inner)
-    return flat
+def _texts(settings: dict) -> dict[str, str]:
+    """Nested settings by dotted name, as text."""
+    return {name: f"{len(value)}: {', '.join(map(str, value))}" if isinstance(value, list)
+            else value if isinstance(value, str) else json.dumps(value)
+            for name, value in by_dotted_name(settings).items()}

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -25,7 +26,7 @@ from tqdm.auto import tqdm
 from xmask import files, provenance
 from xmask.config import Config, preset
 from xmask.presets import ABLATIONS, DATASETS, PERCENTS
-from xmask.study import steps
+from xmask.study import steps, tables
 
 NOTEBOOKS = Path("notebooks")
 # bytes: the C library (glibc; others ignore it) keeps freed memory for the next step instead of
@@ -39,7 +40,7 @@ class Step:
     """One execution of a notebook.
 
     inputs: names of the steps that must be done before. fingerprint: what the notebook's results
-    depend on, called once they are. outputs: its files, called when it has run.
+    depend on, called once they are. outputs: its files, or folders of them.
     """
 
     name: str
@@ -47,24 +48,23 @@ class Step:
     parameters: dict
     inputs: list[str] = field(default_factory=list)
     fingerprint: Callable[[], str] = lambda: ""
-    outputs: Callable[[], list[Path]] = list
+    outputs: list[Path] = field(default_factory=list)
 
     @property
     def source(self) -> Path:
         return NOTEBOOKS / self.notebook
 
+    def made(self) -> list[Path]:
+        """Every file of its outputs, once it has run."""
+        return [path for output in self.outputs
+                for path in (sorted(output.rglob("*")) if output.is_dir() else [output])
+                if not path.is_dir()]
 
-def plan(
-    profile: str,
-    *,
-    data: str = "",
-    sam: str = "",
-    datasets: tuple[str, ...] = DATASETS,
-    percents: tuple[int, ...] = PERCENTS,
-    seeds: tuple[int, ...] = (1,),
-    extras: bool = True,
-    overrides: dict[str, object] | None = None,
-) -> list[Step]:
+
+def plan(profile: str, *, data: str = "", sam: str = "",
+         datasets: tuple[str, ...] = DATASETS, percents: tuple[int, ...] = PERCENTS,
+         seeds: tuple[int, ...] = (1,), extras: bool = True,
+         overrides: dict[str, object] | None = None) -> list[Step]:
     """All steps of a study, inputs before what needs them.
 
     extras: also supervised-only runs on the first dataset and, on its middle percentage, the
@@ -93,15 +93,13 @@ def _mask_steps(runs: list[tuple[Config, str]], settings: dict) -> Iterator[Step
     for run, variant in runs:
         users.setdefault(steps.mask_folder(run), []).append((run, variant))
     for folder, using in users.items():
-        run, variant = using[0]
-        percents = sorted({user.percent for user, _ in using})
-        table = steps.results_folder(run.profile) / "masks" / folder.name / "masks.csv"
+        (run, variant), users_of_it = using[0], [user for user, _ in using]
         yield Step(
             f"masks {folder.name}", "10_masks.ipynb",
-            settings | {"dataset": run.dataset, "percents": percents, "variant": variant},
-            fingerprint=partial(_masks_fingerprint, [user for user, _ in using],
-                                settings["data"]),
-            outputs=partial(list, [table]))
+            settings | {"dataset": run.dataset, "variant": variant,
+                        "percents": sorted({user.percent for user in users_of_it})},
+            fingerprint=partial(_masks_fingerprint, users_of_it, settings["data"]),
+            outputs=[steps.results_folder(run.profile) / "masks" / folder.name / "masks.csv"])
 
 
 def _run_steps(runs: list[tuple[Config, str]], settings: dict) -> Iterator[Step]:
@@ -115,10 +113,10 @@ def _run_steps(runs: list[tuple[Config, str]], settings: dict) -> Iterator[Step]
             inputs.append(f"train {full[run.dataset, run.percent, run.seed]}")
         yield Step(f"train {run.run}", "11_train.ipynb", arguments, inputs,
                    partial(steps.train_fingerprint, run, data),
-                   partial(list, [folder / name for name in steps.TRAINED]))
+                   [folder / name for name in steps.TRAINED])
         yield Step(f"evaluate {run.run}", "12_evaluate.ipynb", arguments, [f"train {run.run}"],
                    partial(steps.evaluation_fingerprint, run, data),
-                   partial(list, [folder / "metrics.json"]))
+                   [folder / "metrics.json"])
 
 
 def _report_steps(runs: list[Config], common: dict, compared: dict | None) -> Iterator[Step]:
@@ -132,7 +130,7 @@ def _report_steps(runs: list[Config], common: dict, compared: dict | None) -> It
         ("tables", "20_tables.ipynb", steps.results_folder(profile) / "tables"),
         ("figures", "21_figures.ipynb", Path("figures") / profile),
     ):
-        yield Step(title, notebook, last, evaluated, fingerprint, partial(_all_in, folder))
+        yield Step(title, notebook, last, evaluated, fingerprint, [folder])
     if compared:
         yield Step("ablations", "22_ablations.ipynb", last | compared, evaluated, fingerprint)
 
@@ -144,6 +142,7 @@ def _masks_fingerprint(users: list[Config], data: str) -> str:
 
 def _report_fingerprint(inputs: list[Path]) -> str:
     return provenance.fingerprint(("xmask.study.tables", "xmask.study.figures"),
+                                  tables.read_published().to_csv(),
                                   [files.sha256(path) for path in inputs])
 
 
@@ -151,10 +150,6 @@ def _cells(notebook: Path) -> list[str]:
     """What a notebook does: its code, not its prose."""
     cells = files.read_json(notebook)["cells"]
     return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-
-
-def _all_in(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 # -- running -------------------------------------------------------------------------------
@@ -175,7 +170,8 @@ def run(profile: str, *, data: str = "", jobs: int | None = None, **narrowed) ->
         jobs = 1 if steps.device().type == "cuda" or not threads else max(1, cores // threads)
     begun = time.time()
     with files.lock(steps.work_folder(profile)):
-        for dataset in {s.parameters["dataset"]: 0 for s in planned if "dataset" in s.parameters}:
+        for dataset in dict.fromkeys(step.parameters["dataset"] for step in planned
+                                     if "dataset" in step.parameters):
             steps.data_root(profile, dataset, data, jobs=jobs)
         failed = Runner(profile, jobs, config.machine.threads).run(planned)
     minutes = (time.time() - begun) / 60
@@ -268,7 +264,7 @@ class Runner:
         if code:
             tail = "\n".join(log.read_text(encoding="utf-8").splitlines()[-12:])
             raise StepFailed(f"{tail}\n  log: {log}\n  notebook as far as it came: {executed}")
-        provenance.write_stamp(stamp, fingerprint, [executed, *step.outputs()])
+        provenance.write_stamp(stamp, fingerprint, [executed, *step.made()])
         return f"{time.time() - begun:.0f} s"
 
     def _stop(self) -> None:
@@ -287,11 +283,10 @@ def compare_with_committed(results: Path) -> str:
     """One line: how many tables equal those committed in git, and what differs in the others."""
     folder = results / "tables"
     try:
-        listed = subprocess.run(["git", "ls-tree", "--name-only", "HEAD", f"{folder.as_posix()}/"],
-                                capture_output=True, check=False, encoding="utf-8")
-    except OSError:
-        return "reproduced: no git here to ask for the committed tables"
-    committed = {Path(line) for line in listed.stdout.splitlines() if line.endswith(".csv")}
+        listed = _git("ls-tree", "--name-only", "HEAD", f"{folder.as_posix()}/").decode()
+    except (OSError, subprocess.CalledProcessError):  # no git, no clone, no commit
+        return "reproduced: no git commit here to compare the tables with"
+    committed = {Path(line) for line in listed.splitlines() if line.endswith(".csv")}
     made = set(folder.glob("*.csv"))
     verdicts = {path: _difference(path) if path in committed & made else
                 "is not committed" if path in made else "was not made"
@@ -302,10 +297,13 @@ def compare_with_committed(results: Path) -> str:
 
 
 def _difference(path: Path) -> str:
-    shown = subprocess.run(["git", "show", f"HEAD:./{path.as_posix()}"], capture_output=True,
-                           check=True)
-    if shown.stdout == path.read_bytes():
+    ours, theirs = path.read_bytes(), _git("show", f"HEAD:./{path.as_posix()}")
+    if ours == theirs:
         return ""
-    ours, theirs = path.read_text().splitlines(), shown.stdout.decode().splitlines()
-    lines = sum(a != b for a, b in zip(ours, theirs)) + abs(len(ours) - len(theirs))
-    return f"differs in {lines} of {len(theirs)} lines"
+    pairs = list(zip_longest(ours.splitlines(), theirs.splitlines()))
+    return (f"differs in {sum(a != b for a, b in pairs)} of "
+            f"{len(theirs.splitlines())} lines")
+
+
+def _git(*arguments: str) -> bytes:
+    return subprocess.run(["git", *arguments], capture_output=True, check=True).stdout

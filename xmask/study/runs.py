@@ -10,6 +10,7 @@ import json
 import math
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,43 +102,43 @@ def _fraction(content: Any, file: Path, name: str) -> float:
     return value
 
 
+_OF_MASKS = {  # column -> field of metrics.json, whose section is null without truth masks
+    **{name: f"segmentation.{name}" for name in ("mean_iou", "ap50", "pq", "aji")},
+    "disc_mean_iou": "baselines.fixed_disc.mean_iou",
+    "exclusive_disc_mean_iou": "baselines.exclusive_disc.mean_iou"}
+
+
 def _read_run(path: Path) -> dict[str, Any]:
     file, config_file = path / "metrics.json", path / "config.json"
     if not config_file.exists():
         raise FileNotFoundError(f"{config_file}: missing, so nothing says what this run was. "
                                 "Restore it, or delete the run folder and train again.")
     metrics, config = files.read_json(file), files.read_json(config_file)
+    known, share = partial(_field, metrics, file), partial(_fraction, metrics, file)
     row: dict[str, Any] = {"run": path.name, "path": str(path)}
     kinds = {"profile": str, "dataset": str, "percent": float, "seed": int, "variant": str,
              "synthetic": bool, "selection": str}
     for name, kind in kinds.items():
-        row[name] = _field(metrics, file, name, kind)
+        row[name] = known(name, kind)
         if _field(config, config_file, name, kind) != row[name]:
             raise ValueError(f"{file}: field '{name}' is {row[name]!r}, but config.json beside it "
                              f"says {config[name]!r}. {AGAIN}")
     if row["selection"] not in SELECTIONS:
         raise ValueError(f"{file}: field 'selection' is {row['selection']!r}, and must be one of "
                          f"{', '.join(SELECTIONS)}. {AGAIN}")
-    row["images"] = _field(metrics, file, "images", int)
-    for name in ("mae", "rmse"):
-        row[name] = _field(metrics, file, f"counting.{name}", float)
-    segmentation = _field(metrics, file, "segmentation", (dict, type(None)))
-    for name in ("mean_iou", "ap50", "pq", "aji"):
-        row[name] = (math.nan if segmentation is None
-                     else _fraction(metrics, file, f"segmentation.{name}"))
-    for sigma in sorted(_field(metrics, file, "localization", dict), key=float):
+    row |= {"images": known("images", int), "mae": known("counting.mae", float),
+            "rmse": known("counting.rmse", float)}
+    for sigma in sorted(known("localization", dict), key=float):
         for name in ("precision", "recall", "f1"):
-            row[f"{name}_{sigma}"] = _fraction(metrics, file, f"localization.{sigma}.{name}")
-    row["constant_mae"] = _field(metrics, file, "baselines.constant_count.mae", float)
+            row[f"{name}_{sigma}"] = share(f"localization.{sigma}.{name}")
+    row["constant_mae"] = known("baselines.constant_count.mae", float)
     row["constant_rmse"] = (  # runs evaluated by an earlier version have none
-        _field(metrics, file, "baselines.constant_count.rmse", float)
+        known("baselines.constant_count.rmse", float)
         if "rmse" in metrics["baselines"]["constant_count"] else math.nan)
-    for column, name in (("disc_mean_iou", "fixed_disc"),
-                         ("exclusive_disc_mean_iou", "exclusive_disc")):
-        disc = _field(metrics, file, f"baselines.{name}", (dict, type(None)))
-        row[column] = (math.nan if disc is None
-                       else _fraction(metrics, file, f"baselines.{name}.mean_iou"))
-    for image in _field(metrics, file, "per_image", list):
+    for column, name in _OF_MASKS.items():
+        unknown = known(name.rpartition(".")[0], (dict, type(None))) is None
+        row[column] = math.nan if unknown else share(name)
+    for image in known("per_image", list):
         for name in ("true_count", "count"):
             _field(image, file, name, float)
     return row | _conditions(config, config_file)
@@ -175,6 +176,15 @@ def _check_runs(runs: pd.DataFrame, folder: Path) -> None:
                 raise ValueError(f"{folder}: {listing(group['run'])} differ in '{name}' "
                                  f"({listing(group[name])}), so their mean would be of unlike "
                                  "things. Run them alike, or move some to another profile.")
+
+
+def by_dotted_name(settings: dict, prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one level: {"loss.tau": 0.6, ...}; an empty section stays a value."""
+    flat: dict[str, Any] = {}
+    for name, inner in settings.items():
+        flat |= (by_dotted_name(inner, f"{prefix}{name}.") if isinstance(inner, dict) and inner
+                 else {f"{prefix}{name}": inner})
+    return flat
 
 
 def listing(values: pd.Series) -> str:

@@ -55,9 +55,8 @@ def check_parameters(inputs: Sequence[str]) -> None:
     """
     known = _assigned(inputs[1])
     for cell in inputs[2:]:
-        if not cell.lstrip().startswith("# Parameters"):  # papermill's injected cell
-            continue
-        for name in sorted(_assigned(cell) - known):
+        injected = cell.lstrip().startswith("# Parameters")  # by papermill
+        for name in sorted(_assigned(cell) - known) if injected else ():
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise ValueError(
@@ -74,16 +73,8 @@ def _assigned(cell: str) -> set[str]:
     }
 
 
-def configure(
-    profile: str,
-    dataset: str,
-    percent: int,
-    seed: int,
-    *,
-    variant: str = "xmask",
-    sam: str = "",
-    overrides: dict[str, object] | None = None,
-) -> Config:
+def configure(profile: str, dataset: str, percent: int, seed: int, *, variant: str = "xmask",
+              sam: str = "", overrides: dict[str, object] | None = None) -> Config:
     """The configuration of a run from a notebook's parameters; sam: path of a SAM checkpoint."""
     changes = dict(overrides or {})
     if sam:
@@ -149,9 +140,9 @@ def open_train(config: Config, data: str = ""):
     return _open(config.profile, config.dataset, data, "train", config.max_side)
 
 
-def open_test(profile: str, dataset: str, data: str = "", max_side: int | None = None):
-    """The test images of a dataset, a sequence of `Sample`."""
-    return _open(profile, dataset, data, "test", max_side)
+def open_test(config: Config, data: str = ""):
+    """The test images of a configuration, a sequence of `Sample`."""
+    return _open(config.profile, config.dataset, data, "test", config.max_side)
 
 
 def test_images_of(run: str | Path, data: str = ""):
@@ -160,7 +151,7 @@ def test_images_of(run: str | Path, data: str = ""):
     config = from_dict(files.read_json(Path(run) / "config.json")["config"])
     if config.profile != "demo" and not data:
         return None
-    return open_test(config.profile, config.dataset, data, config.max_side)
+    return open_test(config, data)
 
 
 # -- masks ---------------------------------------------------------------------------------
@@ -173,11 +164,10 @@ def mask_options(config: Config) -> dict[str, bool]:
 
 def mask_folder(config: Config) -> Path:
     """One folder per dataset, image size and way of making masks, for all percentages and seeds."""
-    names = [f"no-{name}" for name, on in mask_options(config).items() if not on]
+    names = [config.dataset, *(f"no-{name}" for name, on in mask_options(config).items() if not on)]
     if config.max_side is not None:
         names.append(f"max-{config.max_side}")
-    label = "-".join([config.dataset, *names])
-    return work_folder(config.profile) / "masks" / label
+    return work_folder(config.profile) / "masks" / "-".join(names)
 
 
 def make_masks(config: Config, indices: list[int], data: str = "", *,
@@ -230,20 +220,16 @@ def train_fingerprint(config: Config, data: str = "") -> str:
         _training(config), config.to_dict(), _segmenter(config.masks.segmenter),
         open_train(config, data).checksum(), labelled(config, data), device().type,
         files.sha256(weights) if weights.is_file() else "",
-        _test_of(config, data).checksum() if selecting else "")
+        open_test(config, data).checksum() if selecting else "")
 
 
 def evaluation_fingerprint(config: Config, data: str = "") -> str:
     """What an evaluation depends on, as a digest: its training and the test images."""
     return provenance.fingerprint(CODE["evaluation"], train_fingerprint(config, data),
-                                  _test_of(config, data).checksum())
+                                  open_test(config, data).checksum())
 
 
 _segmenter = cache(segmenters.describe)  # a checkpoint of gigabytes is read once
-
-
-def _test_of(config: Config, data: str):
-    return open_test(config.profile, config.dataset, data, config.max_side)
 
 
 def stamp_of(step: str, config: Config) -> Path:
@@ -277,7 +263,7 @@ def _fit(config: Config, data: str, masks: Path, fingerprint: str, progress: boo
     score = None
     if config.selection == "best-on-test":
         def score(network):
-            return evaluation.count_error(network, _test_of(config, data), config.evaluation)
+            return evaluation.count_error(network, open_test(config, data), config.evaluation)
 
     keep = Kept if config.machine.cache_images else (lambda images: images)
     images = keep(dataset)
@@ -286,14 +272,8 @@ def _fit(config: Config, data: str, masks: Path, fingerprint: str, progress: boo
     for stale in ("metrics.json", "model.safetensors"):  # of an earlier configuration or code
         (folder / stale).unlink(missing_ok=True)
     files.write_json(folder / "config.json", {
-        "profile": config.profile,
-        "dataset": config.dataset,
-        "percent": config.percent,
-        "seed": config.seed,
-        "variant": config.variant,
-        "synthetic": dataset.synthetic,
+        **evaluation.identity(config, dataset.synthetic),
         "backbone": {"name": config.network.backbone, "initialisation": trainer.initialisation},
-        "selection": config.selection,
         "segmenter": _segmenter(config.masks.segmenter),
         "code": _code(_training(config)),
         "versions": provenance.versions(),
@@ -320,7 +300,7 @@ def evaluate(config: Config, data: str = "", *, progress: bool = True) -> dict:
             network, _, _ = models.load_network(folder / "model.safetensors", device())
             if config.machine.threads:
                 torch.set_num_threads(config.machine.threads)
-            result = evaluation.evaluate(network, _test_of(config, data), config, folder,
+            result = evaluation.evaluate(network, open_test(config, data), config, folder,
                                          progress=progress)
             files.write_json(folder / "metrics.json", result | {"code": _code(CODE["evaluation"])})
             provenance.write_stamp(stamp, fingerprint, [folder / "metrics.json"])

@@ -14,6 +14,7 @@ import pandas as pd
 
 from xmask import files
 from xmask.study import tables
+from xmask.study.runs import by_dotted_name
 
 
 def grid(**values: list) -> Iterator[dict[str, object]]:
@@ -39,18 +40,10 @@ def table(results: str | Path, fields: list[str]) -> pd.DataFrame:
     runs = tables.load_runs(results)
     rows = []
     for run in runs.itertuples():
-        config = files.read_json(Path(run.path) / "config.json")["config"]
-        rows.append({"run": run.run} | {name: _field(config, name, run.run) for name in fields}
-                    | {"mae": run.mae, "rmse": run.rmse, "mean_iou": run.mean_iou,
-                       "synthetic": run.synthetic})
-    return pd.DataFrame(rows).sort_values([*fields, "run"], ignore_index=True)
-
-
-def _field(config: dict, name: str, run: str) -> object:
-    value = config
-    for part in name.split("."):
-        if not isinstance(value, dict) or part not in value:
-            raise ValueError(f"{name}: the configuration of {run} has no such field; see "
+        settings = by_dotted_name(files.read_json(Path(run.path) / "config.json")["config"])
+        for name in set(fields) - set(settings):
+            raise ValueError(f"{name}: the configuration of {run.run} has no such field; see "
                              "`xmask.config.Config` for the names")
-        value = value[part]
-    return value
+        rows.append({"run": run.run} | {name: settings[name] for name in fields})
+    found = pd.DataFrame(rows).join(runs[["mae", "rmse", "mean_iou", "synthetic"]])
+    return found.sort_values([*fields, "run"], ignore_index=True)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -74,8 +74,7 @@ class Table:
 
     def markdown(self) -> str:
         """Caption, text cells as a Markdown table, and the runs."""
-        rows = [list(self.text.columns), ["---"] * self.text.shape[1], *self.text.values.tolist()]
-        lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+        lines = markdown_table([list(self.text), *self.text.values.tolist()])
         return "\n".join([self.caption, "", *lines, "", f"Runs: {', '.join(self.runs)}", ""])
 
     def __repr__(self) -> str:
@@ -85,23 +84,27 @@ class Table:
 
     def latex(self) -> str:
         """Caption, label and text cells as a LaTeX table; comments name the runs."""
-        rows = [" & ".join(_latex(cell) for cell in row) + r" \\"
-                for row in [list(self.text.columns), *self.text.values.tolist()]]
-        return "\n".join([
-            "% needs \\usepackage{booktabs}", *(f"% run: {run}" for run in self.runs),
-            r"\begin{table}", r"\centering", rf"\caption{{{_latex(self.caption)}}}",
-            rf"\label{{tab:{self.name}}}", rf"\begin{{tabular}}{{{'l' * self.text.shape[1]}}}",
-            r"\toprule", rows[0], r"\midrule", *rows[1:], r"\bottomrule",
-            r"\end{tabular}", r"\end{table}", ""])
+        styled = self.text.style.hide(axis="index").format(_latex).format_index(_latex, axis=1)
+        table = styled.to_latex(
+            column_format="l" * self.text.shape[1], position_float="centering", hrules=True,
+            caption=_latex(self.caption), label=f"tab:{self.name}")
+        return "\n".join(["% needs \\usepackage{booktabs}",
+                          *(f"% run: {run}" for run in self.runs), table])
 
     def write(self, out: str | Path) -> list[Path]:
         """Write `<name>.csv`, `.md` and `.tex` into `out`; each appears whole or not at all."""
-        paths = []
-        for suffix, content in ((".csv", self.csv()), (".md", self.markdown()),
-                                (".tex", self.latex())):
-            paths.append(Path(out) / f"{self.name}{suffix}")
-            files.write_text(paths[-1], content)
-        return paths
+        written = {Path(out) / f"{self.name}.csv": self.csv(),
+                   Path(out) / f"{self.name}.md": self.markdown(),
+                   Path(out) / f"{self.name}.tex": self.latex()}
+        for path, content in written.items():
+            files.write_text(path, content)
+        return list(written)
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table; the first row holds the headings."""
+    ruled = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in ruled]
 
 
 LATEX = {"\\": r"\textbackslash{}", "—": "---", "±": r"$\pm$", "~": r"\textasciitilde{}",
@@ -139,9 +142,7 @@ def _table(name: str, caption: str, rows: list[dict], columns: list[str],
     frame = pd.DataFrame(numbers)
     for heading in ("seeds", "labelled %"):  # whole numbers stay whole beside an unknown
         if heading in frame:
-            frame[heading] = [None if value in (None, "unknown") else value
-                              for value in frame[heading]]
-            frame[heading] = pd.to_numeric(frame[heading]).convert_dtypes()
+            frame[heading] = pd.to_numeric(frame[heading], errors="coerce").convert_dtypes()
     caption = _caption(caption, runs)
     if any(SECONDARY in text for row in texts for text in row.values()):
         caption += " Secondary: see the source; not checked where it was published."
@@ -161,11 +162,12 @@ def _selection(runs: pd.DataFrame) -> str:
 
 
 def _caption(what: str, runs: pd.DataFrame) -> str:
-    selection = {"last": "last (the final checkpoint, nothing chosen on test images)",
-                 "best-on-test": "best-on-test (checkpoint chosen by its MAE on the test images)"}
+    how = {"last": "the final checkpoint, nothing chosen on test images",
+           "best-on-test": "checkpoint chosen by its MAE on the test images"}
+    selection = _selection(runs)
     return (f"{what} Profile {runs['profile'].iloc[0]}; "
             f"measured on {crowds_of(runs['synthetic'])}; selection: "
-            f"{selection[_selection(runs)]}; backbone {listing(runs['backbone'])}, "
+            f"{selection} ({how[selection]}); backbone {listing(runs['backbone'])}, "
             f"initialisation {listing(runs['initialisation'])}; "
             f"segmenter {listing(runs['segmenter'])}. ± is the sample standard deviation over "
             f"seeds. {UNKNOWN}: unknown or not applicable.")
@@ -216,7 +218,7 @@ def read_published() -> pd.DataFrame:
 
 class Measure(NamedTuple):
     """A column family: heading, column of `load_runs`, factor, decimals, metric in published.csv,
-    and whether every run has the same value (a baseline: then no ± is shown)."""
+    and whether it is a baseline, of which one number is shown where all runs have the same."""
 
     heading: str
     column: str
@@ -229,9 +231,9 @@ class Measure(NamedTuple):
         """Mean and spread over the runs of a group; None where nothing is known."""
         if self.column not in group:
             return None
-        values = group[self.column]
-        if self.same:  # one number, not a mean with ± 0.0; the last bits may differ
-            values = values.round(9).drop_duplicates()
+        values = group[self.column].dropna()
+        if self.same and values.round(9).nunique() == 1:  # the last bits may differ
+            values = values[:1]
         return measured(values, scale=self.scale, digits=self.digits)
 
 
@@ -353,24 +355,24 @@ def _published_rows(dataset: str, percents: pd.Series, columns: dict[str, str]) 
         return []
     table = read_published()
     table = table[table["dataset"] == dataset]
-    rows: dict[tuple[str, str], dict] = {}
+    wanted = {*table["labelled_percent"], *(f"{value:g}" for value in percents)} - {""}
+    ours = pd.DataFrame({"labelled_percent": sorted(wanted), "method": "XMask", "venue": "ECCV'26"})
+    lines = pd.concat([table[table["metric"].isin(list(columns))], ours])
+    rows = []
+    for (percent, method), group in lines.groupby(["labelled_percent", "method"], sort=False):
+        known = group.dropna()
+        rows.append({
+            "dataset": title(dataset), "labelled %": percent or "unknown",
+            "method": f"{method} (published)", "venue": group["venue"].iloc[0], "images": "real",
+            "longer side": "", "seeds": None, "runs": [],
+            "source": "; ".join(known["source"].unique()),
+            "cells": {columns[line.metric]: _as_printed(line) for line in known.itertuples()}})
+    return rows
 
-    def row_of(percent: str, method: str, venue: str) -> dict:
-        return rows.setdefault((percent, method), {
-            "dataset": title(dataset), "labelled %": percent, "method": f"{method} (published)",
-            "venue": venue, "images": "real", "longer side": "", "seeds": None,
-            "cells": {}, "source": "", "runs": []})
 
-    for line in table[table["metric"].isin(list(columns))].itertuples():
-        row = row_of(line.labelled_percent or "unknown", line.method, line.venue)
-        mark = SECONDARY if line.source.startswith("secondary") else ""
-        row["cells"][columns[line.metric]] = Cell(float(line.value), math.nan, line.value + mark)
-        if line.source not in row["source"]:
-            row["source"] += ("; " if row["source"] else "") + line.source
-    stated = [percent for percent in table["labelled_percent"] if percent]
-    for percent in {*stated, *(f"{value:g}" for value in percents)}:
-        row_of(percent, "XMask", "ECCV'26")
-    return list(rows.values())
+def _as_printed(line: Any) -> Cell:
+    mark = SECONDARY if line.source.startswith("secondary") else ""
+    return Cell(float(line.value), math.nan, line.value + mark)
 
 
 def summary_table(runs: pd.DataFrame) -> Table:
@@ -380,8 +382,8 @@ def summary_table(runs: pd.DataFrame) -> Table:
     Mean IoU / mean IoU of discs: above 1 is better than equal discs at the same points, once
     whole and once exclusive.
     """
-    runs = runs[runs["variant"].isin(main_variants(runs))]
-    runs = runs.assign(
+    order = main_variants(runs)
+    runs = runs[runs["variant"].isin(order)].assign(
         mae_ratio=(runs["mae"] / runs["constant_mae"]).where(runs["constant_mae"] > 0),
         **{f"{column}_ratio": (runs["mean_iou"] / runs[column]).where(runs[column] > 0)
            for column in DISCS})
@@ -393,11 +395,9 @@ def summary_table(runs: pd.DataFrame) -> Table:
                 *(Measure(f"mean IoU % of {discs}", column, 100.0)
                   for column, discs in DISCS.items()), *ratios[1:]]
     rows = []
-    for _, group in sorted(
-            runs.groupby(["synthetic", "percent", "variant"], sort=False), key=lambda item: (
-                not item[0][0], item[0][1], main_variants(runs).index(item[0][2]))):
-        kept = ("dataset", "labelled %", "method", "images", "seeds", "cells", "runs")
-        method = f"{VARIANTS.get(group['variant'].iloc[0], group['variant'].iloc[0])} (ours)"
+    for (_, _, variant), group in sorted(
+            runs.groupby(["synthetic", "percent", "variant"], sort=False),
+            key=lambda item: (not item[0][0], item[0][1], order.index(item[0][2]))):
         parts = [(group[group["dataset"] == dataset], measures)
                  for dataset in ordered(group["dataset"], DATASETS)]
         if len(parts) > 1:  # the spread between datasets is no spread between seeds
@@ -405,11 +405,13 @@ def summary_table(runs: pd.DataFrame) -> Table:
                                   .mean()])
             parts.append((group, []))
         for part, shown in parts:
-            row = _row(part, method, part["seed"].nunique(), shown)
+            row = _row(part, f"{VARIANTS.get(variant, variant)} (ours)", part["seed"].nunique(),
+                       shown)
             if not shown:
                 row["dataset"] = f"mean of {len(parts) - 1} datasets"
                 row["cells"] = _cells(ratios, means, row["images"])
-            rows.append({name: row[name] for name in kept})
+            rows.append({name: row[name] for name in row
+                         if name not in ("venue", "longer side", "source")})
     caption = ("Summary: our numbers against the baselines. MAE / constant count: below 1 beats "
                "the best single number for all images. Mean IoU / discs: above 1 beats discs. "
                f"{_DISCS_EXPLAINED} The mean over datasets is of the ratios.")

@@ -26,7 +26,7 @@ from xmask.provenance import digest
 from xmask.trainer import Trainer
 
 HISTORY = ("step", "epoch", "phase", "loss", "labelled", "unlabelled", "weight", "p2r",
-           "exclusivity", "constraint", "consistency")
+           "exclusivity", "constraint", "point_mask")
 
 # The fields of the configuration that phase 1 does not read. Runs that differ in these only share
 # the state at its end. A field that is not listed, so a new one too, keeps runs apart.
