@@ -10,6 +10,7 @@ import copy
 import json
 import os
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -142,6 +143,9 @@ def _resume(
         if not path.is_file():
             continue
         try:
+            with zipfile.ZipFile(path) as archive:  # torch does not compare the checksums in it
+                if wrong := archive.testzip():
+                    raise ValueError(f"{wrong} has another checksum than the file says")
             found = torch.load(path, map_location="cpu", weights_only=True)
             if found["fingerprint"] != wanted:
                 if path == checkpoint:  # made by other code, data or configuration
