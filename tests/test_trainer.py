@@ -17,8 +17,14 @@ from xmask.trainer import Trainer, learning_rates, phase_of, unlabelled_weight
 
 TINY = {
     "seed": 3,  # with it, some cells are points in phase 2: without any, nothing is learnt there
+    "network.backbone": "slim",
+    "network.weights": "random",
+    "network.freeze_norm": False,
     "network.channels": 8,
     "optimisation.batch": 2,
+    "optimisation.lr": 3e-3,
+    "optimisation.encoder_lr": 3e-3,
+    "optimisation.phase2_encoder_lr": 1e-3,
     "optimisation.crop": 32,
     "schedule.phase1": 3,
     "schedule.phase2": 5,
