@@ -61,7 +61,7 @@ def kill_and_compare(name: str, place: Path, *, kills: int, seed: int) -> dict:
     away whenever a run has come to its end and kills are left.
     Returns how many kills there were, and what was lost of finished images or differs.
     """
-    rng = random.Random(seed)
+    rng = random.Random(f"{name} {seed}")
     command = _command(name, place)
     begun = time.monotonic()
     subprocess.run([*command, str(place / "whole")], check=True, capture_output=True)
@@ -85,7 +85,8 @@ def kill_and_compare(name: str, place: Path, *, kills: int, seed: int) -> dict:
         if process.returncode:
             raise RuntimeError(errors.decode())
         found = results(out)
-        different += [path for path in {*whole, *found} if whole.get(path) != found.get(path)]
+        different += [f"{name} in {out.name}" for name in {*whole, *found}
+                      if whole.get(name) != found.get(name)]
         ends += 1
         if done >= kills:
             return {"kills": done, "ends": ends, "lost": lost, "different": different}
@@ -142,12 +143,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    rows = []
+    rows, faults = [], []
     with tempfile.TemporaryDirectory() as place:
         place = Path(place)
         for name in ("masks", "predict"):
             (place / name).mkdir()
             one = kill_and_compare(name, place / name, kills=options.kills // 2, seed=options.seed)
+            faults += one["lost"] + one["different"]
             rows.append((f"`xmask {name}` killed by SIGKILL at random moments", f"{one['kills']} "
                          f"kills, {one['ends']} whole runs",
                          f"{len(one['lost'])} results lost, {len(one['different'])} files differ "
@@ -165,7 +167,7 @@ def main(arguments: list[str] | None = None) -> None:
     head, tail = page.split(begin)[0], page.split(end)[1]
     files.write_text(PAGE, head + begin + table + end + tail)
     print(table)
-    print(json.dumps({"written": str(PAGE)}))
+    print(json.dumps({"written": str(PAGE), "faults": faults}))
 
 
 if __name__ == "__main__":

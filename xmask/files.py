@@ -27,6 +27,7 @@ from PIL import Image
 HIDDEN = ".xmask"  # folder within an output folder: its record, its lock, notes of commands
 _RECORD = {"record of": "xmask", "version": 1}  # first line of .xmask/record.jsonl
 _NOBODYS = {HIDDEN, ".ds_store", "thumbs.db", "desktop.ini"}  # a folder with only these is empty
+_ABANDONED = 3600.0  # seconds after which a half-written file is nobody's, whoever wrote it
 _NEEDED = 64 << 20  # bytes: with less disk space than that, no work is begun
 _log = logging.getLogger("xmask")
 
@@ -45,7 +46,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     folder = OutputFolder.around(path)
     if folder:
         folder.make_way(path)
-    temporary = path.with_name(f".partial-{secrets.token_hex(6)}{path.suffix}")
+    temporary = path.with_name(f".partial-{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # opened so, and not by tempfile, the file gets the permissions that the umask asks for
@@ -239,6 +240,8 @@ class OutputFolder:
         (self.path / HIDDEN).mkdir(parents=True, exist_ok=True)
         self._stack.enter_context(lock(self.path, self.wait))
         _begin_record(self.path)
+        for place in (self.path, *(p for p in (self.path / HIDDEN).glob("**/") if p.is_dir())):
+            _remove_abandoned(place)
         return self.join()
 
     def join(self) -> OutputFolder:
@@ -372,6 +375,30 @@ def _begin_record(folder: Path) -> None:
     content = path.read_bytes()
     if not content.endswith(b"\n"):
         os.truncate(path, content.rfind(b"\n") + 1)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Half-written files of processes that were killed; a worker of theirs may live a little."""
+    for half in folder.glob(".partial-*"):
+        writer = re.match(r"\.partial-(\d+)-", half.name)
+        try:
+            if (time.time() - half.stat().st_mtime > _ABANDONED
+                    or (writer and not _is_alive(int(writer[1])))):
+                half.unlink()
+        except FileNotFoundError:  # its process has just finished it
+            continue
+
+
+def _is_alive(process: int) -> bool:
+    if os.name != "posix":
+        return True  # asking would end it
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _is_nobodys(path: Path) -> bool:

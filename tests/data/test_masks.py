@@ -364,3 +364,13 @@ def test_a_label_map_holds_65535_heads_at_most(tmp_path):
     table = pd.DataFrame({"head": np.arange(65536)})
     with pytest.raises(ValueError, match="65536 heads do not fit"):
         store._write_masks(tmp_path, "x", np.zeros((2, 2), np.int32), table)
+
+
+def test_a_half_written_file_of_a_dead_process_is_removed_at_once(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    halves = [tmp_path / f".partial-{pid}-0a1b2c3d.png" for pid in (dead.pid, os.getpid())]
+    for half in halves:
+        half.write_bytes(b"half")
+    masks(tmp_path, ClassicalSegmenter(), indices=[1])
+    assert [half.exists() for half in halves] == [False, True]

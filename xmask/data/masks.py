@@ -37,7 +37,6 @@ except ImportError:  # Windows does not tell a process its peak memory
     resource = None
 
 _NOTE_EVERY = 10.0  # seconds between two writes of a growing manifest
-_ABANDONED = 3600.0  # seconds after which a half-written file is nobody's
 _OWN_FILES = ("manifest", "times", "coco", "worst")  # beside the masks; no image's names
 _PROGRESS = ("images", "failed", "todo")  # of a manifest; the rest is what masks depend on
 _COUNTS = ("sources", "flags", "repairs")  # what the manifest counts for every image
@@ -247,13 +246,6 @@ class _Manifest:
     def _read(self) -> dict[str, Any]:
         """What the folder's manifest says; {} where there is none, or a damaged one, whose masks
         are removed, because nobody knows of what they are."""
-        for half in self.folder.path.glob(".partial-*"):
-            try:
-                abandoned = time.time() - half.stat().st_mtime > _ABANDONED
-            except FileNotFoundError:  # its process has just finished it
-                continue
-            if abandoned:  # by a process that was killed
-                half.unlink(missing_ok=True)
         path = self.folder.path / "manifest.json"
         if self.folder.is_listed(path) and path.is_file():
             try:
