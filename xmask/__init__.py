@@ -1,11 +1,11 @@
 """XMask: masks for every person of a crowd from dots, counting and segmenting from few labels.
 
 A companion to "Exclusivity-Guided Mask Learning for Semi-Supervised Crowd Instance Segmentation
-and Counting" (arXiv 2603.16241). The modules, in the order in which data flows: `data` (readers,
-synthetic crowds), `nnec` (exclusion circles), `segmenters` and `edp_sam` (dots to masks), `model`,
-`losses`, `trainer` (learning), `decode` (network output to points and masks), `evaluate`,
-`metrics`, `report` (tables and figures), `study` (the steps that notebooks call); and `predict`,
-one's own photos: `xmask.load().predict("photo.jpg")`.
+and Counting" (arXiv 2603.16241). The modules here are the method, in the order in which data flows:
+`nnec` (exclusion circles), `segmenters` and `edp_sam` (dots to masks), `model`, `features`,
+`losses`, `trainer` (learning), `decode` (network output to points and masks), `metrics`, and
+`predict`, one's own photos: `xmask.load().predict("photo.jpg")`. Readers are in `data`, drawn
+crowds in `synthetic`, the study's steps, tables and figures in `study`.
 """
 
 import importlib.metadata
