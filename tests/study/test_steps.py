@@ -214,3 +214,15 @@ def test_masks_of_other_code_are_made_anew(inside, monkeypatch):
     monkeypatch.setattr(provenance, "code", lambda *names: "other")
     steps.make_masks(config, chosen, "data", progress=False)
     assert first.stat().st_mtime_ns > made
+
+
+@pytest.mark.parametrize("content", [None, "{}", '{"mine": 1}', "text"])
+def test_a_run_folder_with_files_of_the_user_is_left_alone(content, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(FileExistsError, match="no config.json of a run.*nothing was written"):
+        steps._check_run_folder(tmp_path)
+    (tmp_path / "config.json").write_text('{"config": {}, "profile": "demo", "data": {}}')
+    steps._check_run_folder(tmp_path)
+    steps._check_run_folder(tmp_path / "new")

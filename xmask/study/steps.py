@@ -245,17 +245,32 @@ def train(config: Config, data: str = "", *, progress: bool = True) -> Path:
 
     Returns the folder. A run that is complete and whose inputs, configuration and code are
     unchanged is left alone; one that was interrupted goes on from its checkpoint.
-    Raises ValueError, naming the other process, where one trains the same run.
+    Raises ValueError, naming the other process, where one trains the same run, and
+    FileExistsError where the folder holds files and is no run folder.
     """
     folder, stamp = run_folder(config), stamp_of("train", config)
     fingerprint = train_fingerprint(config, data)
     if provenance.is_done(stamp, fingerprint):
         return folder
+    _check_run_folder(folder)
     with files.lock(folder, wait=PATIENCE):
         masks = make_masks(config, labelled(config, data), data, progress=progress)
         _fit(config, data, masks, fingerprint, progress)
         provenance.write_stamp(stamp, fingerprint, [folder / name for name in TRAINED])
     return folder
+
+
+def _check_run_folder(folder: Path) -> None:
+    """A run folder's record is its config.json: without one, files in it are the user's."""
+    others = [path.name for path in sorted(folder.glob("*")) if path.name != files.HIDDEN]
+    try:
+        ours = {"config", "profile", "data"} <= set(files.read_json(folder / "config.json"))
+    except (OSError, ValueError):
+        ours = False
+    if others and not ours:
+        raise FileExistsError(
+            f"{folder}: holds {others[0]} but no config.json of a run, so these files are not "
+            "this package's, and nothing was written. Move them elsewhere, then run it again")
 
 
 def _fit(config: Config, data: str, masks: Path, fingerprint: str, progress: bool) -> None:
