@@ -13,8 +13,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 STUDY = """
-import sys
+import signal
 from xmask.study import reproduce
+# as in a terminal: what a script starts in the background begins deaf to SIGINT
+signal.signal(signal.SIGINT, signal.default_int_handler)
 reproduce.NOTEBOOKS = reproduce.Path(".")
 steps = [reproduce.Step(f"sleep {n}", "sleep.ipynb", {"name": n}) for n in "ab"]
 print(reproduce.Runner("demo", 2, 1).run(steps), flush=True)
