@@ -102,9 +102,9 @@ def read_state(path: Path) -> dict[str, Tensor]:
 def copy_weights(body: nn.Module, state: dict[str, Tensor], complaint: str) -> None:
     """Copy a state dict of timm or torchvision into timm's model or its extractor.
 
-    state: tensors by name, each of the shape that `body` has. Layers that `body` lacks, such as
-    the classifier, are left out. Raises ValueError, `complaint` first, for a layer that `state`
-    lacks or has in another shape.
+    state: tensors by name, of any shape. Layers that `body` lacks, such as the classifier, are
+    left out. Raises ValueError, `complaint` first, for a layer that `state` lacks or has in
+    another shape.
     """
     ours = body.state_dict()
     if "_conv_stem.weight" in state:  # the package's own names, in timm's order
