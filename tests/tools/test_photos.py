@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -262,3 +263,17 @@ def test_names_that_look_like_our_own_are_names(tmp_path, scene, model):
     assert not any(row.error for row in rows) and len({row.name for row in rows}) == 5
     again = photos.run(photos.find([tmp_path]), model, tmp_path / "out", progress=False)
     assert again == rows
+
+
+def test_a_bad_photo_does_not_take_the_row_of_another_one_of_its_name(tmp_path):
+    for folder in "AB":
+        (tmp_path / folder).mkdir()
+    Image.fromarray(draw_scene(1, shape=(96, 128), people=5).image).save(tmp_path / "A" / "x.png")
+    (tmp_path / "B" / "x.png").write_bytes(b"no image")
+    out = str(tmp_path / "out")
+    assert main(["predict", str(tmp_path / "A" / "x.png"), "--out", out]) == 0
+    assert main(["predict", str(tmp_path / "B" / "x.png"), "--out", out]) == 1
+    rows = pd.read_csv(tmp_path / "out" / "counts.csv")
+    assert rows["error"].isna().tolist() == [True, False]
+    assert [Path(name).parent.name for name in rows["image"]] == ["A", "B"]
+    assert len(json.loads((tmp_path / "out" / "coco.json").read_text())["images"]) == 1

@@ -245,11 +245,11 @@ class _Results:
 
     def write_tables(self, failed: list[Row]) -> None:
         """counts.csv and coco.json, of all results and of what failed in this call."""
-        rows = {row.name: row for row in failed}
-        for path in (self.place / "notes").glob("*.json"):
-            if path.stem not in rows and (note := self._note(path.stem)):
-                rows[path.stem] = Row(**note["row"])
-        rows = [rows[name] for name in sorted(rows)]
+        lost = {os.fspath(Path(row.image).absolute()) for row in failed}
+        notes = (self._note(path.stem) for path in (self.place / "notes").glob("*.json"))
+        kept = [note["row"] for note in notes if note and note["source"] not in lost]
+        rows = [*failed, *(Row(**row) for row in kept)]
+        rows.sort(key=lambda row: (row.name, row.image))
         table = pd.DataFrame(rows, columns=[field.name for field in dataclasses.fields(Row)])
         table = table.astype(dict.fromkeys(("count", "width", "height"), "Int64"))
         files.write_text(self.folder.path / "counts.csv",
