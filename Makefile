@@ -55,7 +55,7 @@ reproduce: setup
 	  $(if $(filter no,$(EXTRAS)),--no-extras)
 
 test: check
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 check: setup
 	$(BIN)/ruff check --quiet .

@@ -141,13 +141,6 @@ def test_what_is_no_stored_configuration_is_refused(values, message):
         from_dict(values)
 
 
-@pytest.mark.parametrize("images, steps", [(300, 19), (1201, 76), (2272, 142), (1, 1)])
-def test_an_epoch_is_one_pass_over_all_training_images(images, steps):
-    assert config.steps_per_epoch(BASE.schedule, BASE.optimisation.batch, images) == steps
-    short = override(BASE, {"schedule.steps_per_epoch": 3})
-    assert config.steps_per_epoch(short.schedule, 16, images) == 3
-
-
 def test_a_run_is_named_after_its_split_seed_and_variant():
     made = Config(profile="demo", dataset="jhu", percent=5, seed=3)
     assert made.run == "jhu-5-s3" and override(made, {"variant": "x1"}).run == "jhu-5-s3-x1"

@@ -17,8 +17,8 @@ except importlib.metadata.PackageNotFoundError:  # a folder of sources that was 
 
 
 def load(weights=None, device=None):
-    """A model ready to predict, see `xmask.tools.models.load`: the small one of the package, or the
-    one in a file or run folder."""
+    """A model ready to predict, see `xmask.tools.models.load`: the one of the package, the one of
+    drawn crowds ("drawn"), or the one in a file or run folder."""
     from xmask.tools.models import load as load_  # here, so that `import xmask` stays light
 
     return load_(weights, device)

@@ -282,12 +282,6 @@ def override(config: AnySection, changes: dict[str, Any]) -> AnySection:
     return type(config)(**values)
 
 
-def steps_per_epoch(schedule: Schedule, batch: int, images: int) -> int:
-    """Steps of an epoch: as set, else one pass over all `images` training images in batches, the
-    last of which may be smaller (release: 19, 76 and 142 on SHA, QNRF and JHU)."""
-    return schedule.steps_per_epoch or -(-images // batch)
-
-
 def _names(kind: type[Section]) -> list[str]:
     """Dotted names of all values of a section and of the sections in it."""
     names = []

@@ -24,7 +24,7 @@ from xmask import files
 
 ROOT = Path(__file__).parents[1]  # the folder that holds `xmask`
 _PACKAGES = ("torch", "torchvision", "numpy", "scipy", "scikit-image", "pillow", "pandas",
-             "segment-anything")
+             "segment-anything", "timm")
 # Their values stand in each step's configuration: another profile's values change no step.
 _LEFT_OUT = ("xmask.config", "xmask.presets")
 

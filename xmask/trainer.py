@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from xmask import decode, losses, model, nnec
-from xmask.config import Config, Schedule, steps_per_epoch
+from xmask.config import Config, Schedule
 from xmask.data.sample import Sample
 from xmask.data.transforms import Batch, Crops, collate
 from xmask.features import upsample
@@ -98,7 +98,8 @@ class Trainer:
                  "augmentation": config.augmentation}
         self.labelled = Crops(labelled, **crops, strong=False)
         self.unlabelled = Crops(unlabelled, **crops, strong=True) if len(unlabelled) else None
-        self.steps = steps_per_epoch(config.schedule, o.batch, len(unlabelled) or len(labelled))
+        whole_pass = -(-(len(unlabelled) or len(labelled)) // o.batch)
+        self.steps = config.schedule.steps_per_epoch or whole_pass
         self._batches: Iterator[tuple[Batch, Batch | None]] | None = None
 
     @property

@@ -9,6 +9,7 @@ from safetensors.torch import load
 
 import xmask
 from xmask import files
+from xmask.data.training_images import Kept
 from xmask.synthetic import draw_scene
 from xmask.tools import learn
 
@@ -124,7 +125,7 @@ def test_only_the_last_images_are_kept_in_memory():
             reads.append(position)
             return learn.Sample(np.zeros((10, 10, 3), np.uint8), np.zeros((0, 2)))
 
-    recent = learn.Recent(Images(), limit=5 * 300)
+    recent = Kept(Images(), limit=5 * 300)
     for _ in range(2):
         for position in (*range(50), 49, 48, 47):
             assert recent[position].shape == (10, 10)

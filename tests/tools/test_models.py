@@ -219,3 +219,8 @@ def test_a_configuration_that_asks_for_gigabytes_is_refused_before_they_are_made
     values["network"]["channels"] = 4096
     with pytest.raises(ValueError, match=r"model.safetensors: .*tensor .*asks for \(4096"):
         xmask.load(exported(run, tmp_path, config=json.dumps(values)), "cpu")
+
+
+def test_the_model_of_drawn_crowds_has_a_name():
+    record = xmask.load("drawn", "cpu").record
+    assert record["trained_on"]["synthetic"] and record["file"] == models.BUNDLED.name

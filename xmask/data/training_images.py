@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -53,15 +55,27 @@ class BareImages(Sequence):
 
 
 class Kept(Sequence):
-    """Images of a sequence, each read once and then kept in memory."""
+    """Images of a sequence, the last ones read kept in memory, up to `limit` bytes of pixels and
+    label maps: with a limit, a folder of any size trains in the same memory."""
 
-    def __init__(self, images: Sequence[Sample]):
-        self.images, self.samples = images, {}
+    def __init__(self, images: Sequence[Sample], limit: float = math.inf):
+        self.images, self.limit, self.held = images, limit, 0
+        self.samples: OrderedDict[int, Sample] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, position: int) -> Sample:
-        if position not in self.samples:
-            self.samples[position] = self.images[position]
-        return self.samples[position]
+        if position in self.samples:
+            self.samples.move_to_end(position)
+            return self.samples[position]
+        sample = self.images[position]
+        self.samples[position] = sample
+        self.held += _size(sample)
+        while self.held > self.limit:
+            self.held -= _size(self.samples.popitem(last=False)[1])
+        return sample
+
+
+def _size(sample: Sample) -> int:
+    return sample.image.nbytes + (0 if sample.instances is None else sample.instances.nbytes)

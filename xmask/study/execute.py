@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import sys
+import tempfile
 import threading
 
 
@@ -28,12 +29,18 @@ def end_with_input() -> None:
 def main(source: str, target: str, parameters: str) -> None:
     """Execute the notebook `source` into `target`; parameters: a JSON object."""
     end_with_input()
-    from papermill import (
-        execute_notebook,  # takes a second, in which the watch is on already
-    )
+    # these take a second, in which the watch is on already
+    from papermill import execute_notebook
+    from traitlets.config import Config
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    execute_notebook(source, target, json.loads(parameters), progress_bar=False, log_output=True)
+    with tempfile.TemporaryDirectory() as place:
+        # Kernels that start at the same time can choose the same ports, and then one of them never
+        # answers. Sockets in a folder of their own cannot meet, and no port is open; Windows has
+        # none.
+        own = {"transport": "ipc", "ip": f"{place}/kernel"} if os.name == "posix" else {}
+        execute_notebook(source, target, json.loads(parameters), progress_bar=False,
+                         log_output=True, config=Config({"KernelManager": own}))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,13 +18,14 @@ from xmask.config import Config
 from xmask.data.masks import mask_dataset
 from xmask.data.own_photos import OwnPhotos, read_folder
 from xmask.data.sample import Sample
-from xmask.data.training_images import BareImages, MaskedImages
+from xmask.data.training_images import BareImages, Kept, MaskedImages
 from xmask.study import training
 from xmask.tools import models
 from xmask.trainer import Trainer
 
-__all__ = ["Recent", "configure", "learn", "read_folder"]
+__all__ = ["configure", "learn", "read_folder"]
 _log = logging.getLogger("xmask")
+_CACHE = 256 << 20  # bytes of photos kept in memory
 
 
 def configure(overrides: dict[str, object] | None = None, *, seed: int = 1) -> Config:
@@ -34,33 +34,6 @@ def configure(overrides: dict[str, object] | None = None, *, seed: int = 1) -> C
     overrides: fields by dotted name. The configuration names no dataset of the study.
     """
     return config.preset("photo", "synthetic", 100, seed=seed, overrides=overrides)
-
-
-class Recent(Sequence):
-    """Images of a sequence, the last ones read kept in memory, up to `limit` bytes of pixels and
-    label maps: a folder of any size trains in the same memory."""
-
-    def __init__(self, images: Sequence[Sample], limit: int = 256 << 20):
-        self.images, self.limit, self.held = images, limit, 0
-        self.samples: OrderedDict[int, Sample] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, position: int) -> Sample:
-        if position in self.samples:
-            self.samples.move_to_end(position)
-            return self.samples[position]
-        sample = self.images[position]
-        self.samples[position] = sample
-        self.held += _size(sample)
-        while self.held > self.limit:
-            self.held -= _size(self.samples.popitem(last=False)[1])
-        return sample
-
-
-def _size(sample: Sample) -> int:
-    return sample.image.nbytes + (0 if sample.instances is None else sample.instances.nbytes)
 
 
 def learn(dotted: OwnPhotos, bare: OwnPhotos, out: str | os.PathLike, settings: Config, *,
@@ -88,14 +61,14 @@ def _learn(dotted: OwnPhotos, bare: OwnPhotos, folder: files.OutputFolder, setti
     out = folder.path
     model, record = out / "model.safetensors", out / "config.json"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    opened = segmenters.open_segmenter(segmenter, str(device))
+    described = segmenters.describe(segmenter)
     shipped = models.load(device="cpu") if start else None
     initialisation = (f"weights of the package (sha256 {shipped.record['sha256'][:12]})"
                       if shipped else "")
-    code = provenance.code("xmask.trainer", "xmask.edp_sam", "xmask.data.own_photos")
     checksum = provenance.digest(dotted.checksum(), bare.checksum())
-    fingerprint = provenance.digest(checksum, opened.describe(), initialisation, code,
-                                    settings.to_dict(), device.type)
+    fingerprint = provenance.fingerprint(
+        ("xmask.study.training", "xmask.data.masks", "xmask.data.own_photos"), checksum, described,
+        initialisation, settings.to_dict(), device.type)
     if folder.is_intact(model) and folder.is_intact(record) and (
             files.read_json(record).get("fingerprint") == fingerprint):
         return out  # finished before
@@ -104,11 +77,12 @@ def _learn(dotted: OwnPhotos, bare: OwnPhotos, folder: files.OutputFolder, setti
         _log.warning("left out: %s", message)
     if not len(dotted):
         raise ValueError("no photo with dots can be read; see above")
+    opened = segmenters.open_segmenter(segmenter, device)
     masks = mask_dataset(dotted, range(len(dotted)), opened, out / "masks", progress=progress,
                          depends={"code": provenance.code("xmask.edp_sam")})
     labelled = MaskedImages(dotted, list(range(len(dotted))), masks, dotted.ids)
-    trainer = Trainer(settings, Recent(labelled), BareImages(Recent(_Both(dotted, bare))),
-                      device=device)
+    trainer = Trainer(settings, Kept(labelled, _CACHE),
+                      BareImages(Kept(_Both(dotted, bare), _CACHE)), device=device)
     if shipped:
         try:
             for network in (trainer.student, trainer.teacher):
@@ -125,7 +99,7 @@ def _learn(dotted: OwnPhotos, bare: OwnPhotos, folder: files.OutputFolder, setti
         "backbone": {"name": settings.network.backbone,
                      "initialisation": trainer.initialisation},
         "start": shipped.record["sha256"] if shipped else None,
-        "selection": settings.selection, "segmenter": opened.describe(),
+        "selection": settings.selection, "segmenter": described,
         "versions": provenance.versions(), "device": device.type,
         "data": {"checksum": checksum, "labelled": dotted.ids, "unlabelled": len(bare),
                  "left_out": damaged + more},

@@ -31,7 +31,8 @@ def load(weights: str | os.PathLike | None = None, device: str | torch.device | 
          ) -> Predictor:
     """A model ready to predict.
 
-    weights: None for the small model of the package; a file made by `xmask export`; or a run
+    weights: None for the model of the package; "drawn" for the one of drawn crowds (as yet the
+        package has no other: both are the same); a file made by `xmask export`; or a run
         folder (`results/<profile>/runs/<run>`), finished or still training.
     device: "cpu", "cuda", ...; None takes CUDA where there is one.
     The record of the result: `file`, `sha256` (of the weights), `backbone`, `initialisation`,
@@ -40,7 +41,7 @@ def load(weights: str | os.PathLike | None = None, device: str | torch.device | 
     Raises FileNotFoundError or ValueError, naming file and remedy.
     """
     device = _device(device)
-    path = Path(weights) if weights is not None else BUNDLED
+    path = BUNDLED if weights in (None, "drawn") else Path(weights)
     if path.is_dir() or path.name == "checkpoint.pt":
         folder = path if path.is_dir() else path.parent
         network, config, record = _read_run(folder)
