@@ -27,7 +27,7 @@ def test_output_is_a_logit_and_a_unit_embedding_per_cell_of_stride_four(config):
 
 def test_the_encoder_is_vgg16_bn():
     theirs = vgg16_bn(weights=None).eval()
-    ours = model.Encoder("vgg16_bn")
+    ours = model.Encoder(PAPER)
     for module in theirs.modules():  # statistics of their own, so that none is left out unseen
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1)
@@ -59,7 +59,7 @@ def test_backbones_but_vgg_give_strides_8_16_and_32_and_all_are_fused(backbone, 
 
 @pytest.mark.parametrize("backbone", ["vgg16_bn", "tf_efficientnet_lite0"])
 def test_images_are_scaled_as_the_backbone_expects(backbone):
-    encoder = model.Encoder(backbone)
+    encoder = model.Encoder(Network(backbone=backbone))
     seen = []
     encoder.body.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     encoder(torch.stack([torch.zeros(3, 32, 32), torch.ones(3, 32, 32)]))
@@ -80,21 +80,44 @@ def test_a_backbone_that_cannot_be_used_is_refused(backbone, message):
         model.XMask(Network(backbone=backbone))
 
 
-@pytest.mark.parametrize("config", [SLIM, LITE])
-@pytest.mark.parametrize("frozen", [False, True])
-def test_frozen_batchnorm_keeps_its_statistics_and_the_weights_learn(config, frozen):
-    config = Network(backbone=config.backbone, channels=16, weights="random", freeze_norm=frozen)
+def with_statistics(network):
+    """The same network, BatchNorm as after some training."""
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.normal_(module.bias, 0, 0.1)
+    return network
+
+
+@pytest.mark.parametrize("backbone", [
+    "slim", "tf_efficientnet_lite0", "resnet18", "vgg16_bn", "mobilenetv3_small_050"])
+def test_folded_batchnorm_gives_the_same_maps(backbone, tmp_path):
+    plain = with_statistics(model.Encoder(Network(backbone=backbone))).eval()
+    torch.save(plain.body.state_dict(), tmp_path / "weights.pth")
+    config = Network(backbone=backbone, fold_norm=True)
+    folded = model.Encoder(config, str(tmp_path / "weights.pth"))
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in folded.modules())
+    image = torch.rand(2, 3, 64, 96)
+    for mine, theirs in zip(folded.train()(image), plain(image), strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-4 * theirs.abs().max().item())
+
+
+@pytest.mark.parametrize("backbone, last", [
+    ("tf_efficientnet_lite0", "blocks.1.1.conv_pwl"), ("resnet18", "layer1.1.conv2"),
+    ("vgg16_bn", "features_20"), ("slim", "features_20")])
+def test_the_first_layers_keep_their_weights_and_the_others_learn(backbone, last):
+    config = Network(backbone=backbone, channels=16, fold_norm=True, freeze_stride=4)
     network = model.XMask(config)
-    for part in network.children():
-        part.train(True)
-    before = copy.deepcopy(network.state_dict())
-    network(torch.rand(2, 3, 64, 64)).embedding.sum().backward()
-    changed = {name for name, value in network.state_dict().items()
-               if not torch.equal(value, before[name])}
-    assert any(name.startswith("encoder") for name in changed) is not frozen
-    assert any(name.startswith("mask_head") for name in changed)  # it has no statistics to keep
-    assert all(p.grad is not None for p in network.encoder.parameters())
-    assert network.encoder.training and not network.eval().encoder.training
+    assert network.encoder.frozen[-1] == f"{last}.bias"
+    for _ in range(2):  # frozen in one phase, free in the next
+        network.encoder.requires_grad_(False).requires_grad_(True)
+    network(torch.rand(2, 3, 64, 64)).logits.sum().backward()
+    frozen = set(network.encoder.frozen)
+    assert all((p.grad is None) is (name in frozen)
+               for name, p in network.encoder.body.named_parameters())
+    assert copy.deepcopy(network).encoder.frozen == network.encoder.frozen
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (32, 64), (33, 95)])

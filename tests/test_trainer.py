@@ -19,7 +19,8 @@ TINY = {
     "seed": 3,  # with it, some cells are points in phase 2: without any, nothing is learnt there
     "network.backbone": "slim",
     "network.weights": "random",
-    "network.freeze_norm": False,
+    "network.fold_norm": False,
+    "network.freeze_stride": 0,
     "network.channels": 8,
     "optimisation.batch": 2,
     "optimisation.lr": 3e-3,

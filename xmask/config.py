@@ -88,7 +88,10 @@ class Network(Section):
     # "imagenet", "random", or the path of the backbone's state dict
     weights: Annotated[
         Text, Field(description="imagenet, random or a file's path")] = "imagenet"
-    freeze_norm: bool = False  # the encoder's BatchNorm keeps its statistics: for small batches
+    # BatchNorm of the encoder is folded into its convolutions: for small batches, and faster
+    fold_norm: bool = False
+    # the encoder's layers up to its map of this stride keep their first weights; 0: all learn
+    freeze_stride: Literal[0, 4, 8] = 0
 
 
 class Masks(Section):
@@ -169,6 +172,7 @@ class Augmentation(Section):
     contrast: Share = 0.4
     saturation: Share = 0.4
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.1  # share of the colour circle
+    labelled_jitter: Share = 0.0  # the same four of labelled crops, times this (ours; paper: none)
     grey: Share = 0.25  # probability
     blur: Share = 0.8  # probability
     blur_min: PositiveAmount = 0.1  # sigma, px
@@ -202,6 +206,13 @@ class Optimisation(Section):
     ascending = (("scale_min", "scale_max"),)
 
 
+class Calibration(Section):
+    """Labelled images that training does not see: they set the count's threshold and interval."""
+
+    held_out: Share = 0.0  # of the labelled images; 0: no calibration, as in the paper
+    coverage: Annotated[float, Field(gt=0, lt=1)] = 0.9  # of the count's interval
+
+
 class Machine(Section):
     """What does not belong to the method but to where it runs."""
 
@@ -233,6 +244,7 @@ class Config(Section):
     schedule: Schedule = Schedule()
     augmentation: Augmentation = Augmentation()
     optimisation: Optimisation = Optimisation()
+    calibration: Calibration = Calibration()
     machine: Machine = Machine()
 
     @property

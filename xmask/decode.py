@@ -35,12 +35,15 @@ class Prediction:
     points: (N, 2) float32 (x, y) px, all points that take part in masks. scores: (N,) float32,
     their probabilities. instances: (H, W) int32 label map, value k belongs to points[k - 1].
     counted: (N,) bool, True where the point is a counted head; the others keep their masks.
+    low, high: interval of the count where the model is calibrated, else None.
     """
 
     points: np.ndarray
     scores: np.ndarray
     instances: np.ndarray
     counted: np.ndarray
+    low: int | None = None
+    high: int | None = None
 
     @property
     def heads(self) -> np.ndarray:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from timm.models import vgg
 from torch import Tensor, nn
+from torch.nn.utils import fusion
 
 from xmask.config import Network
 from xmask.pretrained import initialise
@@ -37,9 +38,10 @@ class Output:
 class XMask(nn.Module):
     """Image batch (B, 3, H, W), float in 0..1, H and W multiples of 32 -> `Output`."""
 
-    def __init__(self, config: Network):
+    def __init__(self, config: Network, weights: str = "random"):
+        """weights: how the encoder starts, as of `xmask.pretrained.initialise`."""
         super().__init__()
-        self.encoder = Encoder(config.backbone, config.freeze_norm)
+        self.encoder = Encoder(config, weights)
         c = config.channels
         self.fusion = Fusion(self.encoder.channels, c)
         self.decoder = nn.Sequential(
@@ -62,16 +64,17 @@ class XMask(nn.Module):
 class Encoder(nn.Module):
     """A backbone of timm without its classifier: one map per stride, finest first.
 
-    Strides 8 and 16 of a VGG, as in the paper; 8, 16 and 32 of any other. Raises ValueError for a
-    backbone that timm does not know, or that lacks maps of those strides for any image size.
+    Strides 8 and 16 of a VGG, as in the paper; 8, 16 and 32 of any other. initialisation: how it
+    started, in words. Raises ValueError for a backbone that timm does not know, or that lacks maps
+    of those strides for any image size, and the errors of `xmask.pretrained.initialise`.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, backbone: str, freeze_norm: bool = False):
+    def __init__(self, config: Network, weights: str = "random"):
         super().__init__()
-        self.freeze_norm = freeze_norm
+        backbone = config.backbone
         strides = (8, 16) if backbone == "slim" or backbone.startswith("vgg") else (8, 16, 32)
         with torch.device("meta"):  # takes no memory: only the shapes of its maps are wanted
             probe = _create(backbone).eval()
@@ -88,17 +91,20 @@ class Encoder(nn.Module):
         scale = getattr(self.body, "pretrained_cfg", _IMAGENET)
         for name in ("mean", "std"):
             self.register_buffer(name, torch.tensor(scale[name]).view(3, 1, 1), persistent=False)
+        self.initialisation = initialise(self.body, backbone, weights)
+        if config.fold_norm:
+            _fold_norm(self.body)
+        self.frozen = _first_layers(self.body, config.freeze_stride)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Maps (B, C_i, H / stride_i, W / stride_i) of images (B, 3, H, W) in 0..1."""
         return self.body((images - self.mean) / self.std)
 
-    def train(self, mode: bool = True) -> Encoder:
-        """With `freeze_norm`, BatchNorm keeps using its stored statistics while weights learn."""
-        super().train(mode)
-        for module in self.modules():
-            if self.freeze_norm and isinstance(module, nn.BatchNorm2d):
-                module.eval()
+    def requires_grad_(self, requires_grad: bool = True) -> Encoder:
+        """As of any module, but the layers that `freeze_stride` names never learn."""
+        super().requires_grad_(requires_grad)
+        for name in self.frozen:
+            self.body.get_parameter(name).requires_grad_(False)
         return self
 
 
@@ -116,6 +122,36 @@ def _create(backbone: str, out_indices: tuple[int, ...] | None = None) -> Any:
     if backbone.startswith("vgg"):
         options |= _NO_CLASSIFIER
     return timm.create_model(backbone, pretrained=False, features_only=True, **options)
+
+
+def _fold_norm(body: nn.Module) -> None:
+    """Fold every BatchNorm, with the statistics it has, into the convolution before it: the same
+    maps with less work, and weights that learn in small batches without statistics of them."""
+    for parent in list(body.modules()):
+        layers = list(parent.named_children())
+        for (first, convolution), (second, norm) in zip(layers, layers[1:]):
+            if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                folded = fusion.fuse_conv_bn_eval(convolution.eval(), norm.eval())
+                setattr(parent, first, folded)
+                # timm's BatchNormAct2d holds the activation too
+                setattr(parent, second, getattr(norm, "act", nn.Identity()))
+
+
+def _first_layers(body: Any, stride: int) -> list[str]:
+    """Names of the parameters up to the backbone's map of a stride, in its order; 0: none."""
+    if stride == 0:
+        return []
+    last = next(m["module"] for m in body.feature_info.info if m["reduction"] == stride)
+    if last not in dict(body.named_modules()):
+        last = last.replace(".", "_")  # as timm's flattened extractors have it
+    names, reached = [], False
+    for name, module in body.named_modules():
+        inside = name == last or name.startswith(f"{last}.")
+        if reached and not inside:
+            break
+        reached |= inside
+        names += [f"{name}.{weight}" for weight, _ in module.named_parameters(recurse=False)]
+    return names
 
 
 class Fusion(nn.Module):
@@ -173,8 +209,8 @@ def build(config: Network) -> tuple[XMask, str]:
 
     Raises the errors of `Encoder` and of `xmask.pretrained.initialise`.
     """
-    network = XMask(config)
-    return network, initialise(network.encoder.body, config.backbone, config.weights)
+    network = XMask(config, config.weights)
+    return network, network.encoder.initialisation
 
 
 def pad_to_multiple(images: Tensor) -> Tensor:

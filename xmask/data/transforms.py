@@ -8,7 +8,7 @@ implementation.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -91,15 +91,7 @@ def strong_view(
     import torchvision.transforms.v2.functional as TF  # takes seconds, and only training needs it
 
     if rng.random() < how.jitter:
-        for change, amount in zip(rng.permutation(4), rng.uniform(-1, 1, 4)):
-            if change == 0:
-                image = TF.adjust_brightness(image, 1 + how.brightness * amount)
-            elif change == 1:
-                image = TF.adjust_contrast(image, 1 + how.contrast * amount)
-            elif change == 2:
-                image = TF.adjust_saturation(image, 1 + how.saturation * amount)
-            else:
-                image = TF.adjust_hue(image, how.hue * amount)
+        image = _other_colours(image, rng, how, 1.0)
     if rng.random() < how.grey:
         image = TF.rgb_to_grayscale(image, num_output_channels=3)
     if rng.random() < how.blur:
@@ -111,6 +103,25 @@ def strong_view(
     visible = torch.ones(h, w, dtype=torch.bool)
     visible[y : y + ch, x : x + cw] = False
     return image * visible, visible
+
+
+def _other_colours(
+    image: Tensor, rng: np.random.Generator, how: Augmentation, strength: float
+) -> Tensor:
+    """An image (3, H, W) with brightness, contrast, saturation and hue changed, in random order,
+    by up to `strength` times what the section says."""
+    import torchvision.transforms.v2.functional as TF
+
+    for change, amount in zip(rng.permutation(4), rng.uniform(-strength, strength, 4)):
+        if change == 0:
+            image = TF.adjust_brightness(image, 1 + how.brightness * amount)
+        elif change == 1:
+            image = TF.adjust_contrast(image, 1 + how.contrast * amount)
+        elif change == 2:
+            image = TF.adjust_saturation(image, 1 + how.saturation * amount)
+        else:
+            image = TF.adjust_hue(image, how.hue * amount)
+    return image
 
 
 @dataclass(frozen=True)
@@ -181,6 +192,11 @@ class Crops(Dataset):
         crop = random_crop(self.samples[int(order[position])], self.size, self.scale, rng,
                            self.augmentation.flip)
         if not self.strong:
+            strength = self.augmentation.labelled_jitter
+            if strength and rng.random() < self.augmentation.jitter:
+                view = _other_colours(to_tensor(crop.image), rng, self.augmentation, strength)
+                pixels = (view * 255).round().byte().permute(1, 2, 0)
+                crop = replace(crop, image=np.ascontiguousarray(pixels))
             return crop, None, None
         return crop, *strong_view(to_tensor(crop.image), rng, self.augmentation)
 

@@ -19,7 +19,7 @@ from xmask import files, provenance, segmenters
 from xmask.config import Config, from_dict, preset
 from xmask.data import open_dataset
 from xmask.data.masks import mask_dataset
-from xmask.data.splits import labelled_ids
+from xmask.data.splits import labelled_ids, stratified
 from xmask.data.training_images import BareImages, Kept, MaskedImages
 from xmask.study import evaluate as evaluation
 from xmask.study import training
@@ -182,8 +182,20 @@ def make_masks(config: Config, indices: list[int], data: str = "", *,
 
 
 def labelled(config: Config, data: str = "") -> list[int]:
-    """Indices of the labelled training images of the configuration's split."""
-    return labelled_ids(open_train(config, data), config.percent)
+    """Indices of the labelled images of the configuration's split that training learns from."""
+    kept = set(held_out(config, data))
+    return [i for i in labelled_ids(open_train(config, data), config.percent) if i not in kept]
+
+
+def held_out(config: Config, data: str = "") -> list[int]:
+    """Indices of the labelled images that calibrate the counts: the same share of sparse and
+    dense ones, the same for all seeds. Training may see them as unlabelled ones."""
+    share = config.calibration.held_out
+    if share == 0:
+        return []
+    dataset = open_train(config, data)
+    chosen = labelled_ids(dataset, config.percent)
+    return [chosen[i] for i in stratified(dataset.counts()[chosen], 100 * share, seed=2024)]
 
 
 # -- what steps depend on ------------------------------------------------------------------

@@ -44,6 +44,7 @@ NOT_READ_IN_PHASE_1 = (
     "schedule.phase2", "schedule.phase3", "schedule.mask_warmup", "schedule.ramp_start",
     "optimisation.phase2_lr", "optimisation.phase2_encoder_lr", "optimisation.mask_head_lr",
     "optimisation.phase3_lr", "optimisation.confident",
+    "calibration.coverage",
     "machine.workers", "machine.cache_images", "machine.checkpoint_every",
 )
 # Nor are these before the first unlabelled crop, in the warm-up.
