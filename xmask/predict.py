@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from xmask import config as configuration
 from xmask import decode, model
+from xmask.calibration import Calibration, spread
 from xmask.data.images import read_image, resize_image, resize_labels
 from xmask.data.transforms import to_tensor
 
@@ -32,14 +34,26 @@ TILE, TILE_ACCELERATOR = 1024, 2048
 
 
 def predict_image(network: nn.Module, image: np.ndarray, decoding: configuration.Evaluation, *,
-                  tile: int | None = None) -> decode.Prediction:
+                  calibration: Calibration | None = None, tile: int | None = None
+                  ) -> decode.Prediction:
     """Points, scores, counted heads and label map of one image, at its own resolution.
 
     network: an `xmask.model.XMask` in evaluation mode. image: (H, W, 3) uint8 RGB. decoding: the
-    configuration's section `evaluation`. tile: as in `network_maps`.
+    configuration's section `evaluation`. calibration: gives the count its interval (its threshold
+    is one of `decoding`, see `Calibration.applied`). tile: as in `network_maps`.
     """
     logits, embedding = network_maps(network, image, tile=tile)
-    return decode.predict(logits, embedding, image.shape[:2], decoding, stride=model.STRIDE)
+    found = decode.predict(logits, embedding, image.shape[:2], decoding, stride=model.STRIDE)
+    if calibration is None:
+        return found
+    low, high = calibration.interval(found.count, spread(own_cells(logits, image)))
+    return replace(found, low=low, high=high)
+
+
+def own_cells(logits: Tensor, image: np.ndarray) -> np.ndarray:
+    """Logits of the cells that hold pixels of the image, not of its padding only."""
+    height, width = image.shape[:2]
+    return logits[:-(-height // model.STRIDE), :-(-width // model.STRIDE)].float().cpu().numpy()
 
 
 @torch.inference_mode()
@@ -121,13 +135,16 @@ class Predictor:
     """A trained network on a device. `xmask.load` makes one; call `predict` as often as wanted.
 
     network: the `xmask.model.XMask`, in evaluation mode. config: the `xmask.config.Config` it was
-    trained with. record: what it is, JSON-ready (see `xmask.tools.models.load`). decoding: the
-    thresholds used, `config.evaluation` unless changed.
+    trained with. record: what it is, JSON-ready (see `xmask.tools.models.load`). calibration: of
+    its counts, or None. decoding: the thresholds used, those of `config.evaluation`, calibrated,
+    unless changed.
     """
 
-    def __init__(self, network: nn.Module, config: configuration.Config, record: dict):
+    def __init__(self, network: nn.Module, config: configuration.Config, record: dict,
+                 calibration: Calibration | None = None):
         self.network, self.config, self.record = network, config, record
-        self.decoding = config.evaluation
+        self.calibration = calibration
+        self.decoding = calibration.applied(config.evaluation) if calibration else config.evaluation
 
     @property
     def device(self) -> torch.device:
@@ -157,7 +174,10 @@ class Predictor:
             small = max(round(height * scale), 1), max(round(width * scale), 1)
             found = self.predict(resize_image(pixels, small), tile=tile, name=f"{name}, resized")
             return _enlarged(found, (height, width))
-        return predict_image(self.network, pixels, self.decoding, tile=tile)
+        known = self.calibration  # its interval is one around the count at its threshold
+        if known is not None and known.threshold != self.decoding.count_threshold:
+            known = None
+        return predict_image(self.network, pixels, self.decoding, calibration=known, tile=tile)
 
     def maps(self, image: np.ndarray | str | os.PathLike, *, tile: int | None = None
              ) -> tuple[Tensor, Tensor]:
@@ -184,7 +204,8 @@ def _enlarged(found: decode.Prediction, shape: tuple[int, int]) -> decode.Predic
     factor = np.array(shape[::-1]) / found.instances.shape[::-1]
     points = np.clip((found.points + 0.5) * factor - 0.5, 0, np.array(shape[::-1]) - 1)
     return decode.Prediction(points.astype(np.float32), found.scores,
-                             resize_labels(found.instances, shape), found.counted)
+                             resize_labels(found.instances, shape), found.counted, found.low,
+                             found.high)
 
 
 def _pixels(image: np.ndarray | str | os.PathLike) -> np.ndarray:

@@ -2,8 +2,8 @@
 
 `paper` holds the published values: those that the nine released configurations share are the
 defaults of `xmask.config`, those that vary by dataset and percentage stand here, value by value as
-released. `demo` and `photo` are the same method on EfficientNet-Lite0 with schedules for two CPU cores: one
-on drawn crowds, the other on real photographs.
+released. `demo` and `photo` are the same method on EfficientNet-Lite0 with schedules for two CPU
+cores: one on drawn crowds, the other on real photographs.
 """
 
 from __future__ import annotations

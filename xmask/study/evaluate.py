@@ -7,6 +7,7 @@ fixed radius at the predicted heads, whole or cut where they meet.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,11 @@ import pandas as pd
 from torch import nn
 from tqdm.auto import tqdm
 
-from xmask import decode, files, metrics, nnec
+from xmask import calibration, decode, files, metrics, nnec
+from xmask.calibration import Calibration
 from xmask.config import Config, Evaluation
 from xmask.data.sample import Sample
-from xmask.predict import predict_image
+from xmask.predict import network_maps, own_cells, predict_image
 
 LOCALISATION_SIGMAS = (4, 8)  # px, usual for ShanghaiTech A
 
@@ -29,22 +31,40 @@ def count_error(network: nn.Module, samples, decoding: Evaluation) -> float:
     return float(np.mean(errors))
 
 
+def calibrate(network: nn.Module, samples: Sequence[Sample], config: Config, *,
+              progress: bool = True) -> Calibration:
+    """The calibration of a network by images with points that its training did not see."""
+    bar = tqdm(samples, desc="calibrate", unit="image", total=len(samples), disable=not progress)
+    seen = [(own_cells(network_maps(network.eval(), s.image)[0], s.image), len(s.points))
+            for s in bar]
+    return calibration.calibrate(*zip(*seen), config.calibration.coverage,
+                                 config.evaluation.count_threshold)
+
+
 def evaluate(network: nn.Module, dataset, config: Config, folder: Path, *,
-             progress: bool = True) -> dict:
+             calibrated: Calibration | None = None, progress: bool = True) -> dict:
     """Evaluate on every image of a test set; returns what metrics.json holds.
 
     Counting reads the counted heads, localisation their places, segmentation the masks of all
-    points, as the authors' release does. Writes predictions/<image>.png (16-bit label map) and
+    points, as the authors' release does. calibrated: sets the threshold of the counted heads;
+    `counting_uncalibrated` says what the configuration's own threshold gives, `interval` how many
+    true counts lie in the intervals. Writes predictions/<image>.png (16-bit label map) and
     .csv (x, y, score, counted: 1 or 0; line k of the table has label k) into `folder`.
     """
+    decoding, usual = config.evaluation, config.evaluation.count_threshold
+    if calibrated:
+        decoding = calibrated.applied(decoding)
     rows, segmentations, predicted, true = [], [], [], []
     truths: list[np.ndarray | None] = []
     for index in tqdm(range(len(dataset)), desc="evaluate", unit="image", disable=not progress):
         sample: Sample = dataset[index]
-        prediction = predict_image(network, sample.image, config.evaluation)
+        prediction = predict_image(network, sample.image, decoding, calibration=calibrated)
         _write_prediction(folder / "predictions", dataset.ids[index], prediction)
         row = {"name": dataset.ids[index], "true_count": len(sample.points),
                "count": prediction.count, "mean_iou": None}
+        if calibrated:
+            row |= {"uncalibrated": int((prediction.scores > usual).sum()),
+                    "low": prediction.low, "high": prediction.high}
         if sample.instances is not None:
             segmentations.append(metrics.segmentation(prediction.instances, sample.instances))
             if len(sample.points):
@@ -66,6 +86,9 @@ def evaluate(network: nn.Module, dataset, config: Config, folder: Path, *,
         **identity(config, dataset.synthetic),
         "images": len(rows),
         "counting": metrics.counting(*counts),
+        "counting_uncalibrated": metrics.counting(
+            [r["uncalibrated"] for r in rows], counts[1]) if calibrated else None,
+        "interval": _coverage(rows, calibrated) if calibrated and calibrated.factor else None,
         "localization": {
             str(s): metrics.localization_total(
                 metrics.localization(p, t, s) for p, t in zip(predicted, true))
@@ -74,6 +97,14 @@ def evaluate(network: nn.Module, dataset, config: Config, folder: Path, *,
         "baselines": {"constant_count": best_constant_count(counts[1]), **discs},
         "per_image": rows,
     }
+
+
+def _coverage(rows: list[dict], calibrated: Calibration) -> dict[str, float]:
+    """How many true counts lie in the intervals, how many should, and how wide these are."""
+    inside = [r["low"] <= r["true_count"] <= r["high"] for r in rows]
+    return {"coverage": float(np.mean(inside)), "wanted": calibrated.coverage,
+            "mean_width": float(np.mean([r["high"] - r["low"] for r in rows])),
+            "median_width": float(np.median([r["high"] - r["low"] for r in rows]))}
 
 
 def identity(config: Config, synthetic: bool) -> dict[str, object]:

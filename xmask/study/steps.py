@@ -203,7 +203,8 @@ def held_out(config: Config, data: str = "") -> list[int]:
 
 _READING = ("xmask.data.readers", "xmask.data.splits")  # code through which every image comes
 _MASKING = ("xmask.data.masks", *_READING)
-CODE = {"training": ("xmask.study.training", "xmask.data.training_images", *_MASKING),
+CODE = {"training": ("xmask.study.training", "xmask.data.training_images", "xmask.calibration",
+                     *_MASKING),
         "evaluation": ("xmask.study.evaluate", *_READING)}  # step -> modules it starts from
 
 
@@ -296,9 +297,10 @@ def _fit(config: Config, data: str, masks: Path, fingerprint: str, progress: boo
     images = keep(dataset)
     trainer = Trainer(config, keep(MaskedImages(images, chosen, masks, dataset.ids)),
                       BareImages(images), device=device())
+    calibrating = held_out(config, data)
     for stale in ("metrics.json", "model.safetensors"):  # of an earlier configuration or code
         (folder / stale).unlink(missing_ok=True)
-    files.write_json(folder / "config.json", {
+    record = {
         **evaluation.identity(config, dataset.synthetic),
         "backbone": {"name": config.network.backbone, "initialisation": trainer.initialisation},
         "segmenter": _segmenter(config.masks.segmenter),
@@ -309,12 +311,21 @@ def _fit(config: Config, data: str, masks: Path, fingerprint: str, progress: boo
             "checksum": dataset.checksum(),
             "settings": dataset.settings,
             "labelled": [dataset.ids[i] for i in chosen],
+            "held_out": [dataset.ids[i] for i in calibrating],
             "unlabelled": len(dataset) if config.schedule.unlabelled else 0,
         },
+        "calibration": None,
         "config": config.to_dict(),
-    })
+    }
+    files.write_json(folder / "config.json", record)
+    def calibrate(network):
+        found = evaluation.calibrate(network, [dataset[i] for i in calibrating], config,
+                                     progress=progress)
+        files.write_json(folder / "config.json", record | {"calibration": found.to_dict()})
+
     phase1 = provenance.fingerprint(("xmask.trainer", *_READING), dataset.checksum(), chosen)
     training.fit(trainer, folder, fingerprint=fingerprint, score=score, progress=progress,
+                 finish=calibrate if calibrating else None,
                  shared=(work_folder(config.profile) / "phase1", phase1))
 
 
@@ -324,11 +335,11 @@ def evaluate(config: Config, data: str = "", *, progress: bool = True) -> dict:
     fingerprint = evaluation_fingerprint(config, data)
     if not provenance.is_done(stamp, fingerprint):
         with files.lock(folder, wait=PATIENCE):
-            network, _, _ = models.load_network(folder / "model.safetensors", device())
+            model = models.load(folder, device())
             if config.machine.threads:
                 torch.set_num_threads(config.machine.threads)
-            result = evaluation.evaluate(network, open_test(config, data), config, folder,
-                                         progress=progress)
+            result = evaluation.evaluate(model.network, open_test(config, data), config, folder,
+                                         calibrated=model.calibration, progress=progress)
             files.write_json(folder / "metrics.json", result | {"code": _code(CODE["evaluation"])})
             provenance.write_stamp(stamp, fingerprint, [folder / "metrics.json"])
     return files.read_json(folder / "metrics.json")

@@ -56,7 +56,7 @@ NOT_READ_IN_WARMUP = NOT_READ_IN_PHASE_1 + (
 def fit(
     trainer: Trainer, folder: str | os.PathLike, *, fingerprint: str = "",
     shared: tuple[Path, str] | None = None, score: Callable[[nn.Module], float] | None = None,
-    progress: bool = True,
+    finish: Callable[[nn.Module], None] | None = None, progress: bool = True,
 ) -> nn.Module:
     """Train to the end and write history.csv and model.safetensors into `folder`.
 
@@ -70,6 +70,7 @@ def fit(
     score: a number to minimise of a network in evaluation mode, asked for every
         `checkpoint_every` epochs of phase 3 and at its end; the network with the lowest one is
         the result (configuration "best-on-test"). None: the last one is.
+    finish: is given the result before the checkpoint goes: what it does, a crash does not lose.
     Returns the result, `trainer.network`. Raises what `Trainer.run_epoch` raises.
     """
     folder, config, schedule = Path(folder), trainer.config, trainer.config.schedule
@@ -101,6 +102,8 @@ def fit(
         weights = {k: v.contiguous().cpu() for k, v in trainer.network.state_dict().items()}
         save_file(weights, temporary, metadata={"config": json.dumps(config.to_dict()),
                                                 "backbone": trainer.initialisation})
+    if finish:
+        finish(trainer.network)
     checkpoint.unlink(missing_ok=True)
     return trainer.network
 

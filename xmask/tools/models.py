@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import xmask
+from xmask import calibration, files, model
 from xmask import config as configuration
-from xmask import files, model
 from xmask.predict import Predictor
 
 BUNDLED = Path(xmask.__file__).parent / "weights" / "xmask-slim.safetensors"
@@ -37,7 +38,7 @@ def load(weights: str | os.PathLike | None = None, device: str | torch.device | 
     device: "cpu", "cuda", ...; None takes CUDA where there is one.
     The record of the result: `file`, `sha256` (of the weights), `backbone`, `initialisation`,
     `trained_on` (`dataset`, `synthetic`, `labelled` images, `unlabelled` images, `text`), `run`,
-    `selection`, `epochs`, `versions`.
+    `selection`, `epochs`, `calibration`, `measured` (errors on test images), `versions`.
     Raises FileNotFoundError or ValueError, naming file and remedy.
     """
     device = _device(device)
@@ -49,7 +50,8 @@ def load(weights: str | os.PathLike | None = None, device: str | torch.device | 
         network, config, metadata = load_network(path)
         record = _record(metadata, path)
     record = {"file": path.name, "sha256": _weights_digest(network)} | record
-    return Predictor(network.to(device).eval(), config, record)
+    return Predictor(network.to(device).eval(), config, record,
+                     calibration.from_dict(record.get("calibration")))
 
 
 def load_network(path: str | os.PathLike, device: str | torch.device = "cpu"
@@ -123,8 +125,11 @@ def _read_run(folder: Path) -> tuple[nn.Module, configuration.Config, dict[str, 
             "run": folder.resolve().name,
             "profile": run["profile"],
             "selection": selection,
+            "calibration": run.get("calibration"),
+            "measured": measured(folder),
             "versions": run["versions"],
         }
+        calibration.from_dict(record["calibration"])
     except KeyError as error:
         raise ValueError(f"{file}: field {error} is missing. Train the run again.") from error
     except Exception as error:  # anything may stand there
@@ -156,6 +161,27 @@ def _trained_on(run: dict, data: dict) -> dict[str, Any]:
     return {"dataset": run["dataset"], "synthetic": synthetic, "labelled": labelled,
             "unlabelled": data["unlabelled"],
             "text": f"{kind} ({labelled} labelled{rest} images, layout {run['dataset']})"}
+
+
+def measured(folder: Path) -> dict[str, Any] | None:
+    """What metrics.json of a run folder says of the counts, in thirds of the test images by the
+    count found: `from`, `to`, `mae`, `bias` (mean of count - true count); None without one."""
+    if not (folder / "metrics.json").is_file():
+        return None
+    found = files.read_json(folder / "metrics.json")
+    rows = sorted(found["per_image"], key=lambda row: row["count"])
+    thirds = [rows[len(rows) * k // 3:len(rows) * (k + 1) // 3] for k in range(3)]
+    return {"dataset": found["dataset"], "synthetic": found["synthetic"],
+            "images": found["images"], **found["counting"], "interval": found.get("interval"),
+            "thirds": [{"from": part[0]["count"], "to": part[-1]["count"], "images": len(part),
+                        "mae": _mean(abs(r["count"] - r["true_count"]) for r in part),
+                        "bias": _mean(r["count"] - r["true_count"] for r in part)}
+                       for part in thirds if part]}
+
+
+def _mean(values: Iterable[float]) -> float:
+    every = list(values)
+    return round(sum(every) / len(every), 2)
 
 
 def _check_finite(state: dict[str, Tensor], path: Path) -> None:

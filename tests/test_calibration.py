@@ -1,0 +1,84 @@
+"""The threshold makes the held-out total right, and the interval holds what it promises."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from xmask import calibration
+from xmask.calibration import Calibration, calibrate, spread
+from xmask.config import Evaluation
+
+
+def crowds(n, seed):
+    """Images whose heads are drawn with the probability that their logits say."""
+    rng = np.random.default_rng(seed)
+    logits = [rng.normal(-3, 2, (12, 16)) for _ in range(n)]
+    counts = [int((rng.random(one.shape) < 1 / (1 + np.exp(-one))).sum()) for one in logits]
+    return logits, counts
+
+
+@given(st.integers(2, 12), st.integers(0, 1000))
+def test_the_total_of_the_held_out_images_is_right(n, seed):
+    logits, counts = crowds(n, seed)
+    if sum(counts) == 0:
+        return
+    found = calibrate(logits, counts, 0.9, 0.5)
+    logit = math.log(found.threshold / (1 - found.threshold))
+    assert abs(sum((one > logit).sum() for one in logits) - sum(counts)) <= 1
+    assert found.images == n and (found.factor is None) is (n < 9)
+
+
+def test_counting_too_many_is_repaired_and_both_errors_are_said():
+    logits, _ = crowds(40, 1)
+    counts = [int((one > 1).sum()) for one in logits]  # a network that is sure too early
+    found = calibrate(logits, counts, 0.9, 0.5)
+    at_half = np.abs([(one > 0).sum() - n for one, n in zip(logits, counts)])
+    assert found.mae_before == pytest.approx(at_half.mean())
+    assert found.mae < found.mae_before
+
+
+def test_intervals_cover_new_images_as_often_as_they_promise():
+    inside = []
+    for seed in range(20):
+        found = calibrate(*crowds(30, 100 + seed), 0.8, 0.5)
+        logit = math.log(found.threshold / (1 - found.threshold))
+        for one, true in zip(*crowds(30, 200 + seed)):
+            low, high = found.interval(int((one > logit).sum()), spread(one))
+            assert 0 <= low <= high
+            inside.append(low <= true <= high)
+    assert 0.78 <= np.mean(inside) <= 0.92
+
+
+def test_an_unsure_network_gives_a_wider_interval():
+    found = Calibration(0.6, 2.0, 0.9, 20, 1.0, 2.0)
+    sure, unsure = np.full((8, 8), 9.0), np.zeros((8, 8))
+    narrow, wide = (np.diff(found.interval(40, spread(x))) for x in (sure, unsure))
+    assert narrow < wide
+    assert Calibration(0.6, None, 0.9, 5, 1.0, 2.0).interval(40, 3.0) == (None, None)
+    assert spread(np.full((3, 3), -50.0)) == pytest.approx(1)
+
+
+def test_a_counted_point_has_a_mask_whatever_the_threshold():
+    for threshold, point in ((0.3, 0.3), (0.7, 0.5)):
+        decoding = Calibration(threshold, 1.0, 0.9, 9, 1, 1).applied(Evaluation(point_threshold=0.5))
+        assert decoding.count_threshold == threshold and decoding.point_threshold == point
+
+
+def test_it_travels_as_json_and_anything_else_is_refused():
+    found = Calibration(0.6, 2.0, 0.9, 20, 1.0, 2.0)
+    assert calibration.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    assert calibration.from_dict(None) is None
+    for wrong in ([], {}, {"threshold": 1}, found.to_dict() | {"threshold": 2},
+                  found.to_dict() | {"factor": -1}, found.to_dict() | {"threshold": "x"}):
+        with pytest.raises(ValueError, match="calibration"):
+            calibration.from_dict(wrong)
+
+
+@pytest.mark.parametrize("counts", [[3], [0, 0]])
+def test_too_little_to_calibrate_by_is_said(counts):
+    with pytest.raises(ValueError, match=f"calibration: {len(counts)} images with {sum(counts)} he"):
+        calibrate([np.zeros((4, 4))] * len(counts), counts, 0.9, 0.5)
