@@ -25,7 +25,7 @@ def scene():
 
 @pytest.fixture(scope="module")
 def bundled():
-    return xmask.load(device="cpu")
+    return xmask.load("drawn", device="cpu")
 
 
 def test_a_prediction_is_what_evaluation_says(bundled, scene):
@@ -46,7 +46,7 @@ def test_a_path_and_its_pixels_give_the_same(bundled, scene, tmp_path):
 
 
 def test_changed_thresholds_are_used(bundled, scene):
-    mine = xmask.load(device="cpu")
+    mine = xmask.load("drawn", device="cpu")
     mine.decoding = configuration.override(mine.decoding, {"theta": 0.2})
     few, usual = mine.predict(scene.image), bundled.predict(scene.image)
     assert few.count == usual.count

@@ -132,7 +132,8 @@ def _own_photo_commands(command: Callable) -> None:
     made.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders or globs")
     made.add_argument("--out", required=True, type=Path)
     made.add_argument("--weights", help="a file of `xmask export` or a run folder; default: the "
-                                        "small model of the package, trained on synthetic crowds")
+                                        "model of the package for photographs; drawn: the one of "
+                                        "drawn crowds")
     made.add_argument("--max-side", type=int, metavar="PX",
                       help="compute larger images at this longer side; default: full size")
     made.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
@@ -141,6 +142,7 @@ def _own_photo_commands(command: Callable) -> None:
     made = command("export", _export, "write a run's model as one file for `predict --weights`")
     made.add_argument("run", type=Path, metavar="RUN_FOLDER")
     made.add_argument("--out", required=True, type=Path)
+    made.add_argument("--half", action="store_true", help="weights in 16 bits: half the size")
     made.add_argument("--overwrite", action="store_true", help="replace a file that is there")
 
     made = command("learn", _learn, "train on your own photos: those with a CSV of dots (x,y) "
@@ -351,13 +353,13 @@ def _predict(o: argparse.Namespace) -> int:
     rows = photos.run(found, model, o.out, max_side=o.max_side, overwrite=o.overwrite)
     for row in rows:
         said = row.error.removeprefix(f"{row.image}: ") or f"{row.count} heads"
+        if row.low is not None:
+            said += f" (between {row.low} and {row.high})"
         print(f"{row.image}: {said}" + (f" ({row.repairs})" if row.repairs else ""))
     failed = [row for row in rows if row.error]
     print(f"{len(rows) - len(failed)} of {len(rows)} images done, in {o.out}"
           + (f"; {len(failed)} failed, see above and counts.csv" if failed else ""))
-    if model.record["trained_on"]["synthetic"]:
-        print("This model was trained on synthetic crowds: do not rely on its counts of "
-              "photographs.")
+    print(models.reliability(model.record, [row.count for row in rows if not row.error]))
     return 1 if failed else 0
 
 
@@ -366,7 +368,7 @@ def _export(o: argparse.Namespace) -> int:
     from xmask.tools import models
 
     files.check_new(o.out, o.overwrite)
-    print(models.load(models.export(o.run, o.out), "cpu"))
+    print(models.load(models.export(o.run, o.out, half=o.half), "cpu"))
     return 0
 
 
@@ -379,8 +381,14 @@ def _learn(o: argparse.Namespace) -> int:
     dotted, bare = learn.read_folder(o.folder)
     print(f"{len(dotted)} photos with {dotted.counts().sum()} dots, "
           f"{len(bare)} without")
-    print(learn.learn(dotted, bare, o.out, settings, segmenter=o.segmenter,
-                      overwrite=o.overwrite))
+    run = learn.learn(dotted, bare, o.out, settings, segmenter=o.segmenter, overwrite=o.overwrite)
+    report = run / "report.json"
+    if report.is_file():
+        print(learn.in_words(files.read_json(report)))
+    else:
+        print("No photo was held out, so nothing says how good the new model is: give dots to ten "
+              "photos or more.")
+    print(run)
     return 0
 
 

@@ -327,7 +327,7 @@ def _allowed(kind: type[Section], name: str) -> str:
         return field.description
     inner: Any = field.annotation
     if get_args(inner) and not isinstance(inner, types.UnionType):
-        return f"one of {', '.join(get_args(inner))}"
+        return f"one of {', '.join(map(str, get_args(inner)))}"
     optional = "null or " if isinstance(inner, types.UnionType) else ""
     inner = next((k for k in get_args(inner) if k is not type(None)), inner)
     noun = {bool: "true or false", int: "a whole number", float: "a number"}.get(

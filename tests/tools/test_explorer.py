@@ -20,7 +20,7 @@ from xmask.tools.explorer import Explorer, ExplorerSettings
 
 @pytest.fixture(scope="module")
 def model():
-    return xmask.load(device="cpu")
+    return xmask.load("drawn", device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,12 @@ from safetensors.torch import load
 
 import xmask
 from xmask import files
+from xmask.cli import main
 from xmask.data.training_images import Kept
 from xmask.synthetic import draw_scene
 from xmask.tools import learn
 
-TINY = {"optimisation.crop": 64, "optimisation.batch": 1, "schedule.phase1": 1,
+TINY = {"optimisation.crop": 64, "optimisation.batch": 1, "machine.threads": 1, "schedule.phase1": 1,
         "schedule.phase2": 2, "schedule.phase3": 3, "schedule.warmup": 0,
         "schedule.mask_warmup": 0, "schedule.steps_per_epoch": 1}
 
@@ -70,6 +71,39 @@ def test_learning_from_own_photos_makes_a_model_that_loads(photos, tmp_path):
     assert model.predict(folder / "p0.png").instances.shape == (96, 128)
     with pytest.raises(ValueError, match="no dots"):
         learn.learn([], bare, tmp_path / "none", tiny)
+
+
+def test_of_ten_dotted_photos_some_are_kept_back_and_say_what_learning_changed(tmp_path, capsys):
+    for number in range(10):
+        scene = draw_scene(number, shape=(96, 128), people=3 + number)
+        Image.fromarray(scene.image).save(tmp_path / f"p{number}.png")
+        np.savetxt(tmp_path / f"p{number}.csv", scene.points, delimiter=",", header="x,y",
+                   comments="")
+    sets = [f"--set={name}={value}" for name, value in TINY.items()]
+    assert main(["learn", str(tmp_path), "--out", str(tmp_path / "run"), "--segmenter",
+                 "classical", *sets]) == 0
+    said = capsys.readouterr().out
+    assert "On 3 photos with" in said and "before count wrong by" in said and "after " in said
+    record = files.read_json(tmp_path / "run" / "config.json")
+    kept, learnt = set(record["data"]["held_out"]), set(record["data"]["labelled"])
+    assert len(kept) == 3 and len(learnt) == 7 and not kept & learnt
+    masks = {path.stem for path in (tmp_path / "run" / "masks").glob("*.png")}
+    assert learnt <= masks and not kept & masks
+    report = files.read_json(tmp_path / "run" / "report.json")
+    model = xmask.load(tmp_path / "run", device="cpu")
+    assert model.calibration.images == report["photos"] == 3
+    assert model.calibration.mae == pytest.approx(report["after"]["mae"])
+    assert set(report["before"]) == set(report["after"]) == {
+        "mae", "bias", "precision", "recall", "coverage"}
+    assert report["after"]["coverage"] is None  # three are too few for an interval
+    found = model.predict(tmp_path / "p0.png")
+    assert (found.low, found.high) == (None, None)
+
+
+def test_of_fewer_than_ten_none_is_kept_back(photos):
+    folder, _ = photos
+    dotted, _ = learn.read_folder(folder)
+    assert learn.held_out(dotted, 0.2) == []
 
 
 def test_what_is_finished_is_not_done_again(photos, tmp_path, monkeypatch, caplog):

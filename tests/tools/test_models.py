@@ -23,7 +23,7 @@ from xmask.tools import models
 
 @pytest.fixture(scope="module")
 def bundled():
-    return xmask.load(device="cpu")
+    return xmask.load("drawn", device="cpu")
 
 
 @pytest.fixture
@@ -52,7 +52,17 @@ def test_the_bundled_model_says_what_it_is(bundled):
     assert record["trained_on"]["labelled"] > 0 and record["epochs"] > 0
     json.dumps(record)
     assert "synthetic crowds" in repr(bundled) and record["sha256"][:12] in repr(bundled)
-    assert models.BUNDLED.stat().st_size < 4e6
+
+
+def test_the_models_of_the_package_are_small_and_say_what_they_are_for():
+    assert all(path.stat().st_size < 12e6 for path in models.BUNDLED.values())
+    photo, drawn = xmask.load(device="cpu").record, xmask.load("drawn", "cpu").record
+    assert xmask.load("photo", "cpu").record == photo
+    assert drawn["trained_on"]["synthetic"] and drawn["file"] == "xmask-drawn.safetensors"
+    assert photo["trained_on"]["dataset"] == "sha" and not photo["trained_on"]["synthetic"]
+    assert photo["initialisation"].startswith("ImageNet")
+    assert 0 < photo["calibration"]["threshold"] < 1 and photo["measured"]["images"] == 182
+    json.dumps(photo)
 
 
 def test_the_bundled_model_beats_guessing_on_a_crowd_it_has_not_seen(bundled):
@@ -133,8 +143,34 @@ def test_the_bundled_model_can_be_committed_and_shipped():
     if shutil.which("git") and (root / ".git").exists():
         import subprocess
 
-        ignored = subprocess.run(["git", "check-ignore", str(models.BUNDLED)], cwd=root)
-        assert ignored.returncode == 1, "the bundled model is ignored by git"
+        for path in models.BUNDLED.values():
+            ignored = subprocess.run(["git", "check-ignore", str(path)], cwd=root)
+            assert ignored.returncode == 1, f"{path.name} is ignored by git"
+
+
+@pytest.mark.parametrize("counts, said", [
+    ([80], "On the 4 of 10 test images of sha in which this model finds 31 to 90 heads, its count "
+          "is wrong by 5 on average (-5 with its sign)"),
+    ([1, 2, 900], "finds 1 to 10 heads"), ([], "was not measured"), ([9999], "finds 31 to 90")])
+def test_it_says_how_far_off_counts_of_a_size_are(tmp_path, counts, said):
+    rows = [{"count": n, "true_count": n + 5} for n in (1, 5, 10, 11, 20, 30, 31, 40, 50, 90)]
+    files.write_json(tmp_path / "metrics.json", {
+        "dataset": "sha", "synthetic": False, "images": 10, "counting": {"mae": 5.0},
+        "per_image": rows})
+    record = {"trained_on": {"synthetic": False}, "measured": models.measured(tmp_path)}
+    assert said in models.reliability(record, counts)
+    record["trained_on"]["synthetic"] = True
+    assert "drawn crowds" in models.reliability(record, counts)
+    assert models.measured(tmp_path / "none") is None
+
+
+def test_half_precision_is_half_the_size_and_the_same_network(run, tmp_path):
+    assert main(["export", str(run), "--out", str(tmp_path / "full.safetensors")]) == 0
+    assert main(["export", str(run), "--half", "--out", str(tmp_path / "half.safetensors")]) == 0
+    full, half = (xmask.load(tmp_path / f"{n}.safetensors", "cpu") for n in ("full", "half"))
+    for mine, theirs in zip(half.network.parameters(), full.network.parameters()):
+        assert mine.dtype == torch.float32
+        assert torch.equal(mine, theirs.half().float())
 
 
 # -- files that are no models --------------------------------------------------------------------
@@ -219,8 +255,3 @@ def test_a_configuration_that_asks_for_gigabytes_is_refused_before_they_are_made
     values["network"]["channels"] = 4096
     with pytest.raises(ValueError, match=r"model.safetensors: .*tensor .*asks for \(4096"):
         xmask.load(exported(run, tmp_path, config=json.dumps(values)), "cpu")
-
-
-def test_the_model_of_drawn_crowds_has_a_name():
-    record = xmask.load("drawn", "cpu").record
-    assert record["trained_on"]["synthetic"] and record["file"] == models.BUNDLED.name

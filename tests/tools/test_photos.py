@@ -28,7 +28,7 @@ def scene():
 
 @pytest.fixture(scope="module")
 def model():
-    return xmask.load(device="cpu")
+    return xmask.load("drawn", device="cpu")
 
 
 @pytest.fixture

@@ -31,13 +31,18 @@ def count_error(network: nn.Module, samples, decoding: Evaluation) -> float:
     return float(np.mean(errors))
 
 
-def calibrate(network: nn.Module, samples: Sequence[Sample], config: Config, *,
-              progress: bool = True) -> Calibration:
-    """The calibration of a network by images with points that its training did not see."""
+def look(network: nn.Module, samples: Sequence[Sample], *, progress: bool = True
+         ) -> list[tuple[np.ndarray, int]]:
+    """(logits (h, w) of the image's cells, number of its points) of every sample."""
     bar = tqdm(samples, desc="calibrate", unit="image", total=len(samples), disable=not progress)
-    seen = [(own_cells(network_maps(network.eval(), s.image)[0], s.image), len(s.points))
+    return [(own_cells(network_maps(network.eval(), s.image)[0], s.image), len(s.points))
             for s in bar]
-    return calibration.calibrate(*zip(*seen), config.calibration.coverage,
+
+
+def calibrate(seen: Sequence[tuple[np.ndarray, int]], config: Config) -> Calibration:
+    """The calibration of a network by what it says (`look`) of images it was not trained on."""
+    logits, counts = zip(*seen)
+    return calibration.calibrate(logits, counts, config.calibration.coverage,
                                  config.evaluation.count_threshold)
 
 

@@ -319,8 +319,8 @@ def _fit(config: Config, data: str, masks: Path, fingerprint: str, progress: boo
     }
     files.write_json(folder / "config.json", record)
     def calibrate(network):
-        found = evaluation.calibrate(network, [dataset[i] for i in calibrating], config,
-                                     progress=progress)
+        seen = evaluation.look(network, [dataset[i] for i in calibrating], progress=progress)
+        found = evaluation.calibrate(seen, config)
         files.write_json(folder / "config.json", record | {"calibration": found.to_dict()})
 
     phase1 = provenance.fingerprint(("xmask.trainer", *_READING), dataset.checksum(), chosen)

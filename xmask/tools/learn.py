@@ -11,29 +11,38 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from xmask import config, files, provenance, segmenters
+from xmask import config, files, metrics, provenance, segmenters
+from xmask.calibration import Calibration
 from xmask.config import Config
 from xmask.data.masks import mask_dataset
 from xmask.data.own_photos import OwnPhotos, read_folder
 from xmask.data.sample import Sample
+from xmask.data.splits import stratified
 from xmask.data.training_images import BareImages, Kept, MaskedImages
+from xmask.decode import Prediction
+from xmask.predict import Predictor, predict_image
+from xmask.presets import LEARN
+from xmask.study import evaluate as evaluation
 from xmask.study import training
 from xmask.tools import models
 from xmask.trainer import Trainer
 
-__all__ = ["configure", "learn", "read_folder"]
+__all__ = ["compare", "configure", "held_out", "learn", "read_folder"]
 _log = logging.getLogger("xmask")
+_NEAR = 8.0  # px: a head found so close to a dot is the same
 _CACHE = 256 << 20  # bytes of photos kept in memory
 
 
 def configure(overrides: dict[str, object] | None = None, *, seed: int = 1) -> Config:
-    """The configuration of a training on own photos: that of profile `photo`, slim network.
+    """The configuration of a training on own photos: that of profile `photo`, shorter.
 
     overrides: fields by dotted name. The configuration names no dataset of the study.
     """
-    return config.preset("photo", "synthetic", 100, seed=seed, overrides=overrides)
+    return config.override(config.preset("photo", "synthetic", 100, seed=seed),
+                           LEARN | (overrides or {}))
 
 
 def learn(dotted: OwnPhotos, bare: OwnPhotos, out: str | os.PathLike, settings: Config, *,
@@ -42,18 +51,29 @@ def learn(dotted: OwnPhotos, bare: OwnPhotos, out: str | os.PathLike, settings: 
     """Train on photos with dots and photos without; return the run folder `out`.
 
     dotted, bare: as of `read_folder`. settings: as of `configure`. segmenter: "bundled",
-    "classical" (faster), or a SAM checkpoint. start: begin with the weights of the model of the
-    package, which was trained on synthetic crowds, instead of at random; the network must be its
-    slim one. overwrite: as of `files.OutputFolder`, which `out` is.
+    "classical" (faster), or a SAM checkpoint. start: begin with the weights of the package's model
+    for photographs instead of ImageNet's; the network must be its. overwrite: as of
+    `files.OutputFolder`, which `out` is.
     `out` gets config.json, history.csv, model.safetensors, and masks/, a label map per dotted
-    photo. Interrupted, the same call goes on; finished, it does nothing, and `xmask.load(out)`
-    loads the model. A photo that cannot be read is named and left out.
+    photo. Where enough photos have dots (`held_out`), some are kept from training: they calibrate
+    the counts, and report.json says what learning changed on them, see `compare`. Interrupted, the
+    same call goes on; finished, it does nothing, and `xmask.load(out)` loads the model. A photo
+    that cannot be read is named and left out.
     Raises ValueError without a dot, and for a network that cannot take the start.
     """
     if not len(dotted) or not dotted.counts().sum():
-        raise ValueError("no dots: training needs at least one photo with a CSV of x,y beside it")
+        raise ValueError("no dots: training needs at least one photo with dots beside it")
     with files.OutputFolder(out, overwrite=overwrite) as folder:
         return _learn(dotted, bare, folder, settings, segmenter, start, progress)
+
+
+def held_out(dotted: OwnPhotos, share: float) -> list[int]:
+    """Which dotted photos calibrate and measure instead of training: that share of them, of sparse
+    and dense ones alike, at least 3; none if fewer than 10 have dots."""
+    if share == 0 or len(dotted) < 10:
+        return []
+    percent = 100 * max(share, 3 / len(dotted))
+    return stratified(dotted.counts(), percent, seed=2024)
 
 
 def _learn(dotted: OwnPhotos, bare: OwnPhotos, folder: files.OutputFolder, settings: Config,
@@ -62,13 +82,14 @@ def _learn(dotted: OwnPhotos, bare: OwnPhotos, folder: files.OutputFolder, setti
     model, record = out / "model.safetensors", out / "config.json"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     described = segmenters.describe(segmenter)
-    shipped = models.load(device="cpu") if start else None
+    shipped = models.load(device=device) if start else None
     initialisation = (f"weights of the package (sha256 {shipped.record['sha256'][:12]})"
                       if shipped else "")
     checksum = provenance.digest(dotted.checksum(), bare.checksum())
     fingerprint = provenance.fingerprint(
-        ("xmask.study.training", "xmask.data.masks", "xmask.data.own_photos"), checksum, described,
-        initialisation, settings.to_dict(), device.type)
+        ("xmask.study.training", "xmask.study.evaluate", "xmask.data.masks",
+         "xmask.data.own_photos"),
+        checksum, described, initialisation, settings.to_dict(), device.type)
     if folder.is_intact(model) and folder.is_intact(record) and (
             files.read_json(record).get("fingerprint") == fingerprint):
         return out  # finished before
@@ -77,12 +98,15 @@ def _learn(dotted: OwnPhotos, bare: OwnPhotos, folder: files.OutputFolder, setti
         _log.warning("left out: %s", message)
     if not len(dotted):
         raise ValueError("no photo with dots can be read; see above")
+    measured = held_out(dotted, settings.calibration.held_out)
+    learnt = [i for i in range(len(dotted)) if i not in measured]
     opened = segmenters.open_segmenter(segmenter, device)
-    masks = mask_dataset(dotted, range(len(dotted)), opened, out / "masks", progress=progress,
+    masks = mask_dataset(dotted, learnt, opened, out / "masks", progress=progress,
                          depends={"code": provenance.code("xmask.edp_sam")})
-    labelled = MaskedImages(dotted, list(range(len(dotted))), masks, dotted.ids)
-    trainer = Trainer(settings, Kept(labelled, _CACHE),
-                      BareImages(Kept(_Both(dotted, bare), _CACHE)), device=device)
+    labelled = MaskedImages(dotted, learnt, masks, dotted.ids)
+    everything = _Both(_Some(dotted, learnt), bare)
+    trainer = Trainer(settings, Kept(labelled, _CACHE), BareImages(Kept(everything, _CACHE)),
+                      device=device)
     if shipped:
         try:
             for network in (trainer.student, trainer.teacher):
@@ -93,7 +117,7 @@ def _learn(dotted: OwnPhotos, bare: OwnPhotos, folder: files.OutputFolder, setti
                              ) from None
         trainer.initialisation = initialisation
     folder.remove(model)  # of other photos or settings: it must not stand beside a new record
-    files.write_json(record, {
+    written = {
         "profile": settings.profile, "dataset": "own", "percent": settings.percent,
         "seed": settings.seed, "variant": settings.variant, "synthetic": False,
         "backbone": {"name": settings.network.backbone,
@@ -101,11 +125,81 @@ def _learn(dotted: OwnPhotos, bare: OwnPhotos, folder: files.OutputFolder, setti
         "start": shipped.record["sha256"] if shipped else None,
         "selection": settings.selection, "segmenter": described,
         "versions": provenance.versions(), "device": device.type,
-        "data": {"checksum": checksum, "labelled": dotted.ids, "unlabelled": len(bare),
+        "data": {"checksum": checksum, "labelled": [dotted.ids[i] for i in learnt],
+                 "held_out": [dotted.ids[i] for i in measured], "unlabelled": len(bare),
                  "left_out": damaged + more},
-        "fingerprint": fingerprint, "config": settings.to_dict()})
-    training.fit(trainer, out, progress=progress, fingerprint=fingerprint)
+        "calibration": None, "fingerprint": fingerprint, "config": settings.to_dict()}
+    files.write_json(record, written)
+
+    def finish(network: torch.nn.Module) -> None:
+        found, report = compare(shipped, network, _Some(dotted, measured), settings,
+                               progress=progress)
+        files.write_json(record, written | {"calibration": found.to_dict()})
+        files.write_json(out / "report.json", report)
+
+    training.fit(trainer, out, progress=progress, fingerprint=fingerprint,
+                 finish=finish if measured else None)
     return out
+
+
+def compare(before: Predictor | None, network: torch.nn.Module, photos: Sequence[Sample],
+            settings: Config, *, progress: bool = True) -> tuple[Calibration, dict]:
+    """What learning changed, on photos with dots that it did not see.
+
+    before: the model it started from, None for none. network: the one it led to. photos: three or
+    more. Returns the calibration of the network by all of these photos, and the report: for
+    `before` (as it is) and `after` (each photo by the calibration of the others) `mae`, `bias`
+    (mean of count - dots), `precision` and `recall` of heads within 8 px, and `coverage`, the
+    share of photos whose number of dots lies in the interval, None where there is no interval.
+    """
+    seen = evaluation.look(network, photos, progress=progress)
+    found = evaluation.calibrate(seen, settings)
+    after, earlier = [], []
+    for number, sample in enumerate(photos):
+        others = evaluation.calibrate(seen[:number] + seen[number + 1:], settings)
+        after.append((sample, predict_image(network, sample.image,
+                                            others.applied(settings.evaluation),
+                                            calibration=others)))
+        if before:
+            earlier.append((sample, before.predict(sample.image)))
+    return found, {"photos": len(after), "dots": sum(len(sample.points) for sample, _ in after),
+                   "before": _measures(earlier) if before else None, "after": _measures(after)}
+
+
+def in_words(report: dict) -> str:
+    """The report of `compare` for the terminal."""
+    lines = [f"On {report['photos']} photos with {report['dots']} dots that were held out:"]
+    for name, m in (("before", report["before"]), ("after", report["after"])):
+        if m:
+            covered = "" if m["coverage"] is None else f", {m['coverage']:.0%} inside the interval"
+            lines.append(
+                f"  {name:6} count wrong by {m['mae']:.1f} ({m['bias']:+.1f} with its sign), "
+                f"precision {m['precision']:.2f}, recall {m['recall']:.2f}{covered}")
+    return "\n".join(lines)
+
+
+def _measures(pairs: list[tuple[Sample, Prediction]]) -> dict[str, float | None]:
+    error = [found.count - len(sample.points) for sample, found in pairs]
+    places = metrics.localization_total(
+        metrics.localization(found.heads, sample.points, _NEAR) for sample, found in pairs)
+    inside = [found.low <= len(sample.points) <= found.high
+              for sample, found in pairs if found.low is not None and found.high is not None]
+    return {"mae": float(np.mean(np.abs(error))), "bias": float(np.mean(error)),
+            "precision": places["precision"], "recall": places["recall"],
+            "coverage": float(np.mean(inside)) if inside else None}
+
+
+class _Some(Sequence):
+    """Some photos of a sequence, by their indices."""
+
+    def __init__(self, photos: Sequence[Sample], indices: list[int]):
+        self.photos, self.indices = photos, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> Sample:
+        return self.photos[self.indices[position]]
 
 
 class _Both(Sequence):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,17 @@ from xmask import calibration, files, model
 from xmask import config as configuration
 from xmask.predict import Predictor
 
-BUNDLED = Path(xmask.__file__).parent / "weights" / "xmask-slim.safetensors"
+_FOLDER = Path(xmask.__file__).parent / "weights"
+BUNDLED = {name: _FOLDER / f"xmask-{name}.safetensors" for name in ("photo", "drawn")}
 
 
 def load(weights: str | os.PathLike | None = None, device: str | torch.device | None = None
          ) -> Predictor:
     """A model ready to predict.
 
-    weights: None for the model of the package; "drawn" for the one of drawn crowds (as yet the
-        package has no other: both are the same); a file made by `xmask export`; or a run
-        folder (`results/<profile>/runs/<run>`), finished or still training.
+    weights: None or "photo" for the package's model of photographs; "drawn" for its one of drawn
+        crowds; a file made by `xmask export`; or a run folder (`results/<profile>/runs/<run>`),
+        finished or still training.
     device: "cpu", "cuda", ...; None takes CUDA where there is one.
     The record of the result: `file`, `sha256` (of the weights), `backbone`, `initialisation`,
     `trained_on` (`dataset`, `synthetic`, `labelled` images, `unlabelled` images, `text`), `run`,
@@ -42,7 +43,8 @@ def load(weights: str | os.PathLike | None = None, device: str | torch.device | 
     Raises FileNotFoundError or ValueError, naming file and remedy.
     """
     device = _device(device)
-    path = BUNDLED if weights in (None, "drawn") else Path(weights)
+    weights = "photo" if weights is None else weights
+    path = BUNDLED.get(os.fspath(weights)) or Path(weights)
     if path.is_dir() or path.name == "checkpoint.pt":
         folder = path if path.is_dir() else path.parent
         network, config, record = _read_run(folder)
@@ -93,14 +95,16 @@ def load_network(path: str | os.PathLike, device: str | torch.device = "cpu"
     return network.to(device).eval(), config, metadata
 
 
-def export(run: str | os.PathLike, out: str | os.PathLike) -> Path:
+def export(run: str | os.PathLike, out: str | os.PathLike, *, half: bool = False) -> Path:
     """Write the model of a run folder as one safetensors file that `load` takes.
 
     The weights that evaluation uses (`evaluation.weights`); configuration and record go into the
-    file's metadata. Raises FileNotFoundError or ValueError for a folder that is no run.
+    file's metadata. half: in 16 bits, half the size; they are computed with in 32 all the same.
+    Raises FileNotFoundError or ValueError for a folder that is no run.
     """
     network, config, record = _read_run(Path(run))
-    state = {name: value.contiguous().cpu() for name, value in network.state_dict().items()}
+    state = {name: (value.half() if half and value.is_floating_point() else value).contiguous().cpu()
+             for name, value in network.state_dict().items()}
     with files.replacing(out) as temporary:
         save_file(state, temporary, metadata={
             "config": json.dumps(config.to_dict()), "backbone": record["initialisation"],
@@ -177,6 +181,22 @@ def measured(folder: Path) -> dict[str, Any] | None:
                         "mae": _mean(abs(r["count"] - r["true_count"]) for r in part),
                         "bias": _mean(r["count"] - r["true_count"] for r in part)}
                        for part in thirds if part]}
+
+
+def reliability(record: dict[str, Any], counts: Sequence[int]) -> str:
+    """What counts of a model are worth, in words: its error on the third of its test images in
+    which it found about as many heads as in these."""
+    if record["trained_on"]["synthetic"]:
+        return ("This model was trained on drawn crowds: do not rely on its counts of "
+                "photographs.")
+    known, typical = record.get("measured"), sorted(counts)[len(counts) // 2] if counts else None
+    if not known or typical is None:
+        return "The error of this model was not measured: compare some counts with your own."
+    part = next((p for p in known["thirds"] if typical <= p["to"]), known["thirds"][-1])
+    return (f"On the {part['images']} of {known['images']} test images of {known['dataset']} in "
+            f"which this model finds {part['from']} to {part['to']} heads, its count is wrong by "
+            f"{part['mae']:.0f} on average ({part['bias']:+.0f} with its sign). Photographs of "
+            "another kind can be far worse: see docs/model_card.md.")
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -42,11 +42,14 @@ class Photo:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of counts.csv: `count` is None and `error` says why where an image failed."""
+    """A line of counts.csv: `count` is None and `error` says why where an image failed; `low` and
+    `high` are the count's interval where the model is calibrated."""
 
     image: str
     name: str
     count: int | None = None
+    low: int | None = None
+    high: int | None = None
     width: int | None = None
     height: int | None = None
     repairs: str = ""
@@ -241,7 +244,8 @@ class _Results:
         with files.replacing(fragment) as temporary, open(temporary, "w", encoding="utf-8") as file:
             for one in coco.annotations(labels, table):
                 file.write(json.dumps(one) + "\n")
-        return Row(str(photo.path), name, found.count, image.shape[1], image.shape[0], repairs)
+        return Row(str(photo.path), name, found.count, found.low, found.high, image.shape[1],
+                   image.shape[0], repairs)
 
     def write_tables(self, failed: list[Row]) -> None:
         """counts.csv and coco.json, of all results and of what failed in this call."""
@@ -251,7 +255,8 @@ class _Results:
         rows = [*failed, *(Row(**row) for row in kept)]
         rows.sort(key=lambda row: (row.name, row.image))
         table = pd.DataFrame(rows, columns=[field.name for field in dataclasses.fields(Row)])
-        table = table.astype(dict.fromkeys(("count", "width", "height"), "Int64"))
+        table = table.astype(dict.fromkeys(
+            ("count", "low", "high", "width", "height"), "Int64"))
         files.write_text(self.folder.path / "counts.csv",
                          table.to_csv(index=False, lineterminator="\n"))
         record = self.model.record
