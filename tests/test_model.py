@@ -7,15 +7,15 @@ import torch
 from torchvision.models import vgg16_bn
 
 from xmask import model
+from xmask.encoder import Encoder
 from xmask.config import Network
 from xmask.pretrained import copy_weights
 
 PAPER = Network(weights="random")
-SLIM = Network(backbone="slim", channels=16, weights="random")
 LITE = Network(backbone="tf_efficientnet_lite0", channels=16, weights="random")
 
 
-@pytest.mark.parametrize("config", [PAPER, SLIM, LITE])
+@pytest.mark.parametrize("config", [PAPER, LITE])
 def test_output_is_a_logit_and_a_unit_embedding_per_cell_of_stride_four(config):
     network, _ = model.build(config)
     output = network.eval()(torch.rand(2, 3, 64, 96))
@@ -27,7 +27,7 @@ def test_output_is_a_logit_and_a_unit_embedding_per_cell_of_stride_four(config):
 
 def test_the_encoder_is_vgg16_bn():
     theirs = vgg16_bn(weights=None).eval()
-    ours = model.Encoder(PAPER)
+    ours = Encoder(PAPER)
     for module in theirs.modules():  # statistics of their own, so that none is left out unseen
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1)
@@ -59,7 +59,7 @@ def test_backbones_but_vgg_give_strides_8_16_and_32_and_all_are_fused(backbone, 
 
 @pytest.mark.parametrize("backbone", ["vgg16_bn", "tf_efficientnet_lite0"])
 def test_images_are_scaled_as_the_backbone_expects(backbone):
-    encoder = model.Encoder(Network(backbone=backbone))
+    encoder = Encoder(Network(backbone=backbone))
     seen = []
     encoder.body.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     encoder(torch.stack([torch.zeros(3, 32, 32), torch.ones(3, 32, 32)]))
@@ -92,12 +92,12 @@ def with_statistics(network):
 
 
 @pytest.mark.parametrize("backbone", [
-    "slim", "tf_efficientnet_lite0", "resnet18", "vgg16_bn", "mobilenetv3_small_050"])
+    "tf_efficientnet_lite0", "resnet18", "vgg16_bn", "mobilenetv3_small_050"])
 def test_folded_batchnorm_gives_the_same_maps(backbone, tmp_path):
-    plain = with_statistics(model.Encoder(Network(backbone=backbone))).eval()
+    plain = with_statistics(Encoder(Network(backbone=backbone))).eval()
     torch.save(plain.body.state_dict(), tmp_path / "weights.pth")
     config = Network(backbone=backbone, fold_norm=True)
-    folded = model.Encoder(config, str(tmp_path / "weights.pth"))
+    folded = Encoder(config, str(tmp_path / "weights.pth"))
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in folded.modules())
     image = torch.rand(2, 3, 64, 96)
     for mine, theirs in zip(folded.train()(image), plain(image), strict=True):
@@ -106,7 +106,7 @@ def test_folded_batchnorm_gives_the_same_maps(backbone, tmp_path):
 
 @pytest.mark.parametrize("backbone, last", [
     ("tf_efficientnet_lite0", "blocks.1.1.conv_pwl"), ("resnet18", "layer1.1.conv2"),
-    ("vgg16_bn", "features_20"), ("slim", "features_20")])
+    ("vgg16_bn", "features_20")])
 def test_the_first_layers_keep_their_weights_and_the_others_learn(backbone, last):
     config = Network(backbone=backbone, channels=16, fold_norm=True, freeze_stride=4)
     network = model.XMask(config)

@@ -80,7 +80,7 @@ class Section(BaseModel):
 class Network(Section):
     """Paper section on the network."""
 
-    # a name that timm knows, or "slim": VGG16-BN at 1/8 of the width
+    # a name that timm knows
     backbone: Annotated[
         str, Field(pattern=r"^[A-Za-z0-9_.]+$", description="a backbone's name")] = "vgg16_bn"
     channels: Size = 256  # of fusion, density decoder and mask head

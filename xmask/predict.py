@@ -29,7 +29,7 @@ from xmask.data.images import read_image, resize_image, resize_labels
 from xmask.data.transforms import to_tensor
 
 MIN_SIDE = 8  # px: an image less wide or high than two output cells holds no head (ours)
-# px, least side of a piece without its margin (ours: 0.4 GB for the slim network on a CPU).
+# px, least side of a piece without its margin (ours).
 TILE, TILE_ACCELERATOR = 1024, 2048
 
 
