@@ -54,7 +54,7 @@ def evaluate(network: nn.Module, dataset, config: Config, folder: Path, *,
     decoding, usual = config.evaluation, config.evaluation.count_threshold
     if calibrated:
         decoding = calibrated.applied(decoding)
-    rows, segmentations, predicted, true = [], [], [], []
+    rows, segmentations, predicted, located = [], [], [], []
     truths: list[np.ndarray | None] = []
     for index in tqdm(range(len(dataset)), desc="evaluate", unit="image", disable=not progress):
         sample: Sample = dataset[index]
@@ -65,13 +65,16 @@ def evaluate(network: nn.Module, dataset, config: Config, folder: Path, *,
         if calibrated:
             row |= {"uncalibrated": int((prediction.scores > usual).sum()),
                     "low": prediction.low, "high": prediction.high}
+        near = [metrics.localization(prediction.heads, sample.points, sigma)
+                for sigma in LOCALISATION_SIGMAS]
+        row["matched"] = {str(s): n["matched"] for s, n in zip(LOCALISATION_SIGMAS, near)}
         if sample.instances is not None:
             segmentations.append(metrics.segmentation(prediction.instances, sample.instances))
             if len(sample.points):
                 row["mean_iou"] = float(segmentations[-1]["mean_iou"])
         rows.append(row)
         predicted.append(prediction.heads)
-        true.append(sample.points)
+        located.append(near)
         truths.append(sample.instances)
 
     counts = np.array([r["count"] for r in rows]), np.array([r["true_count"] for r in rows])
@@ -90,9 +93,8 @@ def evaluate(network: nn.Module, dataset, config: Config, folder: Path, *,
             [r["uncalibrated"] for r in rows], counts[1]) if calibrated else None,
         "interval": _coverage(rows, calibrated) if calibrated and calibrated.factor else None,
         "localization": {
-            str(s): metrics.localization_total(
-                metrics.localization(p, t, s) for p, t in zip(predicted, true))
-            for s in LOCALISATION_SIGMAS},
+            str(s): metrics.localization_total(near) for s, near in zip(
+                LOCALISATION_SIGMAS, zip(*located))},
         "segmentation": segmentation,
         "baselines": {"constant_count": best_constant_count(counts[1]), **discs},
         "per_image": rows,
