@@ -19,7 +19,7 @@ from PIL import Image
 import xmask
 from xmask import config, segmenters
 from xmask.cli import _parser, main
-from xmask.study import pages
+from xmask.study import model_card, pages
 from xmask.study.steps import _assigned
 from xmask.study.walkthroughs import walkthroughs
 from xmask.synthetic import draw_scene
@@ -156,7 +156,12 @@ def test_commands_named_in_sentences_exist():
 
 def test_readme_shows_the_results_of_the_tables():
     block, day = pages.stored_block(README)
-    assert block == pages.results_block(ROOT, day), "run `make docs`"
+    assert block == pages.results_block(ROOT, day), "run `xmask docs`"
+
+
+def test_the_numbers_of_the_model_card_are_those_of_its_run():
+    card = (ROOT / model_card.CARD).read_text("utf-8")
+    assert model_card.card_block(ROOT) in card, "run `xmask docs`"
     assert "Drawn crowds" in block
 
 

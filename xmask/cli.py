@@ -473,11 +473,11 @@ def _bench(o: argparse.Namespace) -> int:
 
 
 def _docs(o: argparse.Namespace) -> int:
-    from xmask.study import pages, steps, walkthroughs
+    from xmask.study import model_card, pages, steps, walkthroughs
 
     root = steps.enter_root()
     if o.walkthroughs is None:
-        made = [pages.refresh(root)]
+        made = [pages.refresh(root), model_card.refresh(root)]
     else:
         made = map(walkthroughs.execute, walkthroughs.walkthroughs(only=o.walkthroughs))
     for path in made:
