@@ -182,8 +182,8 @@ class _Names:
         if missing:
             raise ValueError(
                 f"{table}: lists {len(missing)} images that are not beside it: "
-                f"{', '.join(name[:60] for name in missing[:5])}{', ...' * (len(missing) > 5)}. "
-                "Copy them there, or take them out of the file")
+                f"{', '.join(name[:60] for name in missing[:5])}{', ...' * (len(missing) > 5)}; "
+                "copy them there, or take them out of the file")
         return [(image, points) for image, points in found if image is not None]
 
     def find(self, name: str) -> Path | None:
