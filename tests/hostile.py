@@ -147,6 +147,7 @@ def users_folder(root: Path) -> dict[Path, str]:
                  "manifest.json", "times.csv", "worst.png", "masks/a.png", "masks/a.csv",
                  "f.txt", "x.safetensors", "d.jpg/inside.txt", "other/coco.json"):
         (root / name).write_text(f"the user's {name}")
+    (root / "other" / "coco.json").write_text('{"images": [], "annotations": []}')
     return checksums(root)
 
 

@@ -145,9 +145,11 @@ def _own_photo_commands(command: Callable) -> None:
     made.add_argument("--half", action="store_true", help="weights in 16 bits: half the size")
     made.add_argument("--overwrite", action="store_true", help="replace a file that is there")
 
-    made = command("learn", _learn, "train on your own photos: those with a CSV of dots (x,y) "
-                   "beside them, and those without; resumable")
-    made.add_argument("folder", type=Path, metavar="FOLDER")
+    made = command("learn", _learn, "train on your own photos: those with dots beside them, and "
+                   "those without; resumable")
+    made.add_argument("folder", type=Path, metavar="FOLDER", help="photos and their dots: a.csv "
+                      "(x,y), LabelMe's a.json or a .mat for a.jpg; or a file of COCO, VIA or "
+                      "Label Studio for many")
     made.add_argument("--out", required=True, type=Path, help="a run folder, for predict --weights")
     made.add_argument("--segmenter", default="bundled", help="of the masks; or classical (faster), "
                       "a SAM checkpoint (.pth), or vit_b, vit_l, vit_h")

@@ -25,7 +25,7 @@ _MOST_BYTES = 64 << 20  # of an annotation file; the largest of the benchmarks h
 
 def read_shanghaitech(path: str | os.PathLike) -> Annotation:
     """Read `GT_IMG_n.mat` of ShanghaiTech: field `location` of the structure `image_info`."""
-    contents = _load_mat(path)
+    contents = load_mat(path)
     info = _unwrap(_field(contents, "image_info", path))
     names = getattr(info, "dtype", np.dtype(float)).names or ()
     if "location" not in names:
@@ -35,16 +35,16 @@ def read_shanghaitech(path: str | os.PathLike) -> Annotation:
 
 def read_qnrf(path: str | os.PathLike) -> Annotation:
     """Read `img_nnnn_ann.mat` of UCF-QNRF: field `annPoints`."""
-    return _as_points(_unwrap(_field(_load_mat(path), "annPoints", path)), path, "annPoints"), None
+    return _as_points(_unwrap(_field(load_mat(path), "annPoints", path)), path, "annPoints"), None
 
 
 def read_jhu(path: str | os.PathLike) -> Annotation:
     """Read `nnnn.txt` of JHU-CROWD++: a line `x y w h occlusion blur` per head; may be empty."""
     try:
-        lines = _content(path).decode("utf-8").splitlines()
+        lines = read_content(path).decode("utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a text file ({error}). Download it again.") from None
-    _check_number(len(lines), path)
+    check_number(len(lines), path)
     rows = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -69,15 +69,8 @@ def read_dots(path: str | os.PathLike) -> np.ndarray:
     Raises FileNotFoundError, or ValueError naming file and line.
     """
     expected = "expected a table with columns x and y: a line 'x,y' first, then one line a head"
-    content = _content(path)
-    try:
-        text = content.decode("utf-8-sig")
-        if "\0" in text:
-            raise ValueError("it holds zero bytes")
-    except ValueError as error:
-        raise ValueError(f"{path}: {expected}; it is no text in UTF-8 ({str(error)[:80]}). Save "
-                         "it as CSV in UTF-8") from None
-    _check_number(text.count("\n") - 1, path)
+    text = read_csv_text(path, expected)
+    check_number(text.count("\n") - 1, path)
     reader, points, header = csv.reader(io.StringIO(text, newline="")), [], None
     try:
         for fields in reader:
@@ -112,8 +105,22 @@ def read_dots(path: str | os.PathLike) -> np.ndarray:
     return np.array(points, dtype=np.float64).reshape(-1, 2)
 
 
-def _content(path: str | os.PathLike) -> bytes:
-    """The bytes of an annotation file, unless they are too many."""
+def read_csv_text(path: str | os.PathLike, expected: str) -> str:
+    """The text of a CSV in UTF-8; ValueError, naming the file and what was `expected`, if it is
+    none; errors as in `read_content`."""
+    content = read_content(path)
+    try:
+        text = content.decode("utf-8-sig")
+        if "\0" in text:
+            raise ValueError("it holds zero bytes")
+    except ValueError as error:
+        raise ValueError(f"{path}: {expected}; it is no text in UTF-8 ({str(error)[:80]}). Save "
+                         "it as CSV in UTF-8") from None
+    return text
+
+
+def read_content(path: str | os.PathLike) -> bytes:
+    """The bytes of an annotation file; FileNotFoundError, or ValueError if they are too many."""
     path = Path(path)
     try:
         size = path.stat().st_size
@@ -125,7 +132,8 @@ def _content(path: str | os.PathLike) -> bytes:
     return path.read_bytes()
 
 
-def _check_number(heads: int, path: str | os.PathLike) -> None:
+def check_number(heads: int, path: str | os.PathLike) -> None:
+    """Raises ValueError, naming the file, for more heads than an image may have."""
     if heads > MOST_HEADS:
         raise ValueError(f"{path}: {heads} heads, and an image has at most {MOST_HEADS}. Cut the "
                          "image and its dots in parts")
@@ -149,8 +157,10 @@ def clip_points(
     return inside.astype(np.float32), {name: count for name, count in found.items() if count}
 
 
-def _load_mat(path: str | os.PathLike) -> dict:
-    content = io.BytesIO(_content(path))
+def load_mat(path: str | os.PathLike) -> dict:
+    """The fields of a MATLAB file; ValueError, naming the file, if it is none or unpacks to more
+    than dots need; errors as in `read_content`."""
+    content = io.BytesIO(read_content(path))
     try:
         for name, shape, _ in whosmat(content):  # packed values may be much larger than the file
             if np.prod(shape, dtype=float) > 16 * MOST_HEADS:
@@ -194,7 +204,7 @@ def _as_points(value: object, path: str | os.PathLike, field: str) -> np.ndarray
     if array.dtype.kind not in "iuf" or array.ndim != 2 or array.shape[1] != 2:
         raise ValueError(f"{path}: field {field} should be an N×2 array of numbers, found shape "
                          f"{array.shape} of {array.dtype}. Download the file again.")
-    _check_number(len(array), path)
+    check_number(len(array), path)
     array = array.astype(np.float64)
     if not np.isfinite(array).all():
         row = int(np.flatnonzero(~np.isfinite(array).all(axis=1))[0])

@@ -1,18 +1,21 @@
-"""Your own photos, beside some of them a CSV of dots: the datasets of whoever has no dataset."""
+"""Your own photos, some of them with dots: the datasets of whoever has no dataset."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections import Counter
+import re
+import unicodedata
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from xmask import files
-from xmask.data.annotations import read_dots
+from xmask.data.dot_formats import DOT_SUFFIXES, read_dot_file
 from xmask.data.images import SUFFIXES, is_image
+from xmask.data.json_values import Listed
 from xmask.data.readers import read_sample
 from xmask.data.sample import Sample
 
@@ -20,34 +23,30 @@ from xmask.data.sample import Sample
 class OwnPhotos(Sequence):
     """Photos and their dots as a dataset: `photos[i]` reads a `Sample` from disk, upright.
 
-    pairs: (image, table) paths; table: a CSV with columns x and y in pixels, origin at the centre
-    of the top-left pixel, a line a head; None for a photo without dots. `ids` are file names
-    without suffix, or with it where two are alike.
-    Raises FileNotFoundError for a file that is missing, ValueError for a table that cannot be
+    pairs: (image, dots). image: a path. dots: the file of its dots, or a file that lists it, as
+    `read_dot_file` reads them; or the dots themselves, (N, 2) `(x, y)` in pixels, origin at the
+    centre of the top-left pixel; or None for a photo without dots. `ids` are file names without
+    suffix, or with it where two are alike.
+    Raises FileNotFoundError for a file that is missing, ValueError for dots that cannot be
     read; reading a photo that is damaged raises ValueError, all naming the file.
     """
 
     synthetic = False
     settings = {"name": "own photos", "max_side": None}
 
-    def __init__(self, pairs: Sequence[tuple[str | os.PathLike, str | os.PathLike | None]]) -> None:
-        self._pairs = [(Path(image), None if table is None else Path(table))
-                       for image, table in pairs]
+    def __init__(self, pairs: Sequence[tuple[str | os.PathLike,
+                                             str | os.PathLike | np.ndarray | None]]) -> None:
+        self._pairs = [(Path(image), _dots(Path(image), dots)) for image, dots in pairs]
         stems = Counter(image.stem.lower() for image, _ in self._pairs)
         self.ids = [image.name if stems[image.stem.lower()] > 1 else image.stem
                     for image, _ in self._pairs]
-        self._heads: list[int] = []
-        for image, table in self._pairs:
-            if not image.is_file():
-                raise FileNotFoundError(f"{image}: no such image. Check the path.")
-            self._heads.append(0 if table is None else len(read_dots(table)))
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, index: int) -> Sample:
-        image, table = self._pairs[index]
-        points = np.zeros((0, 2)) if table is None else read_dots(table)
+        image, dots = self._pairs[index]
+        points = np.zeros((0, 2)) if dots is None else dots
         return read_sample(image, points, None, None, self.ids[index], None)
 
     def image_path(self, index: int) -> Path:
@@ -60,7 +59,8 @@ class OwnPhotos(Sequence):
 
     def counts(self) -> np.ndarray:
         """(N,) int64: dots of every photo."""
-        return np.array(self._heads, dtype=np.int64)
+        return np.array([0 if dots is None else len(dots) for _, dots in self._pairs],
+                        dtype=np.int64)
 
     def sound(self) -> tuple[OwnPhotos, list[str]]:
         """The photos that can be read, and what is wrong with each of the others."""
@@ -74,9 +74,11 @@ class OwnPhotos(Sequence):
         return (OwnPhotos(good) if wrong else self), wrong
 
     def image_checksum(self, index: int) -> str:
-        """SHA-256 over a photo's name, its file, and its table."""
-        parts = [self.ids[index].encode("utf-8", "surrogateescape")]
-        parts += [files.sha256(path).encode() for path in self._pairs[index] if path]
+        """SHA-256 over a photo's name, its file, and its dots, in whatever file they are."""
+        image, dots = self._pairs[index]
+        parts = [self.ids[index].encode("utf-8", "surrogateescape"), files.sha256(image).encode()]
+        if dots is not None:
+            parts.append(hashlib.sha256(dots.astype("<f8").tobytes()).hexdigest().encode())
         return hashlib.sha256(b"\n".join(parts)).hexdigest()
 
     def checksum(self) -> str:
@@ -85,14 +87,41 @@ class OwnPhotos(Sequence):
         return hashlib.sha256(every.encode()).hexdigest()
 
 
+def _dots(image: Path, dots: str | os.PathLike | np.ndarray | None) -> np.ndarray | None:
+    """The dots of an image as (N, 2) float64, from wherever they are."""
+    if not image.is_file():
+        raise FileNotFoundError(f"{image}: no such image. Check the path.")
+    if dots is None:
+        return None
+    if isinstance(dots, np.ndarray):
+        if (dots.dtype.kind not in "iuf" or dots.ndim != 2 or dots.shape[1] != 2
+                or not np.isfinite(dots).all()):
+            raise ValueError(f"{image}: dots should be (N, 2) finite numbers, found shape "
+                             f"{dots.shape} of {dots.dtype}")
+        return dots.astype(np.float64)
+    found = read_dot_file(dots)
+    if isinstance(found, np.ndarray):
+        return found
+    names = _Names([image])
+    mine = [points for name, points in found if names.find(name)]
+    if len(mine) != 1:
+        raise ValueError(f"{os.fspath(dots)}: lists {image.name} {len(mine)} times among its "
+                         f"{len(found)} images; expected once")
+    return mine[0]
+
+
 def read_folder(folder: str | os.PathLike) -> tuple[OwnPhotos, OwnPhotos]:
     """Photos of a folder: (those with dots, those without), each in the order of their names.
 
-    An image `a.jpg` has dots if `a.csv` lies beside it (see `OwnPhotos`; a table without lines is
-    an empty scene). Dots outside the image are moved to its border, and the sample's `repairs`
-    say how many. Hidden files are left out, and so is what xmask wrote into the folder.
+    An image `a.jpg` has dots if `a.csv`, the LabelMe file `a.json`, or `a.mat`, `GT_a.mat` or
+    `a_ann.mat` lies beside it, or if a file in the folder lists it by its name: COCO, VIA or Label
+    Studio (see `dot_formats.read_dot_file`). Without a single dot there, it is an empty scene.
+    Folders in a listed name do not count, nor do the characters that Label Studio puts before it.
+    Dots outside the image are moved to its border, and the sample's `repairs` say how many. Hidden
+    files are left out, and so is what xmask wrote into the folder.
     Raises FileNotFoundError for a folder without images; ValueError, naming the file, for a
-    table that cannot be read, that has no image, or that has two.
+    .csv, .json or .mat that cannot be read, whose image is not there, or whose image has dots in
+    another one.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -102,19 +131,70 @@ def read_folder(folder: str | os.PathLike) -> tuple[OwnPhotos, OwnPhotos]:
     images = [p for p in listed if is_image(p)]
     if not images:
         raise FileNotFoundError(f"{folder}: no image in this folder ({', '.join(SUFFIXES)})")
-    tables: dict[str, Path] = {}
+    names, dots, origin = _Names(images), {}, {}
     for path in listed:
-        if path.suffix.lower() == ".csv" and not path.name.startswith(".") and path.is_file():
-            if path.stem in tables:
-                raise ValueError(f"{path}: {tables[path.stem].name} is beside it; keep one of them")
-            tables[path.stem] = path
-    for stem, table in tables.items():
-        owners = [image.name for image in images if image.stem == stem]
+        if (path.suffix.lower() not in DOT_SUFFIXES or path.name.startswith(".")
+                or not path.is_file()):
+            continue
+        found = read_dot_file(path)
+        for image, points in ([(names.beside(path), found)] if isinstance(found, np.ndarray)
+                              else names.of_list(path, found)):
+            if image in dots:
+                other = origin[image]
+                raise ValueError(f"{path}: lists {image.name} twice; keep one of them"
+                                 if other == path else
+                                 f"{path}: {other.name} beside it has dots of {image.name}, too; "
+                                 "keep one of them")
+            dots[image], origin[image] = points, path
+    return (OwnPhotos([(p, dots[p]) for p in images if p in dots]),
+            OwnPhotos([(p, None) for p in images if p not in dots]))
+
+
+class _Names:
+    """Which of some images is meant by the name of a file, or by a name in a file."""
+
+    def __init__(self, images: Sequence[Path]) -> None:
+        self._stems, self._names, self._alike = (defaultdict(list) for _ in range(3))
+        for image in images:
+            self._stems[image.stem].append(image)
+            self._names[image.name].append(image)
+            self._alike[_uploaded(image.name)].append(image)
+
+    def beside(self, table: Path) -> Path:
+        """The image of a file of dots for one image."""
+        stems = [table.stem]
+        if table.suffix.lower() == ".mat":  # ShanghaiTech's names, UCF-QNRF's names
+            stems += [table.stem.removeprefix("GT_"), table.stem.removesuffix("_ann")]
+        owners = next((self._stems[stem] for stem in stems if stem in self._stems), [])
         if not owners:
             raise ValueError(f"{table}: no image of this name beside it; rename one of the two, or "
                              "move the table elsewhere")
         if len(owners) > 1:
-            raise ValueError(f"{table}: are these the dots of {' or of '.join(owners)}? Rename the "
-                             "other image, or move it elsewhere")
-    dotted = [(image, tables[image.stem]) for image in images if image.stem in tables]
-    return OwnPhotos(dotted), OwnPhotos([(p, None) for p in images if p.stem not in tables])
+            raise ValueError(f"{table}: are these the dots of "
+                             f"{' or of '.join(one.name for one in owners)}? Rename the other "
+                             "image, or move it elsewhere")
+        return owners[0]
+
+    def of_list(self, table: Path, listed: Listed) -> list[tuple[Path, np.ndarray]]:
+        """The images that a file lists."""
+        found = [(self.find(name), points) for name, points in listed]
+        missing = [name for (name, _), (image, _) in zip(listed, found) if image is None]
+        if missing:
+            raise ValueError(
+                f"{table}: lists {len(missing)} images that are not beside it: "
+                f"{', '.join(name[:60] for name in missing[:5])}{', ...' * (len(missing) > 5)}; "
+                "copy them there, or take them out of the file")
+        return [(image, points) for image, points in found if image is not None]
+
+    def find(self, name: str) -> Path | None:
+        """The image of a listed name: of exactly this one, else the only one of a name alike."""
+        alike = (self._names.get(name) or self._alike.get(_uploaded(name))
+                 or self._alike.get(_uploaded(re.sub("^[0-9a-f]{8}-", "", name))) or [])
+        return alike[0] if len(alike) == 1 else None
+
+
+def _uploaded(name: str) -> str:
+    """A file name as Label Studio changes it, which is Django's way (`get_valid_filename`), with
+    its suffix in small letters."""
+    stem, suffix = os.path.splitext(unicodedata.normalize("NFC", name).strip())
+    return re.sub(r"[^-\w.]", "", stem.replace(" ", "_")) + suffix.lower()

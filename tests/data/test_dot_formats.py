@@ -1,0 +1,368 @@
+"""Dots as annotation tools write them: every format is read, and whatever is none is named."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from scipy.io import savemat
+
+from xmask.data.dot_formats import read_dot_file
+from xmask.data.own_photos import OwnPhotos, read_folder
+
+POINT = {"name": "point", "cx": 3, "cy": 4.5}
+
+
+def region(**shape):
+    return {"shape_attributes": shape, "region_attributes": {"type": "head"}}
+
+
+def shape(kind, *points):
+    return {"label": "head", "points": [list(p) for p in points], "shape_type": kind, "flags": {}}
+
+
+def result(kind, **value):
+    return {"type": kind, "value": value, "original_width": 200, "original_height": 100,
+            "image_rotation": 0, "from_name": "tag", "to_name": "image"}
+
+
+def task(image, *annotations):
+    return {"id": 7, "data": {"image": image}, "annotations": [
+        {"id": 1, "was_cancelled": False, "result": list(one)} for one in annotations]}
+
+
+COCO_HEADS = {
+    "info": {}, "categories": [{"id": 1, "name": "head"}],
+    "images": [{"id": 1, "file_name": "train/a.png"}, {"id": 2, "file_name": "b.png"}],
+    "annotations": [
+        {"id": 1, "image_id": 1, "category_id": 1, "iscrowd": 0, "bbox": [2, 3, 4, 6]},
+        {"id": 2, "image_id": 1, "category_id": 1, "bbox": [0, 0, 1, 1], "keypoints": [7, 8, 2],
+         "num_keypoints": 1}]}
+LABELME = {"version": "5.5.0", "flags": {}, "imagePath": "a.png", "imageData": None,
+           "imageHeight": 48, "imageWidth": 64,
+           "shapes": [shape("point", (3, 4.5)), shape("circle", (9, 8), (12, 8)),
+                      shape("rectangle", (10, 4), (6, 2)),
+                      shape("rectangle", (0, 0), (4, 0), (4, 2), (0, 2))]}
+VIA = {
+    "a.png1234": {"filename": "a.png", "size": 1234, "file_attributes": {}, "regions": [
+        region(**POINT), region(name="circle", cx=1, cy=2, r=3),
+        region(name="ellipse", cx=5, cy=6, rx=3, ry=2, theta=0.1),
+        region(name="rect", x=10, y=20, width=4, height=6)]},
+    "b.png99": {"filename": "b.png", "size": 99, "regions": [], "file_attributes": {}}}
+VIA_POINTS = [[3, 4.5], [1, 2], [5, 6], [12, 23]]
+LABEL_STUDIO = [
+    task("/data/upload/1/0a1b2c3d-a.png", [
+        result("keypointlabels", x=10, y=20, width=0.5, keypointlabels=["Head"]),
+        result("rectanglelabels", x=10, y=20, width=2, height=4, rotation=0),
+        result("rectanglelabels", x=10, y=20, width=2, height=4, rotation=90),
+        result("ellipselabels", x=50, y=50, radiusX=2, radiusY=3),
+        {"type": "choices", "value": {"choices": ["sunny"]}, "from_name": "weather"}]),
+    task("/data/local-files/?d=photos%5Cb.png", []), task("c.png")]
+LABEL_STUDIO_POINTS = [[20, 20], [22, 22], [18, 22], [100, 50]]
+VIA_CSV = ("filename,file_size,file_attributes,region_count,region_id,region_shape_attributes,"
+           "region_attributes\n"
+           'a.png,1234,"{}",2,0,"{""name"":""point"",""cx"":3,""cy"":4.5}","{}"\n'
+           'a.png,1234,"{}",2,1,"{""name"":""rect"",""x"":10,""y"":20,""width"":4,""height"":6}",'
+           '"{}"\nb.png,99,"{}",0,0,"{}","{}"\n')
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in "abc":
+        Image.new("RGB", (64, 48)).save(tmp_path / f"{name}.png")
+    return tmp_path
+
+
+def write(path, value):
+    path.write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
+    return path
+
+
+MANY = {"coco": (COCO_HEADS, [[4, 6], [7, 8]]), "via": (VIA, VIA_POINTS),
+        "project": ({"_via_settings": {}, "_via_img_metadata": VIA, "_via_attributes": {}},
+                    VIA_POINTS),
+        "via1": ({"a.png": {"filename": "http://host/a.png", "regions": {"0": region(**POINT)}},
+                  "b.png": {"filename": "b.png", "regions": {}}}, [[3, 4.5]]),
+        "studio": (LABEL_STUDIO, LABEL_STUDIO_POINTS)}
+
+
+@pytest.mark.parametrize("value, expected", MANY.values(), ids=MANY)
+def test_a_file_for_many_photos_gives_dots_empty_scenes_and_unlabelled_photos(
+        folder, value, expected):
+    table = write(folder / "labels.JSON", value)
+    dotted, bare = read_folder(folder)
+    assert dotted.ids == ["a", "b"] and bare.ids == ["c"]
+    assert dotted.counts().tolist() == [len(expected), 0]
+    (name, points), (_, none) = read_dot_file(table)
+    assert name.endswith("a.png") and points.dtype == np.float64
+    np.testing.assert_allclose(points, expected)
+    assert none.shape == (0, 2)
+    assert OwnPhotos([(folder / "a.png", table)]).counts().tolist() == [len(expected)]
+
+
+def test_the_csv_of_via(folder):
+    write(folder / "via_export_csv.csv", VIA_CSV)
+    dotted, bare = read_folder(folder)
+    assert dotted.ids == ["a", "b"] and bare.ids == ["c"]
+    np.testing.assert_array_equal(dotted[0].points, [[3, 4.5], [12, 23]])
+
+
+def test_a_labelme_file_beside_each_photo(folder):
+    write(folder / "a.json", LABELME)
+    write(folder / "b.json", LABELME | {"shapes": []})
+    write(folder / "._a.json", "macOS")
+    dotted, bare = read_folder(folder)
+    assert dotted.ids == ["a", "b"] and bare.ids == ["c"] and dotted.counts().tolist() == [4, 0]
+    np.testing.assert_array_equal(dotted[0].points, [[3, 4.5], [9, 8], [8, 3], [2, 1]])
+
+
+@pytest.mark.parametrize("name", ["GT_a.mat", "a_ann.mat", "a.MAT"])
+@pytest.mark.parametrize("fields", [
+    {"image_info": {"location": [[3.0, 4.0], [5.0, 6.0]], "number": 2}},
+    {"annPoints": [[3.0, 4.0], [5.0, 6.0]]}])
+def test_mat_files_under_the_names_of_the_benchmarks(folder, name, fields):
+    savemat(folder / name, fields, appendmat=False)
+    dotted, bare = read_folder(folder)
+    assert dotted.ids == ["a"] and bare.ids == ["b", "c"]
+    np.testing.assert_array_equal(dotted[0].points, [[3, 4], [5, 6]])
+
+
+def test_the_head_of_a_person_is_the_mean_of_its_labelled_keypoints_of_the_head(folder, caplog):
+    names = ["nose", "left_eye", "right_ear", "left_shoulder", "left_forearm"]
+    person = {"image_id": 1, "category_id": 1, "bbox": [0, 0, 20, 60]}
+    value = COCO_HEADS | {
+        "categories": [{"id": 1, "name": "person", "keypoints": names}], "annotations": [
+            person | {"keypoints": [0, 0, 0, 4, 6, 2, 8, 8, 1, 50, 50, 2, 60, 60, 2]},
+            person | {"image_id": 2, "keypoints": [0, 0, 0] * 3 + [5, 5, 2, 6, 6, 2]}]}
+    write(folder / "persons.json", value)
+    with caplog.at_level(logging.WARNING, "xmask"):
+        dotted, bare = read_folder(folder)
+    np.testing.assert_array_equal(dotted[0].points, [[6, 7]])
+    assert bare.ids == ["b", "c"] and "persons.json: 1 of 2 images" in caplog.text  # unknown heads
+    value["annotations"][1] = person | {"image_id": 2, "iscrowd": 1}
+    write(folder / "persons.json", value)
+    assert read_folder(folder)[0].ids == ["a"]
+
+
+def test_names_are_found_as_label_studio_changes_them(folder):
+    Image.new("RGB", (64, 48)).save(folder / "deadbeef-a.png")
+    Image.new("RGB", (64, 48)).save(folder / "my photo (2).PNG")
+    head = [result("keypoint", x=50, y=50)]
+    write(folder / "studio.json", [
+        task("/data/upload/1/0a1b2c3d-my_photo_2.png", head), task("/u/deadbeef-a.png", head),
+        task("https://host/x/b.png?sign=a/c.png", head)])
+    dotted, bare = read_folder(folder)
+    assert dotted.ids == ["b", "deadbeef-a", "my photo (2)"] and bare.ids == ["a", "c"]
+
+
+def test_an_annotation_of_label_studio_may_be_skipped_or_the_true_one(folder):
+    head, two = [result("keypoint", x=50, y=50)], [result("keypoint", x=5, y=5)] * 2
+    value = [task("a.png", head, two), task("b.png", head)]
+    value[0]["annotations"][1]["ground_truth"] = True
+    value[1]["annotations"][0]["was_cancelled"] = True
+    write(folder / "studio.json", value)
+    dotted, bare = read_folder(folder)
+    assert dotted.ids == ["a"] and dotted.counts().tolist() == [2] and bare.ids == ["b", "c"]
+
+
+def changed(value, *keys, to):
+    """A copy of a document with one value changed."""
+    value = copy.deepcopy(value)
+    at = value
+    for key in keys[:-1]:
+        at = at[key]
+    at[keys[-1]] = to
+    return value
+
+
+THOUSANDS = 100_000
+WRONG = {
+    "{": "not valid JSON", "": "not valid JSON", "[" * 100_000: "not valid JSON",
+    "[]": "a list of 0; expected COCO", "3": "3; expected COCO", "null": "None; expected COCO",
+    "{}": r"keys \(none\); expected COCO", '{"a": 1, "b": 2}': "keys 'a', 'b'; expected COCO",
+    '[{"id": 1}]': "a list of 1, the first one {'id': 1}; expected COCO"}
+CHANGED = [
+    (LABELME, ("shapes",), {}, "field shapes should be a list, found {}"),
+    (LABELME, ("shapes", 0), 3, "shape 1: expected an object with the field shape_type, found 3"),
+    (LABELME, ("shapes", 1, "shape_type"), "polygon", "shape 2 is a 'polygon' of 2 points; expect"),
+    (LABELME, ("shapes", 0, "points"), [], "shape 1 is a 'point' of 0 points"),
+    (LABELME, ("shapes", 0, "points"), [[1]], r"shape 1: found \[1\] where 2 numbers"),
+    (LABELME, ("shapes", 0, "points"), [[1, float("nan")]], r"shape 1: found \[1, nan\] where"),
+    (LABELME, ("shapes", 0, "points"), [[1, 10**400]], "shape 1: found .* where 2 numbers"),
+    (LABELME, ("shapes", 0, "points"), [["1", True]], "shape 1: found .* where 2 numbers"),
+    (LABELME, ("shapes",), [shape("point", (1, 2))] * THOUSANDS, "100000 heads, and an image has"),
+    (COCO_HEADS, ("images", 0), "a.png", "image 1: expected an object with the field file_name"),
+    (COCO_HEADS, ("images", 1, "id"), 1, "image 2: has the id 1 of 'train/a.png', too"),
+    (COCO_HEADS, ("images", 0, "id"), [], "image 1: field id should be a number or a text, found"),
+    (COCO_HEADS, ("categories",), 3, "field categories should be a list, found 3"),
+    (COCO_HEADS, ("annotations",), {}, "field annotations should be a list"),
+    (COCO_HEADS, ("annotations", 0, "image_id"), 9, "annotation 1: image_id 9, and no image has"),
+    (COCO_HEADS, ("annotations", 0, "category_id"), 2, "the categories 1, 2, and all would be"),
+    (COCO_HEADS, ("annotations", 0, "bbox"), None, "annotation 1: field bbox should be a list"),
+    (COCO_HEADS, ("annotations", 0, "bbox"), [1, 2, 3], r"annotation 1: found \[1, 2, 3\] where 4"),
+    (COCO_HEADS, ("annotations", 1, "keypoints"), [1, 2], r"annotation 2: found \[1, 2\] where 3"),
+    (COCO_HEADS, ("annotations", 1, "keypoints"), [1, 2, 2] * 5,
+     "annotation 2: 5 keypoints, and its category names none"),
+    (COCO_HEADS, ("annotations",), [COCO_HEADS["annotations"][0]] * THOUSANDS,
+     "'train/a.png': 100000 heads, and"),
+    (VIA, ("a.png1234", "regions"), 3, "'a.png1234': field regions should be a list or an object"),
+    (VIA, ("a.png1234", "filename"), 3, "'a.png1234': field filename should be a text, found 3"),
+    (VIA, ("a.png1234", "regions", 1), [], "region 2: expected an object with the field shape_att"),
+    (VIA, ("a.png1234", "regions", 0, "shape_attributes", "name"), "polygon",
+     "region 1 is a 'polygon'; expected point, circle, ellipse or rect"),
+    (VIA, ("a.png1234", "regions", 0, "shape_attributes", "cx"), None, "region 1: found .None, 4.5"),
+    (VIA, ("a.png1234", "regions"), [region(**POINT)] * THOUSANDS, "100000 heads, and"),
+    (MANY["project"][0], ("_via_img_metadata",), [], "field _via_img_metadata should be an object"),
+    (LABEL_STUDIO, (0, "annotations"), {}, "task 7: field annotations should be a list"),
+    (LABEL_STUDIO, (0, "annotations"), [{"result": []}] * 2, "task 7 has 2 annotations; keep one"),
+    (LABEL_STUDIO, (0, "annotations", 0, "result", 0), 3, "task 7: expected an object with the fie"),
+    (LABEL_STUDIO, (0, "annotations", 0, "result", 0, "type"), "polygonlabels",
+     "task 7: a result is of type 'polygonlabels'; expected keypointlabels"),
+    (LABEL_STUDIO, (0, "annotations", 0, "result", 0, "original_width"), None,
+     "task 7: original_width, original_height: found"),
+    (LABEL_STUDIO, (0, "annotations", 0, "result", 0, "value", "x"), float("inf"),
+     r"task 7: found \[inf, 20\] where 2 numbers"),
+    (LABEL_STUDIO, (0, "annotations", 0, "result"), [result("keypoint", x=1, y=1)] * THOUSANDS,
+     "task 7: 100000 heads, and"),
+    (LABEL_STUDIO, (0, "data"), {"text": "a.txt"}, "task 7: data names no image file, found {'tex"),
+]
+
+
+@pytest.mark.parametrize("text, message", [
+    *WRONG.items(), *((json.dumps(changed(value, *keys, to=to)), message)
+                      for value, keys, to, message in CHANGED)],
+    ids=[*map(str, range(len(WRONG) + len(CHANGED)))])
+def test_json_that_is_no_dots_is_named_with_what_was_found(tmp_path, text, message):
+    path = write(tmp_path / "labels.json", text)
+    with pytest.raises(ValueError, match=f"labels.json.*{message}") as raised:
+        read_dot_file(path)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 600 + len(str(path))
+
+
+@pytest.mark.parametrize("old, new, message", [
+    ('""cx"":3', '""cx"":', "line 2: .* is no shape"),
+    ('"{""name"":""point"",""cx"":3,""cy"":4.5}"', "[]", "line 2: expected an object with the fie"),
+    ("b.png,99", ",99", "line 4 lacks filename"), ("point", "polyline", "line 2 is a 'polyline'"),
+    ("filename,", "file,", "line 2 lacks filename or region_shape_attributes"),
+    ("b.png", "b" * 200_000, "line 3: field larger than field limit"),
+    ("b.png", "b\0", "no text in UTF-8"),
+])
+def test_a_damaged_csv_of_via_is_named(tmp_path, old, new, message):
+    path = write(tmp_path / "via.csv", VIA_CSV.replace(old, new))
+    with pytest.raises(ValueError, match=f"via.csv.*{message}"):
+        read_dot_file(path)
+
+
+def test_other_mat_files_and_csv_files_are_named(folder):
+    savemat(folder / "a.mat", {"points": [[1.0, 2.0]], "version": 3})
+    with pytest.raises(ValueError, match="a.mat: the fields points, version; expected image_info"):
+        read_folder(folder)
+    (folder / "a.mat").write_bytes(b"MATLAB")
+    with pytest.raises(ValueError, match="a.mat: cannot be read as a MATLAB file"):
+        read_folder(folder)
+    (folder / "a.mat").unlink()
+    write(folder / "a.csv", "name,count\na,3\n")
+    with pytest.raises(ValueError, match="a.csv: expected a table with columns x and y"):
+        read_folder(folder)
+
+
+def test_one_photo_has_dots_in_one_file(folder):
+    write(folder / "a.csv", "x,y\n1,2\n")
+    write(folder / "a.json", LABELME)
+    with pytest.raises(ValueError, match="a.json: a.csv beside it has dots of a.png, too; keep"):
+        read_folder(folder)
+    (folder / "a.json").unlink()
+    write(folder / "via.json", VIA)
+    with pytest.raises(ValueError, match="via.json: a.csv beside it has dots of a.png, too"):
+        read_folder(folder)
+    (folder / "a.csv").unlink()
+    write(folder / "via.json", VIA | {"again": VIA["a.png1234"]})
+    with pytest.raises(ValueError, match="via.json: lists a.png twice"):
+        read_folder(folder)
+
+
+def test_dots_of_images_that_are_not_there_are_named(folder):
+    write(folder / "via.json", VIA | {f"{k}": VIA["b.png99"] | {"filename": f"{k}.jpg"}
+                                      for k in range(7)})
+    with pytest.raises(ValueError, match=r"via.json: lists 7 images that are not beside it: 0.jpg, "
+                                         r"1.jpg, 2.jpg, 3.jpg, 4.jpg, \.\.\.; copy"):
+        read_folder(folder)
+    (folder / "via.json").unlink()
+    write(folder / "d.json", LABELME)
+    with pytest.raises(ValueError, match="d.json: no image of this name beside it"):
+        read_folder(folder)
+    (folder / "d.json").unlink()
+    savemat(folder / "GT_d.mat", {"annPoints": [[1.0, 2.0]]})
+    with pytest.raises(ValueError, match="GT_d.mat: no image of this name beside it"):
+        read_folder(folder)
+    with pytest.raises(ValueError, match="via.json: lists c.png 0 times among its 2 images"):
+        OwnPhotos([(folder / "c.png", write(folder / "via.json", VIA))])
+
+
+def test_a_checksum_changes_with_the_dots_of_its_photo_only(folder):
+    def checksums(value):
+        write(folder / "via.json", value)
+        dotted, bare = read_folder(folder)
+        return [one.image_checksum(i) for one in (dotted, bare) for i in range(len(one))]
+
+    before = checksums(VIA)
+    after = checksums(changed(VIA, "a.png1234", "regions", 0, "shape_attributes", "cx", to=9))
+    assert before[0] != after[0] and before[1:] == after[1:]
+    (folder / "via.json").unlink()
+    assert read_folder(folder)[1].image_checksum(1) != before[1]  # no dots are not no heads
+
+
+def test_dots_may_be_given_as_an_array(folder):
+    photos = OwnPhotos([(folder / "a.png", np.array([[1, 2]])), (folder / "b.png", None)])
+    assert photos.counts().tolist() == [1, 0] and photos[0].points.tolist() == [[1, 2]]
+    for wrong in (np.zeros(2), np.array([["a", "b"]]), np.full((1, 2), np.nan)):
+        with pytest.raises(ValueError, match="a.png: dots should be"):
+            OwnPhotos([(folder / "a.png", wrong)])
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+    | st.sampled_from(["", "a.png", 10**400, 1e999, -1]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+        st.sampled_from(["shapes", "images", "annotations", "regions", "filename", "result", "x"])
+        | st.text(max_size=3), inner, max_size=3), max_leaves=8)
+
+
+@st.composite
+def spoilt(draw):
+    """A good document of a format, in which one value is another one, or gone."""
+    value = copy.deepcopy(draw(st.sampled_from([LABELME, *(value for value, _ in MANY.values())])))
+    at = value
+    while True:
+        key = draw(st.sampled_from(sorted(at, key=str) if isinstance(at, dict) else range(len(at))))
+        if not isinstance(at[key], (dict, list)) or not at[key] or draw(st.booleans()):
+            break
+        at = at[key]
+    if draw(st.booleans()):
+        at[key] = draw(JSON)
+    else:
+        del at[key]
+    return value
+
+
+@settings(max_examples=200, deadline=None)
+@given(spoilt() | JSON)
+@example({"images": [], "annotations": [], "categories": [[]]})
+def test_every_json_is_read_or_refused_by_name(tmp_path_factory, value):
+    path = write(tmp_path_factory.getbasetemp() / "fuzzed.json", value)
+    table = write(tmp_path_factory.getbasetemp() / "fuzzed.csv", VIA_CSV.splitlines()[0] + (
+        "\na.png,1,{},1,0," + json.dumps(json.dumps(value)).replace('\\"', '""') + ",{}\n"))
+    for one in (path, table):
+        try:
+            found = read_dot_file(one)
+        except ValueError as error:
+            assert one.name in str(error)
+            continue
+        for points in [found] if isinstance(found, np.ndarray) else [p for _, p in found]:
+            assert points.shape[1:] == (2,) and np.isfinite(points).all()
