@@ -7,8 +7,8 @@ import torch
 from torchvision.models import vgg16_bn
 
 from xmask import model
-from xmask.encoder import Encoder
 from xmask.config import Network
+from xmask.encoder import Encoder
 from xmask.pretrained import copy_weights
 
 PAPER = Network(weights="random")

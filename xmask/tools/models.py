@@ -103,8 +103,10 @@ def export(run: str | os.PathLike, out: str | os.PathLike, *, half: bool = False
     Raises FileNotFoundError or ValueError for a folder that is no run.
     """
     network, config, record = _read_run(Path(run))
-    state = {name: (value.half() if half and value.is_floating_point() else value).contiguous().cpu()
-             for name, value in network.state_dict().items()}
+    state = {name: value.contiguous().cpu() for name, value in network.state_dict().items()}
+    if half:
+        state = {name: value.half() if value.is_floating_point() else value
+                 for name, value in state.items()}
     with files.replacing(out) as temporary:
         save_file(state, temporary, metadata={
             "config": json.dumps(config.to_dict()), "backbone": record["initialisation"],
