@@ -436,3 +436,18 @@ def test_the_density_gate_is_for_phase_3_only(monkeypatch):
 
 def test_strides_agree():
     assert model.STRIDE == 4  # the explicit computations above say 4
+
+
+def test_what_is_too_small_to_matter_becomes_zero_before_it_is_denormal():
+    run = trainer()
+    run.run_epoch()
+    weight = run.student.fusion.mix.weight
+    state = run.optimiser.state[weight]
+    with torch.no_grad():
+        for value, tiny_, small in ((weight, 1e-13, 1e-11), (state["exp_avg"], 1e-19, 1e-17),
+                                    (state["exp_avg_sq"], 1e-37, 1e-35)):
+            value[0, 0, 0, 0], value[0, 1, 0, 0] = -tiny_ if value is weight else tiny_, small
+    run._drop_the_tiny()
+    for value in (weight, state["exp_avg"], state["exp_avg_sq"]):
+        assert value[0, 0, 0, 0] == 0 and value[0, 1, 0, 0] > 0
+    assert not any(((p != 0) & (p.abs() < 1e-12)).any() for p in run.teacher.parameters())

@@ -75,6 +75,24 @@ def test_uncounted_points_have_masks_and_are_no_heads(network, tmp_path):
     assert result["segmentation"]["mean_iou"] > 0
 
 
+def test_counts_are_reported_with_calibration_and_without(network, tmp_path):
+    images = Images([scene(i, people=2 + i) for i in range(1, 13)])
+    seen = evaluate.look(network, images, progress=False)
+    assert [true for _, true in seen] == [len(s.points) for s in images]
+    found = evaluate.calibrate(seen, tiny())
+    result = evaluate.evaluate(network, images, tiny(), tmp_path, calibrated=found, progress=False)
+    rows = result["per_image"]
+    assert abs(sum(r["count"] - r["true_count"] for r in rows)) <= 1  # made right on these images
+    plain = evaluate.evaluate(network, images, tiny(), tmp_path, progress=False)
+    assert result["counting_uncalibrated"] == plain["counting"]
+    assert plain["counting_uncalibrated"] is None is plain["interval"]
+    inside = [r["low"] <= r["true_count"] <= r["high"] for r in rows]
+    assert result["interval"]["coverage"] == pytest.approx(np.mean(inside))
+    assert result["interval"]["wanted"] == 0.9
+    matched = sum(r["matched"]["8"] for r in rows)
+    assert matched == result["localization"]["8"]["matched"]
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(0, 3000), min_size=1, max_size=30), st.floats(0, 3000))
 def test_no_constant_count_beats_the_median_in_mae_or_the_mean_in_rmse(true, other):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,21 @@ def test_a_run_folder_holds_everything_a_number_traces_to(inside):
         cells = nbformat.read(f"work/photo/notebooks/{name}-{folder.name}.ipynb", 4).cells
         assert all(c.get("execution_count") for c in cells if c.cell_type == "code")
     assert (folder / "predictions").is_dir() and (folder / "history.csv").is_file()
+
+
+def test_held_out_images_calibrate_and_are_not_learnt_from(inside):
+    config = steps.configure("photo", "sha", 100, 1, overrides=TINY | {
+        "calibration.held_out": 0.4, "schedule.unlabelled": False})
+    kept, learnt = steps.held_out(config, "data"), steps.labelled(config, "data")
+    assert len(kept) == 2 and sorted(kept + learnt) == list(range(5))
+    result = steps.evaluate(config, "data", progress=False)
+    record = files.read_json(steps.run_folder(config) / "config.json")
+    dataset = steps.open_train(config, "data")
+    assert record["data"]["held_out"] == [dataset.ids[i] for i in kept]
+    assert record["data"]["labelled"] == [dataset.ids[i] for i in learnt]
+    assert record["calibration"]["images"] == 2 and record["calibration"]["factor"] is None
+    assert result["counting_uncalibrated"] is not None and result["interval"] is None
+    shutil.rmtree(steps.run_folder(config))
 
 
 def test_another_setting_makes_a_step_stale(inside):
