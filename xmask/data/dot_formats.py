@@ -14,6 +14,7 @@ import math
 import os
 from pathlib import Path
 from reprlib import repr as short
+from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
@@ -145,7 +146,7 @@ def _via_csv(path: str | os.PathLike) -> Listed:
             for name, places in images.items()]
 
 
-def _via_place(shape: object, where: str) -> list[float]:
+def _via_place(shape: Any, where: str) -> list[float]:
     kind = field(shape, "name", str, where)
     if kind in ("point", "circle", "ellipse"):
         return numbers([shape.get("cx"), shape.get("cy")], 2, where)
