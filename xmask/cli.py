@@ -361,7 +361,7 @@ def _predict(o: argparse.Namespace) -> int:
     failed = [row for row in rows if row.error]
     print(f"{len(rows) - len(failed)} of {len(rows)} images done, in {o.out}"
           + (f"; {len(failed)} failed, see above and counts.csv" if failed else ""))
-    print(models.reliability(model.record, [row.count for row in rows if not row.error]))
+    print(models.reliability(model.record, [row.count for row in rows if row.count is not None]))
     return 1 if failed else 0
 
 

@@ -223,10 +223,11 @@ class Trainer:
 
     @torch.no_grad()
     def _drop_the_tiny(self) -> None:
-        """Set to zero what is too small to matter. Weights that only weight decay moves shrink until
-        they are denormal numbers, with which a CPU computes so slowly that training takes twice
-        as long."""
-        for weight, moments in self.optimiser.state.items():
+        """Set to zero what is too small to matter. Weights that only weight decay moves shrink
+        until they are denormal numbers, with which a CPU computes so slowly that training takes
+        twice as long."""
+        state = self.optimiser.state if self.optimiser else {}
+        for weight, moments in state.items():
             for name, value in (("weight", weight), *moments.items()):
                 if name in _TINY:
                     value.masked_fill_(value.abs() < _TINY[name], 0)
