@@ -107,12 +107,18 @@ def check_make(words):
             assert re.search(rf"^{word}:", MAKEFILE, re.MULTILINE), f"make {word}: no such target"
 
 
+def check_pip(words):
+    wanted = re.fullmatch(r"xmask\[(\w+)\]", words[-1])[1]
+    assert words[0] == "install" and re.search(
+        rf"^{wanted} = \[", (ROOT / "pyproject.toml").read_text("utf-8"), re.MULTILINE)
+
+
 def check_files(words):
     """Commands of the system: nothing to check but that we wrote them on purpose."""
 
 
 CHECKS = {"xmask": check_xmask, "papermill": check_papermill, "make": check_make,
-          "cat": check_files}
+          "pip": check_pip, "cat": check_files}
 
 
 @pytest.mark.parametrize("text", blocks({"python"}))

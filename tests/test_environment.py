@@ -26,7 +26,8 @@ def names(lines) -> set[str]:
 
 def wanted() -> set[str]:
     extras = PROJECT["project"]["optional-dependencies"]
-    return names(PROJECT["project"]["dependencies"] + extras["study"] + extras["test"])
+    return names(PROJECT["project"]["dependencies"] + [
+        line for extra in extras.values() for line in extra])
 
 
 def test_environment_yml_lists_the_versions_of_the_lock():
@@ -71,8 +72,8 @@ sys.exit(main(["predict", "photo.png", "--out", "predicted"])
 
 
 def test_predicting_and_making_masks_need_no_extra(tmp_path):
-    extras = PROJECT["project"]["optional-dependencies"]
-    refused = names(extras["study"] + extras["test"]) - {"setuptools"}  # torch has it
+    extras = PROJECT["project"]["optional-dependencies"].values()
+    refused = names(line for extra in extras for line in extra) - {"setuptools"}  # torch has it
     refused |= {"IPython", "nbformat", "nbclient"}
     done = subprocess.run([sys.executable, "-c", LIGHT % sorted(refused)], cwd=tmp_path,
                           capture_output=True, text=True, timeout=300,

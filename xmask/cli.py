@@ -139,10 +139,16 @@ def _own_photo_commands(command: Callable) -> None:
     made.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
     _guards(made)
 
-    made = command("export", _export, "write a run's model as one file for `predict --weights`")
-    made.add_argument("run", type=Path, metavar="RUN_FOLDER")
-    made.add_argument("--out", required=True, type=Path)
-    made.add_argument("--half", action="store_true", help="weights in 16 bits: half the size")
+    made = command("export", _export, "write a run's model as one file: for `predict --weights`, "
+                   "or, as ONNX, for other programs")
+    made.add_argument("run", metavar="RUN_FOLDER", help="for ONNX also a file of `xmask export`, "
+                      "or photo or drawn: the models of the package")
+    into = made.add_mutually_exclusive_group(required=True)
+    into.add_argument("--out", type=Path, metavar="FILE", help="safetensors; ONNX if it ends in "
+                      ".onnx")
+    into.add_argument("--onnx", type=Path, metavar="FILE", help="ONNX, whatever it ends in")
+    made.add_argument("--half", action="store_true", help="weights in 16 bits: half the size; not "
+                      "for ONNX")
     made.add_argument("--overwrite", action="store_true", help="replace a file that is there")
 
     made = command("learn", _learn, "train on your own photos: those with dots beside them, and "
@@ -369,8 +375,18 @@ def _export(o: argparse.Namespace) -> int:
     from xmask import files
     from xmask.tools import models
 
-    files.check_new(o.out, o.overwrite)
-    print(models.load(models.export(o.run, o.out, half=o.half), "cpu"))
+    out = o.onnx or o.out
+    files.check_new(out, o.overwrite)
+    if o.onnx is None and out.suffix.lower() != ".onnx":
+        print(models.load(models.export(o.run, out, half=o.half), "cpu"))
+        return 0
+    from xmask.tools import onnx_export
+
+    model = models.load(o.run, "cpu")
+    differences = onnx_export.export(model, out)
+    print(f"{model!r}\n{out}: " + (
+        ", ".join(f"{name} within {value:.0e}" for name, value in differences.items())
+        + " of torch" if differences else "not compared with torch: no onnxruntime is installed"))
     return 0
 
 
