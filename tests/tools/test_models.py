@@ -51,7 +51,7 @@ def test_the_bundled_model_says_what_it_is(bundled):
     assert record["initialisation"].startswith("ImageNet") and len(record["sha256"]) == 64
     assert record["trained_on"]["labelled"] > 0 and record["epochs"] > 0
     json.dumps(record)
-    assert "synthetic crowds" in repr(bundled) and record["sha256"][:12] in repr(bundled)
+    assert "drawn crowds" in repr(bundled) and record["sha256"][:12] in repr(bundled)
 
 
 def test_the_models_of_the_package_are_small_and_say_what_they_are_for():
@@ -79,7 +79,7 @@ def test_the_bundled_model_beats_guessing_on_a_crowd_it_has_not_seen(bundled):
 def test_a_run_folder_its_export_and_its_checkpoint_hold_the_same_teacher(run, tmp_path, capsys):
     direct = xmask.load(run, "cpu")
     assert main(["export", str(run), "--out", str(tmp_path / "mine.safetensors")]) == 0
-    assert "synthetic crowds (2 labelled and 3 unlabelled images" in capsys.readouterr().out
+    assert "drawn crowds (2 labelled and 3 unlabelled images" in capsys.readouterr().out
     exported = xmask.load(tmp_path / "mine.safetensors", "cpu")
     (run / "model.safetensors").unlink()
     halfway = xmask.load(run / "checkpoint.pt", "cpu")

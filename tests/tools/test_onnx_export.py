@@ -16,7 +16,7 @@ from xmask.model import XMask
 from xmask.predict import Predictor
 from xmask.tools import models, onnx_export
 
-NETWORKS = {"slim": {"network__channels": 16},
+NETWORKS = {"test_efficientnet": {"network__channels": 16},
             "tf_efficientnet_lite0": {"network__channels": 16, "network__fold_norm": True}}
 
 
@@ -47,7 +47,7 @@ def test_a_file_computes_what_torch_computes_at_any_size(backbone, tmp_path):
 def test_the_command_writes_the_package_s_model_and_what_it_is(tmp_path, capsys):
     assert main(["export", "drawn", "--onnx", str(tmp_path / "x.onnx")]) == 0
     said = capsys.readouterr().out
-    assert "synthetic crowds" in said and "logits within" in said and "of torch" in said
+    assert "drawn crowds" in said and "logits within" in said and "of torch" in said
     file = onnx.load(tmp_path / "x.onnx")
     assert [one.name for one in (*file.graph.input, *file.graph.output)] == [
         "image", "logits", "embedding"]
@@ -62,7 +62,7 @@ def test_the_command_writes_the_package_s_model_and_what_it_is(tmp_path, capsys)
 def test_a_file_that_computes_something_else_is_not_written(tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_export, "compare", lambda *_: {"logits": float("nan"), "embedding": 0})
     with pytest.raises(RuntimeError, match="x.onnx: not written, .*'logits': nan"):
-        onnx_export.export(untrained("slim"), tmp_path / "x.onnx")
+        onnx_export.export(untrained("test_efficientnet"), tmp_path / "x.onnx")
     assert not any(tmp_path.iterdir())
 
 

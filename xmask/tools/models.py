@@ -162,7 +162,7 @@ def _read_run(folder: Path) -> tuple[nn.Module, configuration.Config, dict[str, 
 
 def _trained_on(run: dict, data: dict) -> dict[str, Any]:
     synthetic, labelled = bool(run["synthetic"]), len(data["labelled"])
-    kind = "synthetic crowds" if synthetic else "photographs"
+    kind = "drawn crowds" if synthetic else "photographs"
     rest = f" and {data['unlabelled']} unlabelled" if data["unlabelled"] else ""
     return {"dataset": run["dataset"], "synthetic": synthetic, "labelled": labelled,
             "unlabelled": data["unlabelled"],
