@@ -189,12 +189,15 @@ def labelled(config: Config, data: str = "") -> list[int]:
 
 def held_out(config: Config, data: str = "") -> list[int]:
     """Indices of the labelled images that calibrate the counts: the same share of sparse and
-    dense ones, the same for all seeds. Training may see them as unlabelled ones."""
+    dense ones, the same for all seeds; none where that would be fewer than two. Training may see
+    them as unlabelled ones."""
     share = config.calibration.held_out
     if share == 0:
         return []
     dataset = open_train(config, data)
     chosen = labelled_ids(dataset, config.percent)
+    if round(share * len(chosen)) < 2:
+        return []
     return [chosen[i] for i in stratified(dataset.counts()[chosen], 100 * share, seed=2024)]
 
 
