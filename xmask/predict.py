@@ -51,7 +51,7 @@ def predict_image(network: nn.Module, image: np.ndarray, decoding: configuration
 
 
 def own_cells(logits: Tensor, image: np.ndarray) -> np.ndarray:
-    """Logits of the cells that hold pixels of the image, not of its padding only."""
+    """Logits (h, w) of the cells that hold pixels of the image (H, W, 3), not padding only."""
     height, width = image.shape[:2]
     return logits[:-(-height // model.STRIDE), :-(-width // model.STRIDE)].float().cpu().numpy()
 

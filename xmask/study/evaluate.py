@@ -40,7 +40,8 @@ def look(network: nn.Module, samples: Sequence[Sample], *, progress: bool = True
 
 
 def calibrate(seen: Sequence[tuple[np.ndarray, int]], config: Config) -> Calibration:
-    """The calibration of a network by what it says (`look`) of images it was not trained on."""
+    """The calibration of a network by images it was not trained on. seen: of each its logits (h, w)
+    and its true count, see `look`."""
     logits, counts = zip(*seen)
     return calibration.calibrate(logits, counts, config.calibration.coverage,
                                  config.evaluation.count_threshold)
