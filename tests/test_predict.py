@@ -230,7 +230,7 @@ def test_nothing_the_network_or_the_decoding_holds_grows_with_the_image(network,
     assert max(map(max, pieces)) <= max(64 + 2 * margin, 2400 if margin > 1024 else 0)
     assert len(bands) > 5 and max(bands) <= 8 * 2400 * 16 * 4
     # three cells more than the rows of a band: the smoothing reaches beyond it
-    assert len(stretched) > 5 and max(s.nbytes for s in stretched) < (1 << 20) + 4 * 2400 * 16 * 4
+    assert len(stretched) > 2 and max(s.nbytes for s in stretched) < (1 << 20) + 4 * 2400 * 16 * 4
 
 
 @pytest.mark.parametrize("length", [1, 31, 32, 1024, 1344, 1345, 2047, 2048, 5000, 10016])
