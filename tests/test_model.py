@@ -104,6 +104,12 @@ def test_folded_batchnorm_gives_the_same_maps(backbone, tmp_path):
         assert torch.allclose(mine, theirs, atol=1e-4 * theirs.abs().max().item())
 
 
+@pytest.mark.parametrize("change", [{"fold_norm": True}, {"freeze_stride": 4}])
+def test_random_weights_are_neither_folded_nor_frozen(change):
+    with pytest.raises(ValueError, match="weights: random, but .* set fold_norm=false and freeze"):
+        Network(weights="random", **change)
+
+
 @pytest.mark.parametrize("backbone, last", [
     ("tf_efficientnet_lite0", "blocks.1.1.conv_pwl"), ("resnet18", "layer1.1.conv2"),
     ("vgg16_bn", "features_20")])

@@ -119,7 +119,7 @@ def test_weights_that_cannot_be_used_are_refused(tmp_path):
     torch.save(timm.create_model("tf_efficientnet_lite1").state_dict(), other)
     with pytest.raises(ValueError, match="other.pth: not a state dict of tf_efficientnet_lite2"):
         model.build(Network(backbone="tf_efficientnet_lite2", weights=str(other)))
-    for backbone in ("test_efficientnet", "tf_efficientnet_lite1", "resnet18"):
+    for backbone in ("test_resnet", "tf_efficientnet_lite1", "resnet18"):
         with pytest.raises(ValueError, match=f"no ImageNet weights of {backbone} at hand"):
             model.build(Network(backbone=backbone, weights="imagenet"))
 

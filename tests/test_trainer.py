@@ -17,7 +17,7 @@ from xmask.trainer import Trainer, learning_rates, phase_of, unlabelled_weight
 
 TINY = {
     "seed": 3,  # with it, some cells are points in phase 2: without any, nothing is learnt there
-    "network.backbone": "test_efficientnet",
+    "network.backbone": "test_resnet",
     "network.weights": "random",
     "network.fold_norm": False,
     "network.freeze_stride": 0,

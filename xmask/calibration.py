@@ -82,12 +82,12 @@ def calibrate(logits: Sequence[np.ndarray], counts: Sequence[int], coverage: flo
     logits: of each image, (h, w), its own cells. counts: the true ones. coverage: of the interval.
     before: the threshold, a probability, to compare with. The interval comes from the error of
     each image at the threshold of the others; it needs coverage / (1 - coverage) images, 9 for
-    90%. Raises ValueError without two images or without a head in them.
+    90%. Images without any head leave the threshold as it was. Raises ValueError for fewer than
+    two images.
     """
     true = np.asarray(counts)
-    if len(true) < 2 or true.sum() == 0:
-        raise ValueError(f"calibration: {len(true)} images with {int(true.sum())} heads held out; "
-                         "give at least two, and heads in them")
+    if len(true) < 2:
+        raise ValueError(f"calibration: {len(true)} images held out; give at least two")
     sure = [np.sort(one[one > _LOWEST].astype(np.float64).ravel())[::-1] for one in logits]
 
     def threshold(images: Sequence[int]) -> float:

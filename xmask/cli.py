@@ -147,8 +147,7 @@ def _own_photo_commands(command: Callable) -> None:
     into.add_argument("--out", type=Path, metavar="FILE", help="safetensors; ONNX if it ends in "
                       ".onnx")
     into.add_argument("--onnx", type=Path, metavar="FILE", help="ONNX, whatever it ends in")
-    made.add_argument("--half", action="store_true", help="weights in 16 bits: half the size; not "
-                      "for ONNX")
+    made.add_argument("--half", action="store_true", help="weights in 16 bits: half the size")
     made.add_argument("--overwrite", action="store_true", help="replace a file that is there")
 
     made = command("learn", _learn, "train on your own photos: those with dots beside them, and "
@@ -375,9 +374,11 @@ def _export(o: argparse.Namespace) -> int:
     from xmask import files
     from xmask.tools import models
 
-    out = o.onnx or o.out
+    out, as_onnx = o.onnx or o.out, o.onnx is not None or o.out.suffix.lower() == ".onnx"
+    if as_onnx and o.half:
+        raise ValueError("--half: an ONNX file has weights in 32 bits; leave it out")
     files.check_new(out, o.overwrite)
-    if o.onnx is None and out.suffix.lower() != ".onnx":
+    if not as_onnx:
         print(models.load(models.export(o.run, out, half=o.half), "cpu"))
         return 0
     from xmask.tools import onnx_export

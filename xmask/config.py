@@ -93,6 +93,13 @@ class Network(Section):
     # the encoder's layers up to its map of this stride keep their first weights; 0: all learn
     freeze_stride: Literal[0, 4, 8] = 0
 
+    @model_validator(mode="after")
+    def _weights_to_keep(self) -> Network:
+        if self.weights == "random" and (self.fold_norm or self.freeze_stride):
+            raise ValueError("weights: random, but fold_norm and freeze_stride keep what an "
+                             "encoder has learnt; set fold_norm=false and freeze_stride=0 as well")
+        return self
+
 
 class Masks(Section):
     """EDP-SAM: what makes the masks of the labelled images."""

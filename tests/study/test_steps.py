@@ -24,7 +24,7 @@ def test_a_run_folder_holds_everything_a_number_traces_to(inside):
     folder = the_run(inside)
     config = files.read_json(folder / "config.json")
     assert config["synthetic"] is True and config["selection"] == "last"
-    assert config["backbone"] == {"name": "test_efficientnet", "initialisation": "random"}
+    assert config["backbone"] == {"name": "test_resnet", "initialisation": "random"}
     assert config["segmenter"]["kind"] == "classical"
     assert len(config["data"]["labelled"]) == 2 and config["data"]["unlabelled"] == 5
     assert set(config["versions"]) >= {"python", "torch", "numpy"}

@@ -8,7 +8,7 @@ from PIL import Image
 from safetensors.torch import load
 
 import xmask
-from xmask import files
+from xmask import config, files
 from xmask.cli import main
 from xmask.data.training_images import Kept
 from xmask.synthetic import draw_scene
@@ -98,6 +98,33 @@ def test_of_ten_dotted_photos_some_are_kept_back_and_say_what_learning_changed(t
     assert report["after"]["coverage"] is None  # three are too few for an interval
     found = model.predict(tmp_path / "p0.png")
     assert (found.low, found.high) == (None, None)
+
+
+def test_a_crash_before_the_report_is_not_taken_for_the_end(tmp_path, monkeypatch):
+    folder, run, tiny = tmp_path / "photos", tmp_path / "run", learn.configure(TINY)
+    folder.mkdir()
+    for number in range(10):  # most of them empty: some cannot be calibrated by the others
+        scene = draw_scene(number, shape=(64, 96), people=4)
+        Image.fromarray(scene.image).save(folder / f"p{number}.png")
+        np.savetxt(folder / f"p{number}.csv", scene.points if number == 9 else np.zeros((0, 2)),
+                   delimiter=",", header="x,y", comments="")
+
+    def again(settings=tiny):
+        return learn.learn(*learn.read_folder(folder), run, settings, segmenter="classical",
+                           progress=False)
+
+    def crash(*_, **__):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
+        patch.setattr(learn, "compare", crash)
+        again()
+    assert not (run / "report.json").exists()
+    again()
+    assert files.read_json(run / "config.json")["calibration"]["images"] == 3
+    assert files.read_json(run / "report.json")["photos"] == 3
+    again(config.override(tiny, {"calibration.held_out": 0.0}))  # without any: the old one goes
+    assert not (run / "report.json").exists()
 
 
 def test_of_fewer_than_ten_none_is_kept_back(photos):

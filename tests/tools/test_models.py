@@ -35,7 +35,7 @@ def run(tmp_path):
     folder = tmp_path / "runs" / "sha-40-s1"
     files.write_json(folder / "config.json", {
         "profile": "demo", "selection": "last", "dataset": "sha", "synthetic": True,
-        "backbone": {"name": "test_efficientnet", "initialisation": "random"}, "versions": {"xmask": "0"},
+        "backbone": {"name": "test_resnet", "initialisation": "random"}, "versions": {"xmask": "0"},
         "data": {"labelled": ["IMG_1", "IMG_2"], "unlabelled": 3}, "config": config.to_dict()})
     state = network.state_dict()
     save_file(state, folder / "model.safetensors", metadata={"config": json.dumps(
@@ -212,7 +212,7 @@ def test_metadata_of_any_shape_is_refused_by_the_name_of_the_file(data):
     """Not JSON, a list, fields missing, of another type or size: always a ValueError."""
     config = tiny()
     whole = {"config": config.to_dict(), "record": {
-        "backbone": "test_efficientnet", "initialisation": "random", "trained_on": {"text": "crowds"}}}
+        "backbone": "test_resnet", "initialisation": "random", "trained_on": {"text": "crowds", "synthetic": True}}}
     part = data.draw(st.sampled_from(["config", "record"]))
     kind = data.draw(st.sampled_from(["text", "json", "field", "section"]))
     if kind == "text":
@@ -244,7 +244,12 @@ def test_metadata_of_any_shape_is_refused_by_the_name_of_the_file(data):
 
 @pytest.mark.parametrize("part, text", [
     ("config", None), ("config", "[]"), ("config", "nonsense"), ("config", "[" * 100_000),
-    ("record", "3"), ("record", "{}"), ("record", '{"backbone": 1}')])
+    ("record", "3"), ("record", "{}"), ("record", '{"backbone": 1}'),
+    *(("record", json.dumps({
+        "backbone": "b", "initialisation": "random",
+        "trained_on": {"text": "photographs", "synthetic": False}} | odd)) for odd in (
+            {"trained_on": {"text": "photographs"}}, {"calibration": {"threshold": 0.5}},
+            {"calibration": 3}, {"measured": {"thirds": [{"to": "many"}]}}, {"measured": [1]}))])
 def test_metadata_that_says_nothing_is_refused(run, tmp_path, part, text):
     with pytest.raises(ValueError, match="model.safetensors: "):
         xmask.load(exported(run, tmp_path, **{part: text}), "cpu")

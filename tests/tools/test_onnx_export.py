@@ -16,12 +16,13 @@ from xmask.model import XMask
 from xmask.predict import Predictor
 from xmask.tools import onnx_export
 
-NETWORKS = {"test_efficientnet": {"network__channels": 16},
-            "tf_efficientnet_lite0": {"network__channels": 16, "network__fold_norm": True}}
+NETWORKS = {"test_resnet": {"network__channels": 16},
+            "tf_efficientnet_lite0": {"network__channels": 16, "network__fold_norm": True,
+                                      "network__weights": "imagenet"}}
 
 
 def untrained(backbone, **changes):
-    config = tiny(network__backbone=backbone, network__weights="random", **changes)
+    config = tiny(network__backbone=backbone, **changes)
     torch.manual_seed(0)
     return Predictor(XMask(config.network).eval(), config, {"initialisation": "random"})
 
@@ -59,10 +60,16 @@ def test_the_command_writes_the_package_s_model_and_what_it_is(tmp_path, capsys)
     assert not any(node.metadata_props or node.doc_string for node in file.graph.node)
 
 
+def test_half_precision_is_not_for_onnx(tmp_path, capsys):
+    assert main(["export", "drawn", "--half", "--out", str(tmp_path / "x.onnx")]) == 1
+    assert "--half: an ONNX file has weights in 32 bits" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_that_computes_something_else_is_not_written(tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_export, "compare", lambda *_: {"logits": float("nan"), "embedding": 0})
     with pytest.raises(RuntimeError, match=r"x.onnx: not written\. .*'logits': nan"):
-        onnx_export.export(untrained("test_efficientnet"), tmp_path / "x.onnx")
+        onnx_export.export(untrained("test_resnet"), tmp_path / "x.onnx")
     assert not any(tmp_path.iterdir())
 
 

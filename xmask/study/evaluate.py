@@ -97,7 +97,8 @@ def evaluate(network: nn.Module, dataset, config: Config, folder: Path, *,
         "counting": metrics.counting(*counts),
         "counting_uncalibrated": metrics.counting(
             [r["uncalibrated"] for r in rows], counts[1]) if calibrated else None,
-        "interval": _coverage(rows, calibrated) if calibrated and calibrated.factor else None,
+        "interval": None if calibrated is None or calibrated.factor is None else _coverage(
+            rows, calibrated),
         "localization": {
             str(s): metrics.localization_total(near) for s, near in zip(
                 LOCALISATION_SIGMAS, zip(*located))},

@@ -321,6 +321,7 @@ def _fit(config: Config, data: str, masks: Path, fingerprint: str, progress: boo
         "config": config.to_dict(),
     }
     files.write_json(folder / "config.json", record)
+
     def calibrate(network):
         seen = evaluation.look(network, [dataset[i] for i in calibrating], progress=progress)
         found = evaluation.calibrate(seen, config)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.data import ConcatDataset, Subset
 
 from xmask import config, files, metrics, provenance, segmenters
 from xmask.calibration import Calibration
@@ -79,7 +80,7 @@ def held_out(dotted: OwnPhotos, share: float) -> list[int]:
 def _learn(dotted: OwnPhotos, bare: OwnPhotos, folder: files.OutputFolder, settings: Config,
            segmenter: str, start: bool, progress: bool) -> Path:
     out = folder.path
-    model, record = out / "model.safetensors", out / "config.json"
+    model, record, report = (out / n for n in ("model.safetensors", "config.json", "report.json"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     described = segmenters.describe(segmenter)
     shipped = models.load(device=device) if start else None
@@ -90,7 +91,8 @@ def _learn(dotted: OwnPhotos, bare: OwnPhotos, folder: files.OutputFolder, setti
         ("xmask.study.training", "xmask.study.evaluate", "xmask.data.masks",
          "xmask.data.own_photos"),
         checksum, described, initialisation, settings.to_dict(), device.type)
-    if folder.is_intact(model) and folder.is_intact(record) and (
+    unfinished = (out / "checkpoint.pt").exists()  # it goes last, after calibration and report
+    if not unfinished and folder.is_intact(model) and folder.is_intact(record) and (
             files.read_json(record).get("fingerprint") == fingerprint):
         return out  # finished before
     (dotted, damaged), (bare, more) = dotted.sound(), bare.sound()
@@ -104,7 +106,7 @@ def _learn(dotted: OwnPhotos, bare: OwnPhotos, folder: files.OutputFolder, setti
     masks = mask_dataset(dotted, learnt, opened, out / "masks", progress=progress,
                          depends={"code": provenance.code("xmask.edp_sam")})
     labelled = MaskedImages(dotted, learnt, masks, dotted.ids)
-    everything = _Both(_Some(dotted, learnt), bare)
+    everything = ConcatDataset([Subset(dotted, learnt), bare])
     trainer = Trainer(settings, Kept(labelled, _CACHE), BareImages(Kept(everything, _CACHE)),
                       device=device)
     if shipped:
@@ -116,7 +118,8 @@ def _learn(dotted: OwnPhotos, bare: OwnPhotos, folder: files.OutputFolder, setti
                              "starts from, has another network; leave these fields as they are"
                              ) from None
         trainer.initialisation = initialisation
-    folder.remove(model)  # of other photos or settings: it must not stand beside a new record
+    for stale in (model, report):  # of other photos or settings: not to stand beside a new record
+        folder.remove(stale)
     written = {
         "profile": settings.profile, "dataset": "own", "percent": settings.percent,
         "seed": settings.seed, "variant": settings.variant, "synthetic": False,
@@ -132,10 +135,10 @@ def _learn(dotted: OwnPhotos, bare: OwnPhotos, folder: files.OutputFolder, setti
     files.write_json(record, written)
 
     def finish(network: torch.nn.Module) -> None:
-        found, report = compare(shipped, network, _Some(dotted, measured), settings,
-                               progress=progress)
+        found, said = compare(shipped, network, Subset(dotted, measured), settings,
+                              progress=progress)
         files.write_json(record, written | {"calibration": found.to_dict()})
-        files.write_json(out / "report.json", report)
+        files.write_json(report, said)
 
     training.fit(trainer, out, progress=progress, fingerprint=fingerprint,
                  finish=finish if measured else None)
@@ -187,31 +190,3 @@ def _measures(pairs: list[tuple[Sample, Prediction]]) -> dict[str, float | None]
     return {"mae": float(np.mean(np.abs(error))), "bias": float(np.mean(error)),
             "precision": places["precision"], "recall": places["recall"],
             "coverage": float(np.mean(inside)) if inside else None}
-
-
-class _Some(Sequence):
-    """Some photos of a sequence, by their indices."""
-
-    def __init__(self, photos: Sequence[Sample], indices: list[int]):
-        self.photos, self.indices = photos, indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, position: int) -> Sample:
-        return self.photos[self.indices[position]]
-
-
-class _Both(Sequence):
-    """The photos of one sequence, then those of another."""
-
-    def __init__(self, first: Sequence[Sample], second: Sequence[Sample]):
-        self.first, self.second = first, second
-
-    def __len__(self) -> int:
-        return len(self.first) + len(self.second)
-
-    def __getitem__(self, position: int) -> Sample:
-        if position < len(self.first):
-            return self.first[position]
-        return self.second[position - len(self.first)]

@@ -224,6 +224,8 @@ def _record(metadata: dict[str, str], path: Path) -> dict[str, Any]:
         texts = record["backbone"], record["initialisation"], record["trained_on"]["text"]
         if not all(isinstance(text, str) for text in texts):
             raise TypeError("a text is expected in backbone, initialisation and trained_on.text")
+        calibration.from_dict(record.get("calibration"))
+        reliability(record, [1])
     except Exception as error:  # anything may stand there
         raise ValueError(f"{path}: its record is not as `xmask export` writes it "
                          f"({type(error).__name__}: {error}). Export it again.") from error
