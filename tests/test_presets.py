@@ -144,7 +144,7 @@ def test_overrides_change_the_name_by_value_but_not_for_the_paths_of_weights():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("nightly", "sha", 10), "profile: 'nightly' is not one of demo, photo, paper"),
+        (("nightly", "sha", 10), "profile: 'nightly' is not one of demo, full, photo, paper"),
         (("demo", "shanghai", 10), "dataset: 'shanghai' is not one of"),
         (("demo", "sha", 0), "percent: 0 is not a whole number >= 1 and <= 100"),
         (("demo", "sha", "ten"), "percent: 'ten' is not a whole number"),

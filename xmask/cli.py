@@ -97,7 +97,8 @@ def _reproduce_command(command: Callable) -> None:
                       "default: classical")
     made.add_argument("--datasets", type=_names, default=DATASETS, help="e.g. sha,qnrf")
     made.add_argument("--percents", type=_numbers, default=PERCENTS, help="e.g. 5,40")
-    made.add_argument("--seeds", type=_numbers, default=(1,), help="e.g. 1,2,3")
+    made.add_argument("--seeds", type=_numbers, help="e.g. 1,2,3; default: 1, in "
+                      "profile full 1 to 5")
     made.add_argument("--jobs", type=_positive, help="steps at a time")
     made.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE",
                       help="change a field of every run, e.g. --set loss.tau=0.5")

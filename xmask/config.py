@@ -23,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-Profile = Literal["demo", "photo", "paper"]
+Profile = Literal["demo", "full", "photo", "paper"]
 Dataset = Literal["sha", "qnrf", "jhu", "shb", "synthetic"]
 AnySection = TypeVar("AnySection", bound="Section")
 

@@ -3,7 +3,8 @@
 `paper` holds the published values: those that the nine released configurations share are the
 defaults of `xmask.config`, those that vary by dataset and percentage stand here, value by value as
 released. `demo` and `photo` are the same method on EfficientNet-Lite0 with schedules for two CPU
-cores: one on drawn crowds, the other on real photographs.
+cores: one on drawn crowds, the other on real photographs. `full` is `demo` with more test images,
+more seeds and more methods to compare with: what the claims rest on.
 """
 
 from __future__ import annotations
@@ -31,7 +32,14 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     },
 }
 VARIANTS: dict[str, dict[str, Any]] = {
-    "xmask": {}, "supervised-only": {"schedule.unlabelled": False}, **ABLATIONS}
+    "xmask": {},
+    "supervised-only": {"schedule.unlabelled": False},
+    "points-only": {},  # mean teacher with P2R, no masks: all its steps are phase 1, see `preset`
+    **ABLATIONS,
+}
+# compared with the full method at every percentage, besides the ablations at the middle one
+COMPARED = {"full": ("supervised-only", "points-only", "without-mask-constraint")}
+SEEDS = {"full": (1, 2, 3, 4, 5)}
 
 _FIELDS = ("schedule.phase3", "optimisation.phase3_lr", "optimisation.weight_decay",
            "pseudo.theta", "pseudo.geometry_weight",
@@ -168,6 +176,9 @@ def preset(
     overrides = overrides or {}
     for changes in (_values(profile, dataset, percent), VARIANTS[variant], overrides):
         config = override(config, changes)
+    if variant == "points-only":
+        last = config.schedule.phase3
+        config = override(config, {"schedule.phase1": last, "schedule.phase2": last})
     values = config.to_dict()
     swept = {}
     for name in overrides.keys() - {"masks.segmenter", "network.weights"}:
@@ -182,7 +193,7 @@ def preset(
 
 def _values(profile: str, dataset: str, percent: int) -> dict[str, Any]:
     """What a profile sets, per dataset and percentage."""
-    if profile == "demo":  # the whole study is to take half an hour on two cores
+    if profile in ("demo", "full"):  # the whole demo is to take half an hour on two cores
         return _CPU | _LITE | {"optimisation.crop": 128,
                                "schedule.steps_per_epoch": max(4, min(percent // 2, 10))}
     if profile == "photo":

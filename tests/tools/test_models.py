@@ -162,6 +162,9 @@ def test_it_says_how_far_off_counts_of_a_size_are(tmp_path, counts, said):
     record["trained_on"]["synthetic"] = True
     assert "drawn crowds" in models.reliability(record, counts)
     assert models.measured(tmp_path / "none") is None
+    (tmp_path / "metrics.json").write_text("{}")
+    with pytest.warns(UserWarning, match="metrics.json: field 'per_image' is missing"):
+        assert models.measured(tmp_path) is None
 
 
 def test_half_precision_is_half_the_size_and_the_same_network(run, tmp_path):

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from xmask import files, provenance
 from xmask.config import Config, preset
-from xmask.presets import ABLATIONS, DATASETS, PERCENTS
+from xmask.presets import ABLATIONS, COMPARED, DATASETS, PERCENTS, SEEDS
 from xmask.study import steps, tables
 
 NOTEBOOKS = Path("notebooks")
@@ -63,22 +63,24 @@ class Step:
 
 def plan(profile: str, *, data: str = "", sam: str = "",
          datasets: tuple[str, ...] = DATASETS, percents: tuple[int, ...] = PERCENTS,
-         seeds: tuple[int, ...] = (1,), extras: bool = True,
+         seeds: tuple[int, ...] | None = None, extras: bool = True,
          overrides: dict[str, object] | None = None) -> list[Step]:
     """All steps of a study, inputs before what needs them.
 
-    extras: also supervised-only runs on the first dataset and, on its middle percentage, the
-    ablations. overrides: changes to every run's configuration, by dotted name.
+    seeds: None takes the profile's own. extras: also the methods to compare with (`COMPARED`, else
+    supervised-only) on the first dataset and, on its middle percentage, the ablations. overrides: changes to every run's configuration, by dotted name.
     """
+    seeds = seeds or SEEDS.get(profile, (1,))
     wanted = [(d, p, s, "xmask") for d in datasets for p in percents for s in seeds]
     first, middle = datasets[0], sorted(percents)[len(percents) // 2]
     if extras:
-        wanted += [(first, p, s, "supervised-only") for p in percents for s in seeds]
+        wanted += [(first, p, s, variant) for p in percents for s in seeds
+                   for variant in COMPARED.get(profile, ("supervised-only",))]
         wanted += [(first, middle, s, variant) for variant in ABLATIONS for s in seeds]
     common = {"profile": profile, "data": data, "sam": sam}
     # a run's configuration is named after its overrides too; notebooks want the plain variant
     runs = [(steps.configure(profile, d, p, s, variant=v, sam=sam, overrides=overrides), v)
-            for d, p, s, v in wanted]
+            for d, p, s, v in dict.fromkeys(wanted)]
     settings = common | {"overrides": overrides or {}}
     # runs with changed fields are named after them: none is the full method to compare with
     compared = extras and runs[0][0].variant == "xmask"
@@ -104,7 +106,7 @@ def _mask_steps(runs: list[tuple[Config, str]], settings: dict) -> Iterator[Step
 
 def _run_steps(runs: list[tuple[Config, str]], settings: dict) -> Iterator[Step]:
     full = {(run.dataset, run.percent, run.seed): run.run for run, v in runs if v == "xmask"}
-    for run, variant in sorted(runs, key=lambda one: -one[0].percent):  # the longest first
+    for run, variant in sorted(runs, key=lambda one: (one[0].seed, -one[0].percent)):  # longest first
         folder, data = steps.run_folder(run), settings["data"]
         arguments = settings | {"dataset": run.dataset, "percent": run.percent, "seed": run.seed,
                                 "variant": variant}

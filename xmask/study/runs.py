@@ -22,6 +22,7 @@ UNKNOWN = "—"
 DATASETS = {"sha": "ShanghaiTech A", "shb": "ShanghaiTech B", "qnrf": "UCF-QNRF",
             "jhu": "JHU-CROWD++", "synthetic": "drawn crowds"}
 VARIANTS = {"xmask": "XMask", "supervised-only": "supervised only",
+            "points-only": "points only (mean teacher)",
             "without-nnec": "without NNEC", "without-superpixel": "without superpixel prompt",
             "without-smoothing": "without Gaussian smoothing",
             "without-center-sampling": "without center sampling",

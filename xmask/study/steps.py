@@ -29,7 +29,9 @@ from xmask.trainer import Trainer
 
 TRAINED = ("config.json", "history.csv", "model.safetensors")  # what a training leaves
 PATIENCE = 5.0  # seconds to wait for a run folder: within these a killed study's notebooks end
-DRAWN = {"train": 100, "test": 16, "seed": 2024}  # images per synthetic dataset of the demo
+# profiles that draw their crowds; images per dataset: both draw the same training images
+DRAWN = {"demo": {"train": 100, "test": 16, "seed": 2024},
+         "full": {"train": 100, "test": 100, "seed": 2024}}
 
 
 # -- notebooks -----------------------------------------------------------------------------
@@ -109,11 +111,11 @@ def device() -> torch.device:
 
 
 def data_root(profile: str, dataset: str, data: str = "", *, jobs: int = 1) -> Path:
-    """The folder that holds the dataset; the demo draws its own, once.
+    """The folder that holds the dataset; profiles of drawn crowds draw their own, once.
 
     Raises ValueError where a profile for real photographs is given no folder.
     """
-    if profile != "demo":
+    if profile not in DRAWN:
         if not data:
             raise ValueError(
                 f"data: profile {profile!r} runs on real photographs; give the folder that holds "
@@ -122,11 +124,11 @@ def data_root(profile: str, dataset: str, data: str = "", *, jobs: int = 1) -> P
         return Path(data)
     if data:
         raise ValueError(
-            f"data: profile 'demo' draws its own synthetic crowds and would ignore {data}; use "
+            f"data: profile {profile!r} draws its own synthetic crowds and would ignore {data}; use "
             "PROFILE=photo or PROFILE=paper for real photographs"
         )
     root = work_folder(profile) / "data"
-    write_dataset(dataset, root, **DRAWN, jobs=jobs)
+    write_dataset(dataset, root, **DRAWN[profile], jobs=jobs)
     return root
 
 
@@ -149,7 +151,7 @@ def test_images_of(run: str | Path, data: str = ""):
     """The test images that a run was evaluated on, at the size it saw them, by the run's folder;
     None for photographs without `data`, the folder that holds them."""
     config = from_dict(files.read_json(Path(run) / "config.json")["config"])
-    if config.profile != "demo" and not data:
+    if config.profile not in DRAWN and not data:
         return None
     return open_test(config, data)
 

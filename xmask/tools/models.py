@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -171,10 +172,15 @@ def _trained_on(run: dict, data: dict) -> dict[str, Any]:
 
 def measured(folder: Path) -> dict[str, Any] | None:
     """What metrics.json of a run folder says of the counts, in thirds of the test images by the
-    count found: `from`, `to`, `mae`, `bias` (mean of count - true count); None without one."""
+    count found: `from`, `to`, `mae`, `bias` (mean of count - true count). None without one, and,
+    with a warning, where it holds no images."""
     if not (folder / "metrics.json").is_file():
         return None
     found = files.read_json(folder / "metrics.json")
+    if not isinstance(found, dict) or not found.get("per_image"):
+        warnings.warn(f"{folder / 'metrics.json'}: field 'per_image' is missing, so the error of "
+                      "this model is not known. Evaluate the run again.", stacklevel=2)
+        return None
     rows = sorted(found["per_image"], key=lambda row: row["count"])
     thirds = [rows[len(rows) * k // 3:len(rows) * (k + 1) // 3] for k in range(3)]
     return {"dataset": found["dataset"], "synthetic": found["synthetic"],
