@@ -222,6 +222,8 @@ def _page_commands(command: Callable) -> None:
                       help="e.g. decode,losses; default: all")
     made.add_argument("--threads", type=_positive, default=2)
     made = command("docs", _docs, "for maintainers: write README.md's results table anew")
+    made.add_argument("--diagram", action="store_true",
+                      help="instead, draw the method's picture (figures/method)")
     made.add_argument("--walkthroughs", nargs="*", metavar="NAME",
                       help="instead, run these walkthroughs (e.g. 01; default: all) and store "
                            "their outputs")
@@ -493,10 +495,12 @@ def _bench(o: argparse.Namespace) -> int:
 
 
 def _docs(o: argparse.Namespace) -> int:
-    from xmask.study import model_card, pages, steps, walkthroughs
+    from xmask.study import diagram, model_card, pages, steps, walkthroughs
 
     root = steps.enter_root()
-    if o.walkthroughs is None:
+    if o.diagram:
+        made = diagram.write()
+    elif o.walkthroughs is None:
         made = [pages.refresh(root), model_card.refresh(root)]
     else:
         made = map(walkthroughs.execute, walkthroughs.walkthroughs(only=o.walkthroughs))

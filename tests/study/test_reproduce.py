@@ -113,7 +113,7 @@ def test_the_plan_covers_the_study():
     names = [step.name for step in steps]
     assert len(names) == len(set(names))
     trained = [name for name in names if name.startswith("train")]
-    assert len(trained) == 9 + 3 + len(ABLATIONS)
+    assert len(trained) == 9 + 3 + len(reproduce.ABLATED["demo"])
     for index, step in enumerate(steps):
         assert set(step.inputs) <= set(names[:index]), f"{step.name} before its inputs"
         assert step.source.name in {p.name for p in (ROOT / "notebooks").glob("*.ipynb")}
@@ -121,6 +121,19 @@ def test_the_plan_covers_the_study():
                               extras=False)
     assert [s.name for s in narrowed if s.name.startswith("train")] == [
         "train jhu-5-s1", "train jhu-5-s2"]
+
+
+def test_the_profile_full_compares_all_that_claims_need():
+    planned = {step.name: step for step in reproduce.plan("full")}
+    trained = [name for name in planned if name.startswith("train")]
+    assert len(trained) == 5 * (9 + 3 * 3 + len(ABLATIONS) - 1)
+    assert sum(name.startswith("compare sha-10") for name in planned) == 5
+    assert not any(name.startswith("compare qnrf") for name in planned)
+    assert {"prompts", "compare sha-40-s5", "evaluate sha-5-s3-points-only"} <= set(
+        planned["claims"].inputs)
+    seeds = [planned[name].parameters["seed"] for name in trained]
+    assert seeds == sorted(seeds), "seed by seed"
+    assert "claims" not in {step.name for step in reproduce.plan("full", extras=False)}
 
 
 def test_a_study_of_changed_fields_has_no_ablation_table_to_make():

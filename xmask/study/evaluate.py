@@ -74,7 +74,7 @@ def evaluate(network: nn.Module, dataset, config: Config, folder: Path, *,
         near = [metrics.localization(prediction.heads, sample.points, sigma)
                 for sigma in LOCALISATION_SIGMAS]
         row["matched"] = {str(s): n["matched"] for s, n in zip(LOCALISATION_SIGMAS, near)}
-        if sample.instances is not None and learns_masks(config):
+        if sample.instances is not None:
             segmentations.append(metrics.segmentation(prediction.instances, sample.instances))
             if len(sample.points):
                 row["mean_iou"] = float(segmentations[-1]["mean_iou"])
@@ -106,11 +106,6 @@ def evaluate(network: nn.Module, dataset, config: Config, folder: Path, *,
         "baselines": {"constant_count": best_constant_count(counts[1]), **discs},
         "per_image": rows,
     }
-
-
-def learns_masks(config: Config) -> bool:
-    """Whether a training has epochs of phase 2; without, the mask head is as it began."""
-    return config.schedule.phase1 < config.schedule.phase2
 
 
 def _coverage(rows: list[dict], calibrated: Calibration) -> dict[str, float]:

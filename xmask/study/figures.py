@@ -33,7 +33,7 @@ TERMS = {"p2r": BLUE, "exclusivity": VERMILION, "constraint": GREEN, "point_mask
 
 
 # Drawn in our style only: a reader's matplotlibrc changes no pixel.
-_styled = matplotlib.style.context([
+styled = matplotlib.style.context([
     "default", seaborn.axes_style("ticks"), seaborn.plotting_context("paper"),
     {"font.family": "DejaVu Sans", "axes.grid": True, "grid.color": "#E5E5E5",
      "axes.axisbelow": True}])
@@ -42,7 +42,7 @@ _styled = matplotlib.style.context([
 # Figures from histories and metrics
 
 
-@_styled
+@styled
 def plot_history(history: pd.DataFrame) -> DescribedFigure:
     """Learning curves of one run: the losses, and below their terms on a log axis.
 
@@ -55,7 +55,7 @@ def plot_history(history: pd.DataFrame) -> DescribedFigure:
     return figure
 
 
-@_styled
+@styled
 def learning_curves(runs: pd.DataFrame, dataset: str) -> DescribedFigure:
     """Loss against training step of the full method on one dataset, one column a percentage.
 
@@ -75,7 +75,7 @@ def learning_curves(runs: pd.DataFrame, dataset: str) -> DescribedFigure:
     return _finish(figure, f"{_name(dataset, runs)}: learning curves", runs)
 
 
-@_styled
+@styled
 def count_scatter(runs: pd.DataFrame, dataset: str) -> DescribedFigure:
     """Predicted against true count of every test image, one column a percentage, all seeds.
 
@@ -103,7 +103,7 @@ def count_scatter(runs: pd.DataFrame, dataset: str) -> DescribedFigure:
     return _finish(figure, f"{_name(dataset, runs)}: counts of the test images", runs)
 
 
-@_styled
+@styled
 def mae_versus_percent(runs: pd.DataFrame) -> DescribedFigure:
     """MAE against the percentage of labelled images, one panel a dataset.
 
@@ -128,7 +128,7 @@ def mae_versus_percent(runs: pd.DataFrame) -> DescribedFigure:
     return _finish(figure, "Counting error against labelled images", runs)
 
 
-@_styled
+@styled
 def iou_bars(runs: pd.DataFrame) -> DescribedFigure:
     """Mean IoU (percent) per dataset and percentage beside equal discs at the same points.
 
@@ -159,7 +159,7 @@ def iou_bars(runs: pd.DataFrame) -> DescribedFigure:
     return _finish(figure, "Instance segmentation against fixed discs", runs)
 
 
-@_styled
+@styled
 def ablation_bars(runs: pd.DataFrame, dataset: str, percent: float) -> DescribedFigure:
     """MAE and mean IoU of every variant on the seeds it shares with the full method.
 
@@ -202,7 +202,7 @@ def sparse_middle_dense(dataset) -> list[str]:
     return [dataset.ids[place] for place in dict.fromkeys(int(place) for place in places)]
 
 
-@_styled
+@styled
 def figure_predictions(dataset, run_folder: str | Path,
                        ids: Sequence[str] | None = None) -> DescribedFigure:
     """Image, truth and prediction side by side, one row an image.

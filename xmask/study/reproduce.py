@@ -29,6 +29,9 @@ from xmask.presets import ABLATIONS, COMPARED, DATASETS, PERCENTS, SEEDS
 from xmask.study import steps, tables
 
 NOTEBOOKS = Path("notebooks")
+SCENES = 102  # on which claims about prompts rest
+# of the ablations, the profile full has all; the demo is to take half an hour
+ABLATED = {"demo": ("without-nnec", "without-mask-constraint")}
 # bytes: the C library (glibc; others ignore it) keeps freed memory for the next step instead of
 # giving it back, which saves about 6% of a training step on a CPU
 _KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 29), "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
@@ -68,7 +71,8 @@ def plan(profile: str, *, data: str = "", sam: str = "",
     """All steps of a study, inputs before what needs them.
 
     seeds: None takes the profile's own. extras: also the methods to compare with (`COMPARED`, else
-    supervised-only) on the first dataset and, on its middle percentage, the ablations. overrides: changes to every run's configuration, by dotted name.
+    supervised-only) on the first dataset and, on its middle percentage, the ablations; with
+    `COMPARED` the claims too. overrides: changes to every run's configuration, by dotted name.
     """
     seeds = seeds or SEEDS.get(profile, (1,))
     wanted = [(d, p, s, "xmask") for d in datasets for p in percents for s in seeds]
@@ -76,7 +80,8 @@ def plan(profile: str, *, data: str = "", sam: str = "",
     if extras:
         wanted += [(first, p, s, variant) for p in percents for s in seeds
                    for variant in COMPARED.get(profile, ("supervised-only",))]
-        wanted += [(first, middle, s, variant) for variant in ABLATIONS for s in seeds]
+        wanted += [(first, middle, s, variant) for variant in ABLATED.get(profile, ABLATIONS)
+                   for s in seeds]
     common = {"profile": profile, "data": data, "sam": sam}
     # a run's configuration is named after its overrides too; notebooks want the plain variant
     runs = [(steps.configure(profile, d, p, s, variant=v, sam=sam, overrides=overrides), v)
@@ -84,9 +89,13 @@ def plan(profile: str, *, data: str = "", sam: str = "",
     settings = common | {"overrides": overrides or {}}
     # runs with changed fields are named after them: none is the full method to compare with
     compared = extras and runs[0][0].variant == "xmask"
-    return [*_mask_steps(runs, settings), *_run_steps(runs, settings),
-            *_report_steps([run for run, _ in runs], common,
-                           {"dataset": first, "percent": middle} if compared else None)]
+    planned = [*_mask_steps(runs, settings), *_run_steps(runs, settings),
+               *_report_steps([run for run, _ in runs], common,
+                              {"dataset": first, "percent": middle} if compared else None)]
+    if compared and profile in COMPARED:
+        planned += _claim_steps([run for run, v in runs if v == "xmask" and run.dataset == first],
+                                settings, [step for step in planned if step.name[:8] == "evaluate"])
+    return planned
 
 
 def _mask_steps(runs: list[tuple[Config, str]], settings: dict) -> Iterator[Step]:
@@ -106,7 +115,8 @@ def _mask_steps(runs: list[tuple[Config, str]], settings: dict) -> Iterator[Step
 
 def _run_steps(runs: list[tuple[Config, str]], settings: dict) -> Iterator[Step]:
     full = {(run.dataset, run.percent, run.seed): run.run for run, v in runs if v == "xmask"}
-    for run, variant in sorted(runs, key=lambda one: (one[0].seed, -one[0].percent)):  # longest first
+    # seed by seed, so that what is there after a stop can be compared; the longest first
+    for run, variant in sorted(runs, key=lambda one: (one[0].seed, -one[0].percent)):
         folder, data = steps.run_folder(run), settings["data"]
         arguments = settings | {"dataset": run.dataset, "percent": run.percent, "seed": run.seed,
                                 "variant": variant}
@@ -135,6 +145,32 @@ def _report_steps(runs: list[Config], common: dict, compared: dict | None) -> It
         yield Step(title, notebook, last, evaluated, fingerprint, [folder])
     if compared:
         yield Step("ablations", "22_ablations.ipynb", last | compared, evaluated, fingerprint)
+
+
+def _claim_steps(full: list[Config], settings: dict, evaluated: list[Step]) -> list[Step]:
+    """Other masks at the points of the full method's runs, the prompts, and then the claims."""
+    made = [Step(f"compare {run.run}", "16_other_masks.ipynb",
+                 settings | {"dataset": run.dataset, "percent": run.percent, "seed": run.seed},
+                 [f"evaluate {run.run}"],
+                 partial(steps.comparison_fingerprint, run, settings["data"]),
+                 [steps.run_folder(run) / "other_masks.json"]) for run in full]
+    profile, results = full[0].profile, steps.results_folder(full[0].profile)
+    scenes = results / "edp_sam"
+    made.append(Step(
+        "prompts", "15_edp_sam_study.ipynb",
+        {"scenes": SCENES, "segmenters": ["classical"], "out": scenes.as_posix()}, [],
+        partial(provenance.code, "xmask.study.edp_study"), [scenes]))
+    inputs = [path for step in (*evaluated, *made[:-1]) for path in step.outputs]
+    figures = Path("figures") / "claims"
+    claims = Step(
+        "claims", "23_claims.ipynb", {"profile": profile, "dataset": full[0].dataset},
+        [step.name for step in (*evaluated, *made)],
+        lambda: provenance.fingerprint(
+            ("xmask.study.claims", "xmask.study.claim_figures"),
+            [files.sha256(path) for path in (*inputs, scenes / "scenes.csv")]),
+        [results.parent / "claims.md", results.parent / "claims.csv",
+         figures / "claims.png", figures / "curves_compared.png"])
+    return [*made, claims]
 
 
 def _masks_fingerprint(users: list[Config], data: str) -> str:

@@ -136,8 +136,11 @@ def _read_run(path: Path) -> dict[str, Any]:
     row["constant_rmse"] = (  # runs evaluated by an earlier version have none
         known("baselines.constant_count.rmse", float)
         if "rmse" in metrics["baselines"]["constant_count"] else math.nan)
+    # "points-only" never trains its mask head: what it says of masks is not a result
+    schedule = config.get("config", {}).get("schedule", {})
+    untrained = "phase1" in schedule and schedule["phase1"] == schedule["phase2"]
     for column, name in _OF_MASKS.items():
-        unknown = known(name.rpartition(".")[0], (dict, type(None))) is None
+        unknown = untrained or known(name.rpartition(".")[0], (dict, type(None))) is None
         row[column] = math.nan if unknown else share(name)
     for image in known("per_image", list):
         for name in ("true_count", "count"):

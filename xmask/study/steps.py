@@ -22,7 +22,7 @@ from xmask.data.masks import mask_dataset
 from xmask.data.splits import labelled_ids, stratified
 from xmask.data.training_images import BareImages, Kept, MaskedImages
 from xmask.study import evaluate as evaluation
-from xmask.study import training
+from xmask.study import other_masks, training
 from xmask.synthetic import write_dataset
 from xmask.tools import models
 from xmask.trainer import Trainer
@@ -124,8 +124,8 @@ def data_root(profile: str, dataset: str, data: str = "", *, jobs: int = 1) -> P
         return Path(data)
     if data:
         raise ValueError(
-            f"data: profile {profile!r} draws its own synthetic crowds and would ignore {data}; use "
-            "PROFILE=photo or PROFILE=paper for real photographs"
+            f"data: profile {profile!r} draws its own synthetic crowds and would ignore {data}; "
+            "use PROFILE=photo or PROFILE=paper for real photographs"
         )
     root = work_folder(profile) / "data"
     write_dataset(dataset, root, **DRAWN[profile], jobs=jobs)
@@ -210,7 +210,8 @@ _READING = ("xmask.data.readers", "xmask.data.splits")  # code through which eve
 _MASKING = ("xmask.data.masks", *_READING)
 CODE = {"training": ("xmask.study.training", "xmask.data.training_images", "xmask.calibration",
                      *_MASKING),
-        "evaluation": ("xmask.study.evaluate", *_READING)}  # step -> modules it starts from
+        "evaluation": ("xmask.study.evaluate", *_READING),
+        "comparison": ("xmask.study.other_masks", *_READING)}  # step -> modules it starts from
 
 
 def _training(config: Config) -> tuple[str, ...]:
@@ -248,6 +249,12 @@ def evaluation_fingerprint(config: Config, data: str = "") -> str:
 
 
 _segmenter = cache(segmenters.describe)  # a checkpoint of gigabytes is read once
+
+
+def comparison_fingerprint(config: Config, data: str = "") -> str:
+    """What a comparison with other masks depends on, as a digest."""
+    return provenance.fingerprint(CODE["comparison"], _segmenter(config.masks.segmenter),
+                                  evaluation_fingerprint(config, data))
 
 
 def stamp_of(step: str, config: Config) -> Path:
@@ -349,3 +356,24 @@ def evaluate(config: Config, data: str = "", *, progress: bool = True) -> dict:
             files.write_json(folder / "metrics.json", result | {"code": _code(CODE["evaluation"])})
             provenance.write_stamp(stamp, fingerprint, [folder / "metrics.json"])
     return files.read_json(folder / "metrics.json")
+
+
+def compare_masks(config: Config, data: str = "", *, progress: bool = True) -> dict:
+    """Compare a run's masks with others at the same points and write other_masks.json; train and
+    evaluate it first if needed. Raises ValueError where the test images have no true masks."""
+    disc = evaluate(config, data, progress=progress)["baselines"]["exclusive_disc"]
+    folder, stamp = run_folder(config), stamp_of("compare", config)
+    if disc is None:
+        raise ValueError(f"{folder / 'metrics.json'}: no true masks of the test images, so masks "
+                         "cannot be compared. Use drawn crowds (profile demo or full).")
+    fingerprint = comparison_fingerprint(config, data)
+    if not provenance.is_done(stamp, fingerprint):
+        with files.lock(folder, wait=PATIENCE):
+            rows = other_masks.compare(
+                open_test(config, data), folder, disc["radius"],
+                segmenters.open_segmenter(config.masks.segmenter, device()), progress=progress)
+            files.write_json(folder / "other_masks.json", {
+                "run": config.run, "segmenter": _segmenter(config.masks.segmenter),
+                "code": _code(CODE["comparison"]), "per_image": rows})
+            provenance.write_stamp(stamp, fingerprint, [folder / "other_masks.json"])
+    return files.read_json(folder / "other_masks.json")

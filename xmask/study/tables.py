@@ -22,7 +22,8 @@ import pandas as pd
 from xmask import files
 from xmask.study.runs import DATASETS, SELECTIONS, UNKNOWN, VARIANTS, listing, load_runs, ordered
 
-MAIN_VARIANTS = ("supervised-only", "points-only", "xmask")  # this order in tables; then sweeps of parameters
+# this order in tables; then sweeps of parameters
+MAIN_VARIANTS = ("supervised-only", "points-only", "xmask")
 DISCS = {"disc_mean_iou": "discs", "exclusive_disc_mean_iou": "discs, exclusive"}  # baselines
 SECONDARY = " (secondary)"  # beside a number that was not read where it was published
 

@@ -1,0 +1,179 @@
+"""Claims: the interval, the verdicts, and what is read from run folders."""
+
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from xmask.study import claim_figures, claims
+
+IMAGES = 120
+
+
+def write_run(folder, name, errors, ious=None, other=None):
+    """A run folder whose images are wrong by `errors` people."""
+    path = folder / name
+    path.mkdir(parents=True)
+    rows = [{"name": f"IMG_{k}", "true_count": 100, "count": 100 + round(error),
+             "mean_iou": None if ious is None else ious[k]} for k, error in enumerate(errors)]
+    (path / "metrics.json").write_text(json.dumps({"per_image": rows}))
+    if other is not None:
+        (path / "other_masks.json").write_text(json.dumps({"per_image": [
+            {"name": f"IMG_{k}", **dict.fromkeys(other[1], iou)}
+            for k, iou in enumerate(other[0])]}))
+    history = pd.DataFrame({"step": [5, 10, 15], "phase": [1, 2, 3], "p2r": [1.0, 5.0, 0.25]})
+    history.to_csv(path / "history.csv", index=False)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Three seeds at 5 and 10%: XMask counts and segments better than every rival but smoothing's,
+    whose masks are like its own."""
+    folder = tmp_path_factory.mktemp("results")
+    runs, rng = folder / "full" / "runs", np.random.default_rng(0)
+    rivals = tuple({c.rival for c in claims.CLAIMS if c.source == "masks"})
+    for percent in (5, 10):
+        for seed in (1, 2, 3):
+            noise = rng.normal(0, 1, IMAGES)
+            iou = np.clip(rng.normal(0.5, 0.05, IMAGES), 0, 1)
+            write_run(runs, f"sha-{percent}-s{seed}", 10 + noise, iou, (iou - 0.1, rivals))
+            write_run(runs, f"sha-{percent}-s{seed}-supervised-only", 15 + noise, iou - 0.05)
+            write_run(runs, f"sha-{percent}-s{seed}-points-only", 10 + noise)
+            write_run(runs, f"sha-{percent}-s{seed}-without-mask-constraint", 7 + noise, iou)
+            if percent == 10:
+                write_run(runs, f"sha-10-s{seed}-without-smoothing", 10 + noise,
+                          iou + rng.normal(0, 0.02, IMAGES))
+    write_run(runs, "sha-40-s1", np.full(IMAGES, 4.0))
+    scenes = [{"scene": k, "segmenter": "classical", "method": method, "head_radius": radius,
+               "iou_sum": iou * 50 + k % 7, "heads": 50}
+              for k in range(IMAGES)
+              for method, radius, iou in (
+                  ("point prompt only", 7.0, 0.4), ("point prompt only", 10.0, 0.5),
+                  ("superpixel prompt only", 7.0, 0.4), ("both, without NNEC", 7.0, 0.6),
+                  ("EDP-SAM", math.nan, 0.7), ("without the clip", math.nan, 0.7),
+                  ("without negatives", math.nan, 0.75))]
+    (folder / "full" / "edp_sam").mkdir()
+    pd.DataFrame(scenes).to_csv(folder / "full" / "edp_sam" / "scenes.csv", index=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def table(results):
+    return claims.table(results)
+
+
+def verdicts(table, text, labels=None):
+    rows = table[table["claim"] == text]
+    return (rows if labels is None else rows[rows["labels"] == labels]).to_dict("records")
+
+
+def test_the_interval_is_the_bootstrap_of_seeds_and_images_together():
+    rng = np.random.default_rng(1)
+    differences = rng.normal(1, 2, (4, 50)) + rng.normal(0, 1, (4, 1))
+    mean, low, high = claims.paired(differences)
+    drawn = [differences[np.ix_(rng.integers(0, 4, 4), rng.integers(0, 50, 50))].mean()
+             for _ in range(4000)]
+    assert mean == pytest.approx(differences.mean())
+    assert (low, high) == pytest.approx(tuple(np.percentile(drawn, [2.5, 97.5])), abs=0.1)
+    assert claims.paired(differences) == (mean, low, high), "no luck from call to call"
+
+
+@given(st.floats(-50, 50), st.floats(0.1, 10))
+def test_a_shift_moves_the_interval_and_a_factor_widens_it(shift, factor):
+    differences = np.random.default_rng(2).normal(0, 1, (3, 20))
+    plain, moved = claims.paired(differences), claims.paired(factor * differences + shift)
+    assert moved == pytest.approx([factor * value + shift for value in plain], abs=1e-6)
+
+
+def test_an_effect_beyond_chance_holds_and_none_does_not(table):
+    better, = [r for r in verdicts(table, "Unlabelled images help counting", 10)
+               if r["data"] == "drawn crowds"]
+    assert better["verdict"] == claims.HOLDS and better["in_favour"] == better["seeds"] == 3
+    assert better["effect"] == pytest.approx(5) and better["low"] > 4.5
+    assert (better["rival_value"], better["ours_value"]) == pytest.approx((15, 10), abs=0.2)
+    assert better["images"] == IMAGES
+    equal = verdicts(table, "Gaussian smoothing helps")[0]
+    assert (equal["verdict"], equal["why"]) == (claims.FAILS, "no difference shown")
+    worse = verdicts(table, "The mask constraint helps counting", 5)[0]
+    assert (worse["verdict"], worse["why"]) == (claims.FAILS, "the opposite")
+    masks = verdicts(table, "Exclusivity separates neighbours better than distance alone", 5)[0]
+    assert masks["verdict"] == claims.HOLDS and masks["effect"] == pytest.approx(10)
+
+
+def test_without_loss_allows_a_tenth(table):
+    same = verdicts(table, "One model does both: counts as good as of points alone", 10)[0]
+    assert same["verdict"] == claims.HOLDS and same["effect"] == pytest.approx(0, abs=0.5)
+    better = verdicts(table, "Mask pseudo-labels beat point pseudo-labels", 10)[0]
+    assert better["verdict"] == claims.FAILS
+
+
+def test_too_few_seeds_or_images_decide_nothing(table):
+    one = [r for r in verdicts(table, "More labels are better", 40)
+           if r["data"] == "drawn crowds"][0]
+    assert (one["verdict"], one["why"]) == (claims.UNTESTED, "1 of at least 3 seeds")
+    assert math.isnan(one["effect"])
+    photographs = table[table["data"] == "ShanghaiTech A"]
+    assert len(photographs) and (photographs["verdict"] == claims.UNTESTED).all()
+    assert not (photographs["measure"] == claims.MASKS).any(), "photographs have no true masks"
+
+
+def test_prompts_need_no_seeds_and_take_the_best_radius(table):
+    both = verdicts(table, "Two prompts are better than one")
+    assert [round(r["effect"]) for r in both] == [10, 20]
+    assert all(r["verdict"] == claims.HOLDS and not r["trained"] for r in both)
+    clip = verdicts(table, "The circle helps masks from dots: as clip")[0]
+    assert (clip["effect"], clip["verdict"]) == (0, claims.FAILS)
+    assert verdicts(table, "The circle helps masks from dots: as negative points")[0]["why"] == (
+        "the opposite")
+    sizes = verdicts(table, "The circle helps masks from dots: as head sizes")[0]
+    assert sizes["why"] == "0 of at least 100 images"
+
+
+def test_the_page_names_every_claim_and_folds_what_was_not_tested(results, table):
+    paths = claims.write(table, results)
+    page = paths[0].read_text(encoding="utf-8")
+    assert all(claim.text in page for claim in claims.CLAIMS)
+    assert "ShanghaiTech A, 5, 10, 40%" in page and "no decoder here works without" in page
+    assert "MAE 15.0 → 10.0" in page and "3 of 3" in page
+    read = pd.read_csv(paths[1])
+    assert list(read) == list(claims.COLUMNS) and len(read) == len(table)
+    assert claims.write(table, results)[0].read_text(encoding="utf-8") == page
+
+
+def test_luck_is_told_apart(results):
+    luck = claims.luck(results).set_index(["method", "labels"])
+    assert set(luck.index.get_level_values("labels")) == {5, 10}
+    row = luck.loc["XMask", 10]
+    assert row["seeds"] == 3 and row["images"] == IMAGES
+    assert row["image_se"] == pytest.approx(1 / math.sqrt(IMAGES), rel=0.3)
+
+
+def test_an_earlier_metrics_file_is_named(tmp_path):
+    path = tmp_path / "full" / "runs" / "sha-5-s1"
+    path.mkdir(parents=True)
+    (path / "metrics.json").write_text('{"per_image": [{"name": "a"}]}')
+    with pytest.raises(ValueError, match=r"metrics.json: field .mean_iou. is missing. Evaluate"):
+        claims.table(tmp_path)
+
+
+def test_the_forest_plot_shows_every_tested_claim(table, tmp_path):
+    figure = claim_figures.forest(table)
+    labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert len(labels) == table["effect"].notna().sum()
+    one, two = figure.write(tmp_path / "a.png"), claim_figures.forest(table).write(
+        tmp_path / "b.png")
+    assert one.read_bytes() == two.read_bytes()
+    with pytest.raises(ValueError, match="make reproduce PROFILE=full"):
+        claim_figures.forest(table.assign(effect=math.nan))
+
+
+def test_learning_curves_have_a_band_a_method(results):
+    figure = claim_figures.compared_curves(results / "full", "sha", (5, 10))
+    lines = [line for axis in figure.axes for line in axis.get_lines()]
+    assert len(lines) == 2 * 3
+    values = lines[0].get_ydata()
+    assert values[-1] < 1 and len(values) == 3

@@ -1,0 +1,92 @@
+"""The claims as pictures: a forest plot of all effects, and learning curves of the rivals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from xmask.study import claims, figures, runs
+from xmask.tools.described_figure import DPI, DescribedFigure
+from xmask.tools.overlay import BLUE, GREEN, GREY, ORANGE, VERMILION
+
+COLOURS = {claims.HOLDS: BLUE, claims.FAILS: VERMILION}
+METHODS = {"supervised-only": ORANGE, "points-only": GREEN, "xmask": BLUE}
+
+
+@figures.styled
+def forest(table: pd.DataFrame) -> DescribedFigure:
+    """Every tested claim with its effect, in per cent of the rival's value, and its interval.
+
+    table: of `claims.table`. Right of the line speaks for the claim; a grey tick is the margin of
+    "without loss". Raises ValueError where nothing could be tested.
+    """
+    tested = table[table["effect"].notna()].reset_index(drop=True)
+    if tested.empty:
+        raise ValueError("no claim could be tested: run `make reproduce PROFILE=full` first")
+    scale = 100 / tested["rival_value"]
+    figure = DescribedFigure(figsize=(9.5, 0.9 + 0.27 * len(tested)), dpi=DPI,
+                             layout="constrained", facecolor="white")
+    axis = figure.subplots()
+    axis.axvline(0, color=GREY, lw=1)
+    for place, (row, factor) in enumerate(zip(tested.itertuples(), scale)):
+        colour = COLOURS[row.verdict]
+        axis.plot([row.low * factor, row.high * factor], [place, place], color=colour, lw=1.6)
+        axis.plot(row.effect * factor, place, "o" if row.measure == claims.COUNTS else "s",
+                  color=colour, ms=5)
+        if row.margin:
+            axis.plot(-100 * row.margin, place, "|", color=GREY, ms=8)
+    axis.set_yticks(range(len(tested)), [_label(row) for row in tested.itertuples()], fontsize=7)
+    axis.invert_yaxis()
+    axis.set_xlabel("effect in % of the other's value, 95% interval (right: for the claim)\n"
+                    "circle: MAE, square: mean IoU; blue: holds, red: does not hold here",
+                    fontsize=8)
+    axis.grid(axis="y", visible=False)
+    figure.description = "Claims: paired effects with bootstrap intervals, from results/claims.csv"
+    return figure
+
+
+def _label(row) -> str:
+    rival = runs.VARIANTS.get(row.rival, row.rival)
+    labels = "" if pd.isna(row.labels) else f", {row.labels:g}% labels"
+    return f"{row.claim} (against {rival}{labels})"
+
+
+@figures.styled
+def compared_curves(results: str | Path, dataset: str, percents: tuple[int, ...]
+                    ) -> DescribedFigure:
+    """P2R loss of labelled crops against the training step, a line a method: mean over seeds, the
+    band from the lowest to the highest seed.
+
+    results: of one profile. Phase 2 weighs the term 10 times; the curve takes it back.
+    """
+    figure = DescribedFigure(figsize=(3.4 * len(percents) + 0.4, 3.0), dpi=DPI,
+                             layout="constrained", facecolor="white")
+    axes = figure.subplots(1, len(percents), squeeze=False, sharey=True)[0]
+    for axis, percent in zip(axes, percents):
+        for variant, colour in METHODS.items():
+            curves = _curves(Path(results) / "runs", dataset, percent, variant)
+            if curves.empty:
+                continue
+            axis.plot(curves.index, curves.mean(axis=1), color=colour, lw=1.2,
+                      label=f"{runs.VARIANTS[variant]} ({curves.shape[1]} seeds)")
+            axis.fill_between(curves.index, curves.min(axis=1), curves.max(axis=1), color=colour,
+                              alpha=0.2, lw=0)
+        axis.set(title=f"{percent:g}% labelled", xlabel="training step", yscale="log")
+        axis.legend(fontsize=7)
+    axes[0].set_ylabel("P2R loss, labelled crops")
+    figure.suptitle("Drawn crowds: learning curves", fontsize=10, fontweight="bold")
+    figure.description = f"P2R loss by step, runs of {Path(results).as_posix()}"
+    return figure
+
+
+def _curves(folder: Path, dataset: str, percent: int, variant: str) -> pd.DataFrame:
+    """A column a seed, by training step."""
+    end, found = "" if variant == "xmask" else f"-{variant}", {}
+    for path in claims.run_folders(folder, f"{dataset}-{percent}-s", end, "history.csv"):
+        history = pd.read_csv(path / "history.csv")
+        loss = history["p2r"] / np.where((history["phase"] == 2), 10.0, 1.0)
+        smooth = loss.rolling(9, min_periods=1, center=True).mean()
+        found[path.name] = pd.Series(smooth.to_numpy(), index=history["step"])
+    return pd.DataFrame(found)
