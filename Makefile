@@ -1,5 +1,5 @@
 # Two commands on a fresh clone, each of which sets everything up first:
-#   make reproduce   the whole study; PROFILE=demo (default), photo or paper
+#   make reproduce   the whole study; PROFILE=demo (default), full, photo or paper
 #   make test        the checks (ruff, basedpyright) and the tests
 # DATA= SAM= point at real datasets and SAM weights; DATASETS= PERCENTS= SEEDS= narrow the study;
 # EXTRAS=no leaves out supervised-only runs and ablations; JOBS= steps at a time.

@@ -19,7 +19,7 @@ from PIL import Image
 import xmask
 from xmask import config, segmenters
 from xmask.cli import _parser, main
-from xmask.study import model_card, pages
+from xmask.study import claims, model_card, pages
 from xmask.study.steps import _assigned
 from xmask.study.walkthroughs import walkthroughs
 from xmask.synthetic import draw_scene
@@ -164,6 +164,15 @@ def test_readme_shows_the_results_of_the_tables():
     block, day = pages.stored_block(README)
     assert block == pages.results_block(ROOT, day), "run `xmask docs`"
     assert "Drawn crowds" in block
+
+
+def test_the_numbers_of_the_evidence_are_those_of_the_claims(tmp_path):
+    page = (ROOT / claims.PAGE).read_text("utf-8")
+    assert claims.evidence_block(ROOT) in page, "run `xmask docs`"
+    lost = tmp_path / "page.md"
+    lost.write_text("nothing")
+    with pytest.raises(ValueError, match="page.md: no lines .* Restore"):
+        pages.write_block(lost, claims.BEGIN, claims.END, "")
 
 
 def test_the_numbers_of_the_model_card_are_those_of_its_run():

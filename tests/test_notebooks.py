@@ -38,4 +38,5 @@ def test_every_step_of_the_study_has_a_notebook():
         "13_bundled_sam.ipynb", "14_correct_masks.ipynb", "15_edp_sam_study.ipynb",
         "16_other_masks.ipynb",
         "20_tables.ipynb", "21_figures.ipynb", "22_ablations.ipynb", "23_claims.ipynb",
+        "24_constants.ipynb",
     ]

@@ -35,10 +35,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "xmask": {},
     "supervised-only": {"schedule.unlabelled": False},
     "points-only": {},  # mean teacher with P2R, no masks: all its steps are phase 1, see `preset`
+    "with-point-mask": {"loss.point_mask": 1.0},  # the released weight; off in demo and photo
     **ABLATIONS,
 }
 # compared with the full method at every percentage, besides the ablations at the middle one
-COMPARED = {"full": ("supervised-only", "points-only", "without-mask-constraint")}
+COMPARED = dict.fromkeys(("full", "photo"),
+                         ("supervised-only", "points-only", "without-mask-constraint"))
 SEEDS = {"full": (1, 2, 3, 4, 5)}
 
 _FIELDS = ("schedule.phase3", "optimisation.phase3_lr", "optimisation.weight_decay",

@@ -9,7 +9,7 @@ import pytest
 from tests.study.conftest import GIT, NARROW, ROOT, the_run
 from xmask import files
 from xmask.presets import ABLATIONS
-from xmask.study import reproduce, steps
+from xmask.study import constants, reproduce, steps
 
 
 def test_tables_and_figures_are_made_and_say_drawn(inside):
@@ -126,7 +126,15 @@ def test_the_plan_covers_the_study():
 def test_the_profile_full_compares_all_that_claims_need():
     planned = {step.name: step for step in reproduce.plan("full")}
     trained = [name for name in planned if name.startswith("train")]
-    assert len(trained) == 5 * (9 + 3 * 3 + len(ABLATIONS) - 1)
+    moved = [name for name in trained if "-x" in name]
+    assert len(moved) == 3 * sum(len(v) - 1 for v in constants.TRAINED.values())
+    trained = [name for name in trained if name not in moved]
+    assert len(trained) == 5 * (9 + 3 * 3 + len(ABLATIONS) - 1 + 1)
+    assert {f"evaluate {moved[0].split()[1]}", "evaluate sha-10-s5"} <= set(
+        planned["constants"].inputs)
+    known = list(planned)
+    for index, step in enumerate(planned.values()):
+        assert set(step.inputs) <= set(known[:index]), f"{step.name} before its inputs"
     assert sum(name.startswith("compare sha-10") for name in planned) == 5
     assert not any(name.startswith("compare qnrf") for name in planned)
     assert {"prompts", "compare sha-40-s5", "evaluate sha-5-s3-points-only"} <= set(
@@ -136,6 +144,30 @@ def test_the_profile_full_compares_all_that_claims_need():
     assert "claims" not in {step.name for step in reproduce.plan("full", extras=False)}
 
 
+def test_a_study_says_which_claims_it_can_show():
+    demo = reproduce._claims_shown("demo", reproduce.plan("demo"))
+    assert "1 seed and 16 test images a dataset. A verdict takes 3 seeds and 100 images" in demo
+    photo = reproduce._claims_shown("photo", reproduce.plan("photo", seeds=(1, 2), extras=False))
+    assert photo.startswith("Claims: 2 seeds. A verdict")
+    assert reproduce._claims_shown("full", reproduce.plan("full")).endswith("results/claims.md")
+
+
 def test_a_study_of_changed_fields_has_no_ablation_table_to_make():
     changed = [step.name for step in reproduce.plan("demo", overrides={"loss.tau": 0.5})]
     assert "tables" in changed and "ablations" not in changed
+
+
+def test_masks_are_compared_at_the_points_of_a_run(inside, monkeypatch):
+    config = steps.configure("photo", "sha", 40, 1, overrides=NARROW["overrides"])
+    result = steps.compare_masks(config, "data", progress=False)
+    file = the_run(inside) / "other_masks.json"
+    assert len(result["per_image"]) == 3 and {"EDP-SAM", "watershed"} <= set(result["per_image"][0])
+    before = file.stat().st_mtime_ns
+    assert steps.compare_masks(config, "data", progress=False) == result
+    assert file.stat().st_mtime_ns == before, "done and unchanged"
+    found = files.read_json(the_run(inside) / "metrics.json")
+    found["baselines"]["exclusive_disc"] = None
+    monkeypatch.setattr(steps, "evaluate", lambda *_, **__: found)
+    with pytest.raises(ValueError, match=r"metrics.json: no true masks .* profile demo or full"):
+        steps.compare_masks(config, "data")
+    file.unlink()

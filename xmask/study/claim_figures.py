@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from xmask import files
 from xmask.study import claims, figures, runs
 from xmask.tools.described_figure import DPI, DescribedFigure
 from xmask.tools.overlay import BLUE, GREEN, GREY, ORANGE, VERMILION
@@ -19,12 +20,10 @@ METHODS = {"supervised-only": ORANGE, "points-only": GREEN, "xmask": BLUE}
 def forest(table: pd.DataFrame) -> DescribedFigure:
     """Every tested claim with its effect, in per cent of the rival's value, and its interval.
 
-    table: of `claims.table`. Right of the line speaks for the claim; a grey tick is the margin of
-    "without loss". Raises ValueError where nothing could be tested.
+    table: of `claims.table`. Right of the line speaks for the claim; "as good as" may lie a little
+    left of it.
     """
     tested = table[table["effect"].notna()].reset_index(drop=True)
-    if tested.empty:
-        raise ValueError("no claim could be tested: run `make reproduce PROFILE=full` first")
     scale = 100 / tested["rival_value"]
     figure = DescribedFigure(figsize=(9.5, 0.9 + 0.27 * len(tested)), dpi=DPI,
                              layout="constrained", facecolor="white")
@@ -35,8 +34,8 @@ def forest(table: pd.DataFrame) -> DescribedFigure:
         axis.plot([row.low * factor, row.high * factor], [place, place], color=colour, lw=1.6)
         axis.plot(row.effect * factor, place, "o" if row.measure == claims.COUNTS else "s",
                   color=colour, ms=5)
-        if row.margin:
-            axis.plot(-100 * row.margin, place, "|", color=GREY, ms=8)
+    if tested.empty:
+        axis.text(0.5, 0.5, "no claim could be tested yet", transform=axis.transAxes, ha="center")
     axis.set_yticks(range(len(tested)), [_label(row) for row in tested.itertuples()], fontsize=7)
     axis.invert_yaxis()
     axis.set_xlabel("effect in % of the other's value, 95% interval (right: for the claim)\n"
@@ -50,7 +49,8 @@ def forest(table: pd.DataFrame) -> DescribedFigure:
 def _label(row) -> str:
     rival = runs.VARIANTS.get(row.rival, row.rival)
     labels = "" if pd.isna(row.labels) else f", {row.labels:g}% labels"
-    return f"{row.claim} (against {rival}{labels})"
+    where = row.data if row.data == "ShanghaiTech A" else "drawn"
+    return f"{row.claim} ({row.measure.split(' %')[0]}, {where}{labels}; against {rival})"
 
 
 @figures.styled
@@ -59,22 +59,27 @@ def compared_curves(results: str | Path, dataset: str, percents: tuple[int, ...]
     """P2R loss of labelled crops against the training step, a line a method: mean over seeds, the
     band from the lowest to the highest seed.
 
-    results: of one profile. Phase 2 weighs the term 10 times; the curve takes it back.
+    results: of one profile. What phase 2 weighs the term by is taken back. It is the loss on
+    labelled images: what a method learns from the others shows in the tables, not here.
     """
-    figure = DescribedFigure(figsize=(3.4 * len(percents) + 0.4, 3.0), dpi=DPI,
+    found = {percent: {variant: _curves(Path(results) / "runs", dataset, percent, variant)
+                       for variant in METHODS} for percent in percents}
+    found = {percent: {variant: curves for variant, curves in part.items() if len(curves)}
+             for percent, part in found.items()}
+    trained = [percent for percent in percents if found[percent]] or percents[:1]
+    figure = DescribedFigure(figsize=(3.4 * len(trained) + 0.4, 3.0), dpi=DPI,
                              layout="constrained", facecolor="white")
-    axes = figure.subplots(1, len(percents), squeeze=False, sharey=True)[0]
-    for axis, percent in zip(axes, percents):
-        for variant, colour in METHODS.items():
-            curves = _curves(Path(results) / "runs", dataset, percent, variant)
-            if curves.empty:
-                continue
+    axes = figure.subplots(1, len(trained), squeeze=False, sharey=True)[0]
+    for axis, percent in zip(axes, trained):
+        for variant, curves in found[percent].items():
+            colour = METHODS[variant]
             axis.plot(curves.index, curves.mean(axis=1), color=colour, lw=1.2,
                       label=f"{runs.VARIANTS[variant]} ({curves.shape[1]} seeds)")
             axis.fill_between(curves.index, curves.min(axis=1), curves.max(axis=1), color=colour,
                               alpha=0.2, lw=0)
         axis.set(title=f"{percent:g}% labelled", xlabel="training step", yscale="log")
-        axis.legend(fontsize=7)
+        if found[percent]:
+            axis.legend(fontsize=7)
     axes[0].set_ylabel("P2R loss, labelled crops")
     figure.suptitle("Drawn crowds: learning curves", fontsize=10, fontweight="bold")
     figure.description = f"P2R loss by step, runs of {Path(results).as_posix()}"
@@ -86,7 +91,8 @@ def _curves(folder: Path, dataset: str, percent: int, variant: str) -> pd.DataFr
     end, found = "" if variant == "xmask" else f"-{variant}", {}
     for path in claims.run_folders(folder, f"{dataset}-{percent}-s", end, "history.csv"):
         history = pd.read_csv(path / "history.csv")
-        loss = history["p2r"] / np.where((history["phase"] == 2), 10.0, 1.0)
+        weight = files.read_json(path / "config.json")["config"]["loss"]["phase2_p2r"]
+        loss = history["p2r"] / np.where(history["phase"] == 2, weight or 1.0, 1.0)
         smooth = loss.rolling(9, min_periods=1, center=True).mean()
         found[path.name] = pd.Series(smooth.to_numpy(), index=history["step"])
     return pd.DataFrame(found)

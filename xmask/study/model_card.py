@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from xmask import files
+from xmask.study.pages import write_block
 from xmask.study.tables import markdown_table
 
 CARD = Path("docs") / "model_card.md"
@@ -60,8 +61,4 @@ def _row(name: str, images: list[dict]) -> list[str]:
 
 def refresh(root: str | Path = ".") -> Path:
     """Write the numbers of the model card anew; return its path."""
-    path = Path(root) / CARD
-    text = path.read_text(encoding="utf-8")
-    begin, end = text.index(BEGIN), text.index(END) + len(END)
-    files.write_text(path, text[:begin] + card_block(Path(root)) + text[end:])
-    return path
+    return write_block(Path(root) / CARD, BEGIN, END, card_block(Path(root)))

@@ -48,6 +48,22 @@ def results_block(root: Path, day: str) -> str:
         f"[`{SUMMARY.as_posix()}`]({SUMMARY.as_posix()}):", "", *markdown_table(rows), END])
 
 
+def write_block(path: Path, begin: str, end: str, block: str) -> Path:
+    """Replace what stands between two markers of a page, they included; return its path.
+
+    Raises ValueError if the page has lost its markers.
+    """
+    text = path.read_text(encoding="utf-8")
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"{path}: no lines {begin} and {end} with numbers between them. Restore "
+                         "them and run `xmask docs`.")
+    if (new := before + block + after) != text:
+        files.write_text(path, new)
+    return path
+
+
 def stored_block(text: str) -> tuple[str, str]:
     """The results block in the text of README.md, and its date.
 
@@ -67,9 +83,7 @@ def refresh(root: str | Path = ".") -> Path:
     The date changes only where the table does: it says since when the numbers stand.
     """
     root = Path(root)
-    text = (root / README).read_text(encoding="utf-8")
-    block, day = stored_block(text)
+    block, day = stored_block((root / README).read_text(encoding="utf-8"))
     if results_block(root, day) != block:
-        text = text.replace(block, results_block(root, date.today().isoformat()))
-        files.write_text(root / README, text)
-    return root / README
+        block = results_block(root, date.today().isoformat())
+    return write_block(root / README, BEGIN, END, block)

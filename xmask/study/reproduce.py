@@ -26,12 +26,15 @@ from tqdm.auto import tqdm
 from xmask import files, provenance
 from xmask.config import Config, preset
 from xmask.presets import ABLATIONS, COMPARED, DATASETS, PERCENTS, SEEDS
-from xmask.study import steps, tables
+from xmask.study import claims, constants, steps, tables
 
 NOTEBOOKS = Path("notebooks")
 SCENES = 102  # on which claims about prompts rest
-# of the ablations, the profile full has all; the demo is to take half an hour
-ABLATED = {"demo": ("without-nnec", "without-mask-constraint")}
+# what is changed at the middle percentage, where that is not ABLATIONS: the demo is to take half
+# an hour; `full` tries the point-mask term, too, which the CPU profiles leave out; of photographs
+# there are no true masks to tell most of them apart
+ABLATED = {"demo": ("without-nnec", "without-mask-constraint"),
+           "full": (*ABLATIONS, "with-point-mask"), "photo": ()}
 # bytes: the C library (glibc; others ignore it) keeps freed memory for the next step instead of
 # giving it back, which saves about 6% of a training step on a CPU
 _KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 29), "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
@@ -93,8 +96,11 @@ def plan(profile: str, *, data: str = "", sam: str = "",
                *_report_steps([run for run, _ in runs], common,
                               {"dataset": first, "percent": middle} if compared else None)]
     if compared and profile in COMPARED:
-        planned += _claim_steps([run for run, v in runs if v == "xmask" and run.dataset == first],
-                                settings, [step for step in planned if step.name[:8] == "evaluate"])
+        full = [run for run, v in runs if v == "xmask" and run.dataset == first]
+        evaluated = [step for step in planned if step.name.startswith(f"evaluate {first}-")]
+        planned += _claim_steps(full, settings, evaluated)
+        if profile in steps.DRAWN:
+            planned += _constant_steps([run for run in full if run.percent == middle], settings)
     return planned
 
 
@@ -121,7 +127,7 @@ def _run_steps(runs: list[tuple[Config, str]], settings: dict) -> Iterator[Step]
         arguments = settings | {"dataset": run.dataset, "percent": run.percent, "seed": run.seed,
                                 "variant": variant}
         inputs = [f"masks {steps.mask_folder(run).name}"]
-        if variant != "xmask":  # it takes phase 1 from the full method
+        if variant not in ("xmask", "points-only"):  # it takes phase 1 from the full method
             inputs.append(f"train {full[run.dataset, run.percent, run.seed]}")
         yield Step(f"train {run.run}", "11_train.ipynb", arguments, inputs,
                    partial(steps.train_fingerprint, run, data),
@@ -148,29 +154,63 @@ def _report_steps(runs: list[Config], common: dict, compared: dict | None) -> It
 
 
 def _claim_steps(full: list[Config], settings: dict, evaluated: list[Step]) -> list[Step]:
-    """Other masks at the points of the full method's runs, the prompts, and then the claims."""
-    made = [Step(f"compare {run.run}", "16_other_masks.ipynb",
-                 settings | {"dataset": run.dataset, "percent": run.percent, "seed": run.seed},
-                 [f"evaluate {run.run}"],
-                 partial(steps.comparison_fingerprint, run, settings["data"]),
-                 [steps.run_folder(run) / "other_masks.json"]) for run in full]
-    profile, results = full[0].profile, steps.results_folder(full[0].profile)
-    scenes = results / "edp_sam"
-    made.append(Step(
-        "prompts", "15_edp_sam_study.ipynb",
-        {"scenes": SCENES, "segmenters": ["classical"], "out": scenes.as_posix()}, [],
-        partial(provenance.code, "xmask.study.edp_study"), [scenes]))
-    inputs = [path for step in (*evaluated, *made[:-1]) for path in step.outputs]
-    figures = Path("figures") / "claims"
-    claims = Step(
-        "claims", "23_claims.ipynb", {"profile": profile, "dataset": full[0].dataset},
-        [step.name for step in (*evaluated, *made)],
-        lambda: provenance.fingerprint(
-            ("xmask.study.claims", "xmask.study.claim_figures"),
-            [files.sha256(path) for path in (*inputs, scenes / "scenes.csv")]),
-        [results.parent / "claims.md", results.parent / "claims.csv",
-         figures / "claims.png", figures / "curves_compared.png"])
-    return [*made, claims]
+    """Where there are true masks, other masks at the points of the full method's runs, and the
+    prompts; then the claims."""
+    profile, made = full[0].profile, []
+    scenes = steps.results_folder(profile) / "edp_sam"
+    if profile in steps.DRAWN:
+        made += [Step(f"compare {run.run}", "16_other_masks.ipynb",
+                      settings | {"dataset": run.dataset, "percent": run.percent,
+                                  "seed": run.seed},
+                      [f"evaluate {run.run}"],
+                      partial(steps.comparison_fingerprint, run, settings["data"]),
+                      [steps.run_folder(run) / "other_masks.json"]) for run in full]
+        made.append(Step(
+            "prompts", "15_edp_sam_study.ipynb",
+            {"scenes": SCENES, "segmenters": ["classical"], "out": scenes.as_posix()}, [],
+            partial(provenance.fingerprint, ("xmask.study.edp_study",)), [scenes]))
+    results, figures = steps.results_folder(profile).parent, Path("figures") / "claims"
+    verdicts = Step("claims", "23_claims.ipynb", {},
+                    [step.name for step in (*evaluated, *made)], _claims_fingerprint,
+                    [results / "claims.md", results / "claims.csv",
+                     figures / "claims.png", figures / "curves_compared.png"])
+    return [*made, verdicts]
+
+
+def _claims_fingerprint() -> str:
+    """Of every run that claims may read: they are of several profiles."""
+    inputs = [path for profile in COMPARED for name in (
+        "runs/*/metrics.json", "runs/*/history.csv", "runs/*/other_masks.json",
+        "edp_sam/scenes.csv") for path in sorted(steps.results_folder(profile).glob(name))]
+    return provenance.fingerprint(("xmask.study.claims", "xmask.study.claim_figures"),
+                                  [(path.as_posix(), files.sha256(path)) for path in inputs])
+
+
+def _constant_steps(full: list[Config], settings: dict) -> list[Step]:
+    """The constants moved alone: some trainings, and the table of all."""
+    made = []
+    for run in full:
+        if run.seed in constants.SEEDS:
+            for change in constants.changes(run):
+                moved = (steps.configure(run.profile, run.dataset, run.percent, run.seed,
+                                         overrides=change), "xmask")
+                made += _run_steps([moved], settings | {"overrides": change})
+    evaluated = [step for step in made if step.name.startswith("evaluate")]
+    own = [f"evaluate {run.run}" for run in full]
+    inputs = [path for step in evaluated for path in step.outputs]
+    inputs += [steps.run_folder(run) / name for run in full
+               for name in ("metrics.json", "model.safetensors")]
+    where = {"dataset": full[0].dataset, "percent": full[0].percent,
+             "seeds": [run.seed for run in full]}
+    profile = full[0].profile
+    table = Step("constants", "24_constants.ipynb",
+                 where | {name: settings[name] for name in ("profile", "data", "sam")},
+                 [*own, *(step.name for step in evaluated)],
+                 lambda: provenance.fingerprint(("xmask.study.constants",),
+                                                [files.sha256(path) for path in inputs]),
+                 [steps.results_folder(profile) / "constants.csv",
+                  Path("figures") / "claims" / "constants.png"])
+    return [*made, table]
 
 
 def _masks_fingerprint(users: list[Config], data: str) -> str:
@@ -219,8 +259,21 @@ def run(profile: str, *, data: str = "", jobs: int | None = None, **narrowed) ->
               "goes on from here.")
         return False
     print(f"\nAll {len(planned)} steps are done ({minutes:.1f} min).")
+    print(_claims_shown(profile, planned))
     print(compare_with_committed(steps.results_folder(profile)))
     return True
+
+
+def _claims_shown(profile: str, planned: list[Step]) -> str:
+    """Which claims of the paper this study can show, in words."""
+    if any(step.name == "claims" for step in planned):
+        return "Claims and verdicts: results/claims.md"
+    seeds = len({step.parameters["seed"] for step in planned if "seed" in step.parameters})
+    drawn = steps.DRAWN.get(profile)
+    images = f" and {drawn['test']} test images a dataset" if drawn else ""
+    return (f"Claims: {seeds} seed{'s' if seeds > 1 else ''}{images}. A verdict takes "
+            f"{claims.SEEDS} seeds and {claims.IMAGES} images: see results/claims.md, or run "
+            "`make reproduce PROFILE=full`.")
 
 
 class Runner:

@@ -23,6 +23,7 @@ DATASETS = {"sha": "ShanghaiTech A", "shb": "ShanghaiTech B", "qnrf": "UCF-QNRF"
             "jhu": "JHU-CROWD++", "synthetic": "drawn crowds"}
 VARIANTS = {"xmask": "XMask", "supervised-only": "supervised only",
             "points-only": "points only (mean teacher)",
+            "with-point-mask": "with the point-mask term",
             "without-nnec": "without NNEC", "without-superpixel": "without superpixel prompt",
             "without-smoothing": "without Gaussian smoothing",
             "without-center-sampling": "without center sampling",

@@ -361,16 +361,17 @@ def evaluate(config: Config, data: str = "", *, progress: bool = True) -> dict:
 def compare_masks(config: Config, data: str = "", *, progress: bool = True) -> dict:
     """Compare a run's masks with others at the same points and write other_masks.json; train and
     evaluate it first if needed. Raises ValueError where the test images have no true masks."""
-    disc = evaluate(config, data, progress=progress)["baselines"]["exclusive_disc"]
+    baselines = evaluate(config, data, progress=progress)["baselines"]
     folder, stamp = run_folder(config), stamp_of("compare", config)
-    if disc is None:
+    if baselines["exclusive_disc"] is None:
         raise ValueError(f"{folder / 'metrics.json'}: no true masks of the test images, so masks "
                          "cannot be compared. Use drawn crowds (profile demo or full).")
     fingerprint = comparison_fingerprint(config, data)
     if not provenance.is_done(stamp, fingerprint):
         with files.lock(folder, wait=PATIENCE):
             rows = other_masks.compare(
-                open_test(config, data), folder, disc["radius"],
+                open_test(config, data), folder,
+                (baselines["fixed_disc"]["radius"], baselines["exclusive_disc"]["radius"]),
                 segmenters.open_segmenter(config.masks.segmenter, device()), progress=progress)
             files.write_json(folder / "other_masks.json", {
                 "run": config.run, "segmenter": _segmenter(config.masks.segmenter),

@@ -192,7 +192,7 @@ def kinds(runs: pd.DataFrame) -> list[str]:
 
 def main_variants(runs: pd.DataFrame) -> list[str]:
     """Variants of the main tables: all but the ablations (`without-...`)."""
-    return ordered([name for name in runs["variant"] if not name.startswith("without-")],
+    return ordered([name for name in runs["variant"] if not name.startswith(("with-", "without-"))],
                    MAIN_VARIANTS)
 
 
