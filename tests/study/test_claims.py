@@ -202,12 +202,13 @@ def test_an_earlier_metrics_file_is_named(tmp_path):
 
 def test_the_forest_plot_shows_every_tested_claim(table, tmp_path):
     figure = claim_figures.forest(table)
-    labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    labels = [text.get_text() for axis in figure.axes for text in axis.get_yticklabels()]
     assert len(labels) == table["effect"].notna().sum()
+    assert [len({text.get_text() for text in axis.get_yticklabels()}) for axis in figure.axes
+            ] == [len(axis.get_yticklabels()) for axis in figure.axes], "labels tell rows apart"
     one, two = figure.write(tmp_path / "a.png"), claim_figures.forest(table).write(
         tmp_path / "b.png")
     assert one.read_bytes() == two.read_bytes()
-    assert len({text.get_text() for text in figure.axes[0].get_yticklabels()}) == len(labels)
     empty = claim_figures.forest(table.assign(effect=math.nan))
     assert "no claim could be tested yet" in [text.get_text() for text in empty.axes[0].texts]
 

@@ -66,6 +66,7 @@ def test_a_value_is_compared_on_the_seeds_that_both_have(tmp_path):
     assert moved["mae_effect"] == 1.0 and moved["mean_iou_effect"] == pytest.approx(10)
     assert usual["mae_effect"] == 0 and usual["configured"]
     assert ("loss.tau", 0.4) not in table.index, "nobody trained it"
+    assert set(table.index.get_level_values(0)) == {"loss.tau"}
 
 
 def test_every_constant_has_its_configured_value_among_those_tried():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -12,36 +13,49 @@ from xmask.study import claims, figures, runs
 from xmask.tools.described_figure import DPI, DescribedFigure
 from xmask.tools.overlay import BLUE, GREEN, GREY, ORANGE, VERMILION
 
+UNITS = {claims.COUNTS: "people fewer wrong on average (MAE); right of the line: for the claim",
+         claims.MASKS: "points of mean IoU more; right of the line: for the claim"}
 COLOURS = {claims.HOLDS: BLUE, claims.FAILS: VERMILION}
 METHODS = {"supervised-only": ORANGE, "points-only": GREEN, "xmask": BLUE}
 
 
 @figures.styled
 def forest(table: pd.DataFrame) -> DescribedFigure:
-    """Every tested claim with its effect, in per cent of the rival's value, and its interval.
+    """Every tested claim with its effect and its interval: counts above, masks below.
 
     table: of `claims.table`. Right of the line speaks for the claim; "as good as" may lie a little
-    left of it.
+    left of it. An interval that leaves the picture ends in an arrow.
     """
-    tested = table[table["effect"].notna()].reset_index(drop=True)
-    scale = 100 / tested["rival_value"]
-    figure = DescribedFigure(figsize=(9.5, 0.9 + 0.27 * len(tested)), dpi=DPI,
+    tested = table[table["effect"].notna()]
+    parts = [part.reset_index(drop=True) for measure in UNITS
+             if len(part := tested[tested["measure"] == measure])]
+    heights = [len(part) for part in parts] or [1]
+    figure = DescribedFigure(figsize=(9.5, 1.2 + 0.34 * sum(heights)), dpi=DPI,
                              layout="constrained", facecolor="white")
-    axis = figure.subplots()
-    axis.axvline(0, color=GREY, lw=1)
-    for place, (row, factor) in enumerate(zip(tested.itertuples(), scale)):
-        colour = COLOURS[row.verdict]
-        axis.plot([row.low * factor, row.high * factor], [place, place], color=colour, lw=1.6)
-        axis.plot(row.effect * factor, place, "o" if row.measure == claims.COUNTS else "s",
-                  color=colour, ms=5)
-    if tested.empty:
-        axis.text(0.5, 0.5, "no claim could be tested yet", transform=axis.transAxes, ha="center")
-    axis.set_yticks(range(len(tested)), [_label(row) for row in tested.itertuples()], fontsize=7)
-    axis.invert_yaxis()
-    axis.set_xlabel("effect in % of the other's value, 95% interval (right: for the claim)\n"
-                    "circle: MAE, square: mean IoU; blue: holds, red: does not hold here",
-                    fontsize=8)
-    axis.grid(axis="y", visible=False)
+    axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+    if not parts:
+        axes[0].text(0.5, 0.5, "no claim could be tested yet", transform=axes[0].transAxes,
+                     ha="center")
+    for axis, part in zip(axes, parts):
+        ends = part[["low", "high"]].abs().max(axis=1)
+        limit = 1.15 * min(ends.max(), 3 * ends.median())
+        left = max(min(part["low"].min(), 0.0), -limit) - 0.05 * limit
+        right = min(max(part["high"].max(), 0.0), limit) + 0.05 * limit
+        axis.axvline(0, color=GREY, lw=1)
+        for place, row in enumerate(part.itertuples()):
+            colour = COLOURS[row.verdict]
+            axis.plot(np.clip([row.low, row.high], -limit, limit), [place] * 2, color=colour,
+                      lw=1.8)
+            for end, mark in ((row.low, "<"), (row.high, ">")):
+                if abs(end) > limit:
+                    axis.plot(np.clip(end, -limit, limit), place, mark, color=colour, ms=6)
+            axis.plot(row.effect, place, "o", color=colour, ms=5)
+        axis.set_yticks(range(len(part)), [_label(row) for row in part.itertuples()], fontsize=7)
+        axis.set(xlim=(left, right), ylim=(len(part) - 0.4, -0.6),
+                 xlabel=UNITS[part["measure"].iloc[0]])
+        axis.grid(axis="y", visible=False)
+    figure.suptitle("Claims: effects with 95% intervals (blue: holds, red: does not hold here)",
+                    fontsize=9, fontweight="bold")
     figure.description = "Claims: paired effects with bootstrap intervals, from results/claims.csv"
     return figure
 
@@ -49,8 +63,8 @@ def forest(table: pd.DataFrame) -> DescribedFigure:
 def _label(row) -> str:
     rival = runs.VARIANTS.get(row.rival, row.rival)
     labels = "" if pd.isna(row.labels) else f", {row.labels:g}% labels"
-    where = row.data if row.data == "ShanghaiTech A" else "drawn"
-    return f"{row.claim} ({row.measure.split(' %')[0]}, {where}{labels}; against {rival})"
+    where = ", photographs" if row.data == "ShanghaiTech A" else ""
+    return textwrap.fill(row.claim, 70) + f"\n(against {rival}{labels}{where})"
 
 
 @figures.styled

@@ -79,6 +79,7 @@ def table(results: str | Path, config: Config, dataset: Any, seeds: Sequence[int
             [pd.DataFrame({s: measure[place][m] for s, measure in found.items()},
                           index=dataset.ids).T for m in (0, 1)] for place in (number, usual))))
     for name, moved in TRAINED.items():
+        before = len(rows)
         for value in moved:
             variant = "xmask" if value == _value(config, name) else preset(
                 config.profile, config.dataset, config.percent, overrides={name: value}).variant
@@ -87,6 +88,8 @@ def table(results: str | Path, config: Config, dataset: Any, seeds: Sequence[int
                     for one in (variant, "xmask")]
             if len(pair[0][0]) and len(pair[1][0]):
                 rows.append(_row(name, value, config, *pair))
+        if len(rows) == before + 1:  # nobody moved it
+            rows.pop()
     if not rows:
         raise FileNotFoundError(f"{folder}: no run {runs[seeds[0]].run} or of another seed, so no "
                                 "constant can be moved. Run `make reproduce PROFILE=full` first.")
