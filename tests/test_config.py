@@ -127,7 +127,7 @@ def test_wrong_overrides_are_refused(changes, message):
     "values, message",
     [
         ([], r"configuration: \[\] is not an object"),
-        ({}, "profile: missing; give one of demo, photo, paper"),
+        ({}, "profile: missing; give one of demo, full, photo, paper"),
         ({"profile": "demo", "dataset": "sha"}, "percent: missing; give a whole number >= 1"),
         (BASE.to_dict() | {"loss": 5}, "loss: 5 is not a section"),
         (BASE.to_dict() | {"loss": {"gamma": 1}}, "loss.gamma: no such field"),
