@@ -12,6 +12,7 @@ from pathlib import Path
 
 import nbformat
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 from PIL import Image
@@ -173,6 +174,52 @@ def test_the_numbers_of_the_evidence_are_those_of_the_claims(tmp_path):
     lost.write_text("nothing")
     with pytest.raises(ValueError, match="page.md: no lines .* Restore"):
         pages.write_block(lost, claims.BEGIN, claims.END, "")
+
+
+def test_what_the_readme_says_of_claims_is_what_they_say():
+    page = " ".join(README.split())
+    table = pd.read_csv(ROOT / "results" / "claims.csv")
+    drawn = table[table["data"].str.startswith("drawn") & table["effect"].notna()]
+
+    def verdicts(measure, *rivals):
+        rows = drawn[(drawn["measure"] == measure) & drawn["rival"].isin(rivals)
+                     & ~drawn["as_good"].astype(bool) & (drawn["ours"] == "xmask")]
+        return {(row.rival, row.labels): row for row in rows.itertuples()}
+
+    numbers = {4: "four", 5: "five"}
+    assert f"{numbers[int(drawn['seeds'].max())]} of its five seeds so far" in page
+    assert "better than discs, Voronoi cells, watershed and EDP-SAM at the same predicted" in page
+    same = drawn[drawn["claim"] == "XMask's masks are better than masks without a mask head"]
+    assert len(same) and (same["verdict"] == claims.HOLDS).all()
+    assert "the circle and center sampling make masks better" in page
+    parts = verdicts(claims.MASKS, "without-nnec", "without-center-sampling").values()
+    assert {row.verdict for row in parts} == {claims.HOLDS}
+    assert "at 10% of the labels the mask constraint makes counts better" in page
+    assert verdicts(claims.COUNTS, "without-mask-constraint")[
+        "without-mask-constraint", 10].verdict == claims.HOLDS
+    assert "make counts better for every seed at 10%" in page and "cannot tell that from" in page
+    unlabelled = verdicts(claims.COUNTS, "supervised-only")["supervised-only", 10]
+    assert unlabelled.in_favour == unlabelled.seeds and unlabelled.verdict == claims.FAILS
+    assert "neither measurably better nor worse than a mean teacher" in page
+    assert {row.why for row in verdicts(claims.COUNTS, "points-only").values()} == {
+        "no difference shown"}
+    assert "The constraint costs masks a little" in page
+    assert {row.why for row in drawn[(drawn["rival"] == "without-mask-constraint") & (
+        drawn["measure"] == claims.MASKS)].itertuples()} == {"the opposite"}
+
+
+def test_the_schedules_that_the_evidence_names_are_those_of_the_profiles():
+    page = " ".join((ROOT / claims.PAGE).read_text("utf-8").split())
+    full, points = (config.preset("full", "sha", 10, variant=v).schedule
+                    for v in ("xmask", "points-only"))
+    own = full.phase1 - full.warmup + full.phase3 - full.phase2
+    assert f"in {points.phase1 - points.warmup} of {full.phase3} epochs; XMask has it in {own}" in (
+        page)
+    steps = [config.preset("full", "sha", p).schedule for p in (5, 10, 40)]
+    assert "{:,}, {:,} and {:,} steps".format(*(s.phase3 * s.steps_per_epoch for s in steps)) in page
+    paper = config.preset("paper", "sha", 10)
+    passes = -(-300 // paper.optimisation.batch)  # of 300 training images
+    assert f"has {paper.schedule.phase3 * passes:,} steps" in page
 
 
 def test_the_numbers_of_the_model_card_are_those_of_its_run():

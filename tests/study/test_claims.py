@@ -165,7 +165,10 @@ def test_the_page_names_every_claim_and_folds_what_was_not_tested(results, table
     paths = claims.write(table, results)
     page = paths[0].read_text(encoding="utf-8")
     assert all(claim.text in page for claim in claims.CLAIMS)
-    assert "ShanghaiTech A, 5, 10, 40%" in page and "one circle for all is not built" in page
+    assert "| supervised only | ShanghaiTech A, 5, 10, 40% |" in page
+    assert page.count("| drawn crowds, 40% |") == len(
+        {c.text for c in claims.CLAIMS if 40 in c.percents}), "one row for all rivals"
+    assert "one circle for all is not built" in page
     assert "+5.00 [" in page and "3 of 3" in page
     read = pd.read_csv(paths[1])
     assert list(read) == list(claims.COLUMNS) and len(read) == len(table)

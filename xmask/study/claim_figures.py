@@ -11,12 +11,12 @@ import pandas as pd
 from xmask import files
 from xmask.study import claims, figures, runs
 from xmask.tools.described_figure import DPI, DescribedFigure
-from xmask.tools.overlay import BLUE, GREEN, GREY, ORANGE, VERMILION
+from xmask.tools.overlay import BLUE, GREEN, GREY, VERMILION
 
 UNITS = {claims.COUNTS: "people fewer wrong on average (MAE); right of the line: for the claim",
          claims.MASKS: "points of mean IoU more; right of the line: for the claim"}
 COLOURS = {claims.HOLDS: BLUE, claims.FAILS: VERMILION}
-METHODS = {"supervised-only": ORANGE, "points-only": GREEN, "xmask": BLUE}
+METHODS = figures.SERIES | {"points-only": GREEN}
 
 
 @figures.styled
@@ -102,11 +102,11 @@ def compared_curves(results: str | Path, dataset: str, percents: tuple[int, ...]
 
 def _curves(folder: Path, dataset: str, percent: int, variant: str) -> pd.DataFrame:
     """A column a seed, by training step."""
-    end, found = "" if variant == "xmask" else f"-{variant}", {}
-    for path in claims.run_folders(folder, f"{dataset}-{percent}-s", end, "history.csv"):
+    found = {}
+    for seed, path in claims.run_folders(folder, dataset, percent, variant, "history.csv"):
         history = pd.read_csv(path / "history.csv")
         weight = files.read_json(path / "config.json")["config"]["loss"]["phase2_p2r"]
         loss = history["p2r"] / np.where(history["phase"] == 2, weight or 1.0, 1.0)
         smooth = loss.rolling(9, min_periods=1, center=True).mean()
-        found[path.name] = pd.Series(smooth.to_numpy(), index=history["step"])
+        found[seed] = pd.Series(smooth.to_numpy(), index=history["step"])
     return pd.DataFrame(found)

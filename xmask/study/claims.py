@@ -13,6 +13,7 @@ corrected for their number.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ COLUMNS = ("claim", "ours", "rival", "data", "labels", "measure", "trained", "as
            "images", "ours_value", "rival_value", "effect", "low", "high", "in_favour", "verdict",
            "why")
 COUNTS, MASKS = "MAE", "mean IoU %"
-FEW = {COUNTS: "a tenth of the other's MAE", MASKS: "1 point of mean IoU"}  # what is no loss
+AS_GOOD = {COUNTS: "a tenth of the other's MAE", MASKS: "1 point of mean IoU"}  # see `_margin`
 HOLDS, FAILS, UNTESTED = "holds", "does not hold here", "cannot be tested here"
 
 
@@ -46,7 +47,7 @@ class Claim:
     rival: a variant of the method, or a way of making masks at the same points. measure: COUNTS or
     MASKS. percents: of labels. source: "variant", "masks" (`other_masks.json`), "prompts" (`xmask
     edp-study`; `ours` against `rival`, with the classical segmenter) or "fewer labels" (the rival
-    is the method itself at the next lower percentage). as_good: the margin FEW is allowed.
+    is the method itself at the next lower percentage). as_good: the margin AS_GOOD is allowed.
     """
 
     text: str
@@ -168,13 +169,20 @@ def _row(claim: Claim, data: str, percent: float, ours: pd.DataFrame, rival: pd.
     mine, theirs = (one.loc[seeds, images].to_numpy(float) for one in (ours, rival))
     sign = -1 if claim.measure == COUNTS else 1
     effect, low, high = paired(sign * (mine - theirs))
-    allowed = (0.1 * theirs.mean() if claim.measure == COUNTS else 1.0) if claim.as_good else 0.0
+    allowed = _margin(claim, theirs)
     in_favour = int((sign * (mine - theirs).mean(axis=1) > -allowed).sum())
     why = ("" if low > -allowed else
            "the opposite" if high < -allowed else "no difference shown")
     return row | {"ours_value": mine.mean(), "rival_value": theirs.mean(), "effect": effect,
                   "low": low, "high": high, "in_favour": in_favour if trained else 0,
                   "verdict": HOLDS if low > -allowed else FAILS, "why": why}
+
+
+def _margin(claim: Claim, theirs: np.ndarray) -> float:
+    """What may be lost, in people or points of mean IoU: AS_GOOD in numbers."""
+    if not claim.as_good:
+        return 0.0
+    return 0.1 * float(theirs.mean()) if claim.measure == COUNTS else 1.0
 
 
 def _pair(claim: Claim, folder: Path, dataset: str, percent: int
@@ -198,24 +206,24 @@ def values(folder: Path, dataset: str, percent: int, variant: str,
     are left out; no run gives an empty table.
     """
     found = {}
-    end = "" if variant == "xmask" else f"-{variant}"
-    for path in run_folders(folder, f"{dataset}-{percent}-s", end, file):
+    for seed, path in run_folders(folder, dataset, percent, variant, file):
         content = files.read_json(path / file)
         try:
-            found[int(path.name.split("-s", 1)[1].split("-")[0])] = {
-                row["name"]: value(row) for row in content["per_image"]}
+            found[seed] = {row["name"]: value(row) for row in content["per_image"]}
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path / file}: field {error} is missing. Evaluate the run again "
                              "(`make reproduce PROFILE=full`).") from error
     return pd.DataFrame.from_dict(found, orient="index").sort_index().dropna(axis=1)
 
 
-def run_folders(folder: Path, begin: str, end: str, file: str) -> Iterator[Path]:
-    """Run folders named `begin`, a seed, `end` that hold `file`."""
-    for path in sorted(folder.glob(f"{begin}*")):
-        seed = path.name.removeprefix(begin).removesuffix(end)
-        if seed.isdigit() and path.name == f"{begin}{seed}{end}" and (path / file).is_file():
-            yield path
+def run_folders(folder: Path, dataset: str, percent: int, variant: str, file: str
+                ) -> Iterator[tuple[int, Path]]:
+    """(seed, run folder) of a method's runs that hold `file`."""
+    name = re.compile(rf"{dataset}-{percent}-s(\d+)"
+                      + ("" if variant == "xmask" else re.escape(f"-{variant}")))
+    for path in sorted(folder.glob(f"{dataset}-{percent}-s*")):
+        if (found := name.fullmatch(path.name)) and (path / file).is_file():
+            yield int(found[1]), path
 
 
 def count_error(row: dict) -> float:
@@ -270,17 +278,18 @@ def markdown(claims: pd.DataFrame) -> list[str]:
     """The claims as lines of a Markdown table."""
     rows = [["claim", "compared with", "data", "seeds × images", "theirs → ours",
              "effect [95% interval]", "seeds for it", "verdict"]]
-    groups = ["claim", "rival", "data", "measure", "why"]
-    untested = claims[claims["verdict"] == UNTESTED].fillna({"rival": "", "measure": ""})
-    together = untested.groupby(groups, sort=False)["labels"].agg(list).to_dict()
+    groups = ["claim", "data", "why"]
+    untested = claims[claims["verdict"] == UNTESTED]
+    together = dict(iter(untested.groupby(groups, sort=False)))  # one row for all of these
     for row in claims.to_dict("records"):
-        labels = [row["labels"]]
-        rival = "" if pd.isna(row["rival"]) else runs.VARIANTS.get(row["rival"], row["rival"])
-        if row["verdict"] == UNTESTED:  # of several percentages one row
-            key = ["" if pd.isna(row[name]) else row[name] for name in groups]
-            labels = together.pop(tuple(key), None)
-            if labels is None:
+        labels, rivals = [row["labels"]], [row["rival"]]
+        if row["verdict"] == UNTESTED:
+            alike = together.pop(tuple(row[name] for name in groups), None)
+            if alike is None:
                 continue
+            labels, rivals = (list(dict.fromkeys(alike[name].dropna()))
+                              for name in ("labels", "rival"))
+        rival = ", ".join(runs.VARIANTS.get(name, name) for name in rivals)
         percents = ", ".join(f"{label:g}" for label in labels if not pd.isna(label))
         cells = ["", "", "", ""]
         if row["verdict"] != UNTESTED:
@@ -301,7 +310,7 @@ def write(claims: pd.DataFrame, results: str | Path = "results") -> list[Path]:
             "Written by `notebooks/23_claims.ipynb`, not by hand; `docs/evidence.md` says what it "
             "means. The effect is the paired difference, positive where it speaks for the claim: "
             "people (MAE) or points of mean IoU, both means over images. \"As good\" allows "
-            f"{FEW[COUNTS]} or {FEW[MASKS]}.", "",
+            f"{AS_GOOD[COUNTS]} or {AS_GOOD[MASKS]}.", "",
             *markdown(claims), ""]
     files.write_text(results / "claims.md", "\n".join(page))
     files.write_text(results / "claims.csv", claims.to_csv(index=False, float_format="%.6g"))

@@ -141,8 +141,8 @@ def figure(found: pd.DataFrame) -> DescribedFigure:
     for column, name in zip(axes.T, names):
         part = found[found["constant"] == name].reset_index(drop=True)
         for axis, measure in zip(column, ("mae", "mean_iou")):
-            effect, low, high = (part[f"{measure}_{name}"].to_numpy()
-                                 for name in ("effect", "low", "high"))
+            effect, low, high = (part[f"{measure}_{end}"].to_numpy()
+                                 for end in ("effect", "low", "high"))
             axis.axhline(0, color=GREY, lw=0.8)
             axis.errorbar(part.index, effect, color=BLUE, marker="o", ms=4, capsize=2, lw=1,
                           yerr=np.stack([effect - low, high - effect]))
