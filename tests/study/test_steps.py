@@ -236,8 +236,38 @@ def test_a_run_folder_with_files_of_the_user_is_left_alone(content, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     if content is not None:
         (tmp_path / "config.json").write_text(content)
-    with pytest.raises(FileExistsError, match="no config.json of a run.*nothing was written"):
-        steps._check_run_folder(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(FileExistsError, match="nor the config.json of a run.*nothing was written"):
+        with steps._held(tmp_path):
+            pass
+    assert sorted(tmp_path.iterdir()) == before
+    with steps._held(tmp_path / "new") as held:
+        assert held.names() == []
+
+
+def test_a_run_folder_of_a_clone_is_ours_but_for_files_that_no_run_leaves(tmp_path, caplog):
     (tmp_path / "config.json").write_text('{"config": {}, "profile": "demo", "data": {}}')
-    steps._check_run_folder(tmp_path)
-    steps._check_run_folder(tmp_path / "new")
+    (tmp_path / "metrics.json").write_text("{}")
+    (tmp_path / "history.csv.bak").write_text("mine")
+    with steps._held(tmp_path):
+        files.write_json(tmp_path / "metrics.json", {"new": 1})
+        with pytest.raises(FileExistsError, match="was not written by xmask"):
+            files.write_text(tmp_path / "history.csv.bak", "ours")
+    assert not list(tmp_path.glob("*set-aside*"))
+    (tmp_path / "metrics.json").write_text("edited by hand")
+    with steps._held(tmp_path):
+        files.write_json(tmp_path / "metrics.json", {"newer": 1})
+    assert (tmp_path / "metrics.json.set-aside-1").read_text() == "edited by hand"
+    assert "set aside as metrics.json.set-aside-1" in caplog.text
+
+
+def test_a_users_file_with_a_needed_name_stops_a_training_before_it_is_replaced(tmp_path):
+    (tmp_path / "config.json").write_text('{"config": {}, "profile": "demo", "data": {}}')
+    with steps._held(tmp_path):
+        pass
+    (tmp_path / "model.safetensors").write_text("mine")
+    with steps._held(tmp_path) as held:
+        held.remove(tmp_path / "model.safetensors")
+        with pytest.raises(FileExistsError, match="was not written by xmask"):
+            files.write_text(tmp_path / "model.safetensors", "ours")
+    assert (tmp_path / "model.safetensors").read_text() == "mine"

@@ -9,7 +9,8 @@ from __future__ import annotations
 import ast
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -28,6 +29,8 @@ from xmask.tools import models
 from xmask.trainer import Trainer
 
 TRAINED = ("config.json", "history.csv", "model.safetensors")  # what a training leaves
+# what else may lie in a run folder of ours
+LEFT = (*TRAINED, "checkpoint.pt", "metrics.json", "other_masks.json", "predictions/*")
 PATIENCE = 5.0  # seconds to wait for a run folder: within these a killed study's notebooks end
 # profiles that draw their crowds; images per dataset: both draw the same training images
 DRAWN = {"demo": {"train": 100, "test": 16, "seed": 2024},
@@ -271,35 +274,54 @@ def train(config: Config, data: str = "", *, progress: bool = True) -> Path:
     Returns the folder. A run that is complete and whose inputs, configuration and code are
     unchanged is left alone; one that was interrupted goes on from its checkpoint.
     Raises ValueError, naming the other process, where one trains the same run, and
-    FileExistsError where the folder holds files and is no run folder.
+    FileExistsError where the folder holds files and is no run folder, or holds a file of the
+    user's whose name is needed.
     """
     folder, stamp = run_folder(config), stamp_of("train", config)
     fingerprint = train_fingerprint(config, data)
     if provenance.is_done(stamp, fingerprint):
         return folder
-    _check_run_folder(folder)
-    with files.lock(folder, wait=PATIENCE):
+    with _held(folder) as held:
         masks = make_masks(config, labelled(config, data), data, progress=progress)
-        _fit(config, data, masks, fingerprint, progress)
+        _fit(config, data, masks, fingerprint, held, progress)
         provenance.write_stamp(stamp, fingerprint, [folder / name for name in TRAINED])
     return folder
 
 
-def _check_run_folder(folder: Path) -> None:
-    """A run folder's record is its config.json: without one, files in it are the user's."""
-    others = [path.name for path in sorted(folder.glob("*")) if path.name != files.HIDDEN]
+@contextmanager
+def _held(folder: Path) -> Iterator[files.OutputFolder]:
+    """A run folder, locked, under the rule of all output folders.
+
+    The record of one that came with a clone, or is from before the rule, is its config.json: what
+    a run leaves there is noted as ours. Without either, files in it are the user's.
+    """
+    out = files.OutputFolder(folder, overwrite=_is_run(folder), wait=PATIENCE)
     try:
-        ours = {"config", "profile", "data"} <= set(files.read_json(folder / "config.json"))
-    except (OSError, ValueError):
-        ours = False
-    if others and not ours:
+        out.check()
+    except FileExistsError:
         raise FileExistsError(
-            f"{folder}: holds {others[0]} but no config.json of a run, so these files are not "
-            "this package's, and nothing was written. Move them elsewhere, then run it again")
+            f"{folder}: holds files, but neither a record of xmask nor the config.json of a run, "
+            "so they are not this package's, and nothing was written. Move them elsewhere, then "
+            "run it again") from None
+    with out as held:
+        held.overwrite = False
+        if not held.names():
+            for path in (one for name in LEFT for one in sorted(folder.glob(name))):
+                if path.is_file():
+                    held.note(path, files.sha256(path))
+        yield held
 
 
-def _fit(config: Config, data: str, masks: Path, fingerprint: str, progress: bool) -> None:
-    dataset, chosen, folder = open_train(config, data), labelled(config, data), run_folder(config)
+def _is_run(folder: Path) -> bool:
+    try:
+        return {"config", "profile", "data"} <= set(files.read_json(folder / "config.json"))
+    except (OSError, ValueError):
+        return False
+
+
+def _fit(config: Config, data: str, masks: Path, fingerprint: str, held: files.OutputFolder,
+         progress: bool) -> None:
+    dataset, chosen, folder = open_train(config, data), labelled(config, data), held.path
     score = None
     if config.selection == "best-on-test":
         def score(network):
@@ -311,7 +333,7 @@ def _fit(config: Config, data: str, masks: Path, fingerprint: str, progress: boo
                       BareImages(images), device=device())
     calibrating = held_out(config, data)
     for stale in ("metrics.json", "model.safetensors"):  # of an earlier configuration or code
-        (folder / stale).unlink(missing_ok=True)
+        held.remove(folder / stale)
     record = {
         **evaluation.identity(config, dataset.synthetic),
         "backbone": {"name": config.network.backbone, "initialisation": trainer.initialisation},
@@ -347,7 +369,7 @@ def evaluate(config: Config, data: str = "", *, progress: bool = True) -> dict:
     folder, stamp = train(config, data, progress=progress), stamp_of("evaluate", config)
     fingerprint = evaluation_fingerprint(config, data)
     if not provenance.is_done(stamp, fingerprint):
-        with files.lock(folder, wait=PATIENCE):
+        with _held(folder):
             model = models.load(folder, device())
             if config.machine.threads:
                 torch.set_num_threads(config.machine.threads)
@@ -368,7 +390,7 @@ def compare_masks(config: Config, data: str = "", *, progress: bool = True) -> d
                          "cannot be compared. Use drawn crowds (profile demo or full).")
     fingerprint = comparison_fingerprint(config, data)
     if not provenance.is_done(stamp, fingerprint):
-        with files.lock(folder, wait=PATIENCE):
+        with _held(folder):
             rows = other_masks.compare(
                 open_test(config, data), folder,
                 (baselines["fixed_disc"]["radius"], baselines["exclusive_disc"]["radius"]),
