@@ -1,0 +1,118 @@
+"""The shipped model on photographs from elsewhere, as it is and after `learn` (ours).
+
+Some photos of a dataset are given with their dots, some without, and the rest measures; lots are
+drawn before anything is counted. Notebook 17 runs it; results/elsewhere keeps what came of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+from xmask import files, provenance
+from xmask.data.own_photos import OwnPhotos
+from xmask.study.claims import paired
+from xmask.study.model_card import CARD
+from xmask.study.pages import write_block
+from xmask.study.tables import markdown_table
+from xmask.tools import learn, models
+
+RESULTS = Path("results") / "elsewhere"
+BEGIN = "<!-- elsewhere: written by `xmask docs`, not by hand -->"
+END = "<!-- end of elsewhere -->"
+
+
+def parts(number: int, dotted: int, bare: int, seed: int) -> list[np.ndarray]:
+    """Indices of the photos given with dots, of those given without, and of those that measure.
+
+    The last are the same for all seeds, so that trials can be compared photo by photo.
+    Raises ValueError where none are left to measure.
+    """
+    if not 0 < dotted <= dotted + bare < number:
+        raise ValueError(f"dotted, bare: of {number} photos, {dotted} with dots and {bare} without "
+                         "leave none to measure; take fewer")
+    given, rest = np.split(np.random.default_rng(2024).permutation(number), [dotted + bare])
+    return [*np.split(np.random.default_rng(seed).permutation(given), [dotted]), rest]
+
+
+def trial(dataset: Sequence, out: str | Path, *, dotted: int = 20, bare: int = 40,
+          seed: int = 2024, segmenter: str = "bundled", overrides: dict | None = None,
+          work: str | Path = "work/elsewhere", progress: bool = True) -> Path:
+    """Learn from a part of a dataset and count on the rest, with both models.
+
+    dataset: photos with points, as of `open_dataset`. seed: draws who is dotted, and trains. The run
+    folder goes into `work`; its config.json and report.json, and counts.csv (a row a photo that
+    measures: people, and count, low and high before and after) go into the folder `out`.
+    Returns `out`. Raises what `parts` and `learn.learn` raise.
+    """
+    given, unmarked, rest = parts(len(dataset), dotted, bare, seed)
+    photos = OwnPhotos([(dataset.image_path(i), dataset[i].points) for i in given])
+    others = OwnPhotos([(dataset.image_path(i), None) for i in unmarked])
+    run = learn.learn(photos, others, Path(work) / Path(out).name,
+                      learn.configure(overrides, seed=seed), segmenter=segmenter,
+                      progress=progress)
+    found = {"before": models.load(), "after": models.load(run)}
+    rows = []
+    for index in tqdm(rest, unit="photo", desc="count", disable=not progress):
+        sample = dataset[index]
+        row = {"photo": dataset.ids[index], "people": len(sample.points)}
+        for name, model in found.items():
+            seen = model.predict(sample.image)
+            row |= {name: seen.count, f"{name}_low": seen.low, f"{name}_high": seen.high}
+        rows.append(row)
+    with files.OutputFolder(out) as folder:
+        files.write_json(folder.path / "config.json", files.read_json(run / "config.json") | {
+            "photos": dataset.settings | {"checksum": dataset.checksum()},
+            "seed_of_parts": seed, "code": provenance.code("xmask.study.elsewhere")})
+        if (run / "report.json").is_file():
+            files.write_json(folder.path / "report.json", files.read_json(run / "report.json"))
+        with files.replacing(folder.path / "counts.csv") as temporary:
+            pd.DataFrame(rows).to_csv(temporary, index=False)
+    return Path(out)
+
+
+def summary(results: str | Path = RESULTS) -> pd.DataFrame:
+    """One row a trial: `trial`, `photos`, `people` (sum), and the mean absolute errors `constant`
+    (of the best constant count, which nobody knows beforehand), `before` and `after`."""
+    rows = []
+    for path in sorted(Path(results).glob("*/counts.csv")):
+        found = pd.read_csv(path)
+        error = found[["before", "after"]].sub(found["people"], axis=0).abs().mean()
+        rows.append({"trial": path.parent.name, "photos": len(found),
+                     "people": found["people"].sum(),
+                     "constant": (found["people"] - found["people"].median()).abs().mean(),
+                     **error})
+    return pd.DataFrame(rows)
+
+
+def gain(dataset: str, results: str | Path = RESULTS) -> tuple[float, float, float]:
+    """By how many people a count is nearer to the truth after learning: the mean over trials of a
+    dataset and over photos, and its 95% interval (as of `claims.paired`)."""
+    errors = []
+    for path in sorted(Path(results).glob(f"{dataset}-*/counts.csv")):
+        found = pd.read_csv(path)
+        error = found[["before", "after"]].sub(found["people"], axis=0).abs()
+        errors.append((error["before"] - error["after"]).to_numpy())
+    return paired(np.stack(errors))
+
+
+def card_block(root: Path) -> str:
+    """The part of the model card on photographs of ShanghaiTech B, markers included."""
+    found = summary(root / RESULTS)
+    table = [["trial", "photos", "people", "best constant's MAE", "MAE as it is",
+              "MAE after `learn`"],
+             *([row.trial, str(row.photos), str(row.people), f"{row.constant:.1f}",
+                f"{row.before:.1f}", f"{row.after:.1f}"] for row in found.itertuples())]
+    mean, low, high = gain("shb", root / RESULTS)
+    return "\n".join([BEGIN, *markdown_table(table), "",
+                      f"After learning, a count is nearer to the truth by {mean:.1f} people "
+                      f"(95% interval {low:.1f} to {high:.1f}, over trials and photos).", END])
+
+
+def refresh(root: str | Path = ".") -> Path:
+    """Write this part of the model card anew; return its path."""
+    return write_block(Path(root) / CARD, BEGIN, END, card_block(Path(root)))
