@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from tests.test_trainer import TINY
 from xmask.study import reproduce, steps
@@ -14,10 +15,13 @@ ROOT = Path(__file__).parents[2]
 GIT = ("git", "-c", "user.name=t", "-c", "user.email=t@t")
 
 
-@pytest.fixture(scope="session")
-def clone(tmp_path_factory):
+@pytest.fixture
+def clone(tmp_path):
     """A folder that looks like the repository, with a small synthetic dataset as its DATA."""
-    root = tmp_path_factory.mktemp("clone")
+    return _new_clone(tmp_path / "clone")
+
+
+def _new_clone(root: Path) -> Path:
     shutil.copytree(ROOT / "notebooks", root / "notebooks",
                     ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     for name in ("pyproject.toml", ".gitignore"):
@@ -31,13 +35,22 @@ NARROW = {"data": "data", "datasets": ("sha",), "percents": (40,), "extras": Fal
 
 
 @pytest.fixture(scope="session")
-def done(clone):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(clone)
-        assert reproduce.run("photo", **NARROW)
-        for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "study"]):
-            subprocess.run([*GIT, *command], check=True)
-    return clone
+def done(tmp_path_factory, worker_id):
+    """The study's folder: of several processes of pytest-xdist, the first makes it, and each has
+    a copy of its own."""
+    base = tmp_path_factory.getbasetemp()
+    made = (base if worker_id == "master" else base.parent) / "made"
+    with FileLock(f"{made}.lock"):
+        if not made.exists():
+            _new_clone(made / "half")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(made / "half")
+                assert reproduce.run("photo", **NARROW)
+                for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "study"]):
+                    subprocess.run([*GIT, *command], check=True)
+            (made / "half").rename(made / "clone")
+        assert (made / "clone").exists(), "the tiny study failed in another process, see there"
+    return Path(shutil.copytree(made / "clone", tmp_path_factory.mktemp("own") / "clone"))
 
 
 @pytest.fixture

@@ -68,7 +68,8 @@ def study(tmp_path_factory):
         write_run(folder, "sha", percent, 1, "supervised-only", mae=20.0, mean_iou=0.4)
     for variant in ("without-nnec", "without-smoothing"):
         write_run(folder, "sha", 40, 1, variant, mae=15.0, mean_iou=0.3)
-    DrawnSplit().predict_into(folder / "runs" / "sha-40-s1")
+    for percent in (5, 40):
+        DrawnSplit().predict_into(folder / "runs" / f"sha-{percent}-s1")
     return folder
 
 
@@ -82,7 +83,7 @@ def written(study):
 def test_every_figure_is_written_and_shows_something(written):
     assert set(written) == {
         "learning_sha.png", "counts_sha.png", "mae_versus_percent.png", "mean_iou.png",
-        "ablation_sha-40.png", "predictions_sha.png"}
+        "ablation_sha-40.png", "predictions_sha.png", "percents_sha.png"}
     for path in written.values():
         pixels = np.asarray(Image.open(path).convert("RGB"))
         assert pixels.shape[0] > 250 and pixels.shape[1] > 500
@@ -106,6 +107,14 @@ def test_figures_are_the_same_byte_for_byte(study, written, tmp_path):
     assert [path.name for path in again] == list(written)
     for path in again:
         assert path.read_bytes() == written[path.name].read_bytes(), path.name
+
+
+def test_percentages_stand_side_by_side_beside_the_truth(study):
+    runs = [study / "runs" / f"sha-{percent}-s1" for percent in (5, 40)]
+    titles = [axis.get_title() for axis in figures.figure_by_percent(
+        DrawnSplit(), runs, ["IMG_1"]).axes]
+    assert len(titles) == 3 and titles[0].startswith("IMG_1, truth: ")
+    assert titles[1].startswith("5% labelled: ") and titles[2].startswith("40% labelled: ")
 
 
 def matplotlib_settings(settings):
@@ -278,7 +287,7 @@ def test_the_notebooks_run_on_run_folders(study, tmp_path, monkeypatch, name):
     for cell in code[1:]:
         exec(cell.source, names)
     assert steps == ["checked", "root"]
-    assert len(shown) == {"20_tables": 5, "21_figures": 6, "22_ablations": 0}[name]
+    assert len(shown) == {"20_tables": 5, "21_figures": 7, "22_ablations": 0}[name]
 
 
 write_tables = tables.write_tables

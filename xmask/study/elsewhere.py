@@ -44,9 +44,9 @@ def trial(dataset: Sequence, out: str | Path, *, dotted: int = 20, bare: int = 4
           work: str | Path = "work/elsewhere", progress: bool = True) -> Path:
     """Learn from a part of a dataset and count on the rest, with both models.
 
-    dataset: photos with points, as of `open_dataset`. seed: draws who is dotted, and trains. The run
-    folder goes into `work`; its config.json and report.json, and counts.csv (a row a photo that
-    measures: people, and count, low and high before and after) go into the folder `out`.
+    dataset: photos with points, as of `open_dataset`. seed: draws who is dotted, and trains. The
+    run folder goes into `work`; its config.json and report.json, and counts.csv (a row a photo
+    that measures: people, and count, low and high before and after) go into the folder `out`.
     Returns `out`. Raises what `parts` and `learn.learn` raise.
     """
     given, unmarked, rest = parts(len(dataset), dotted, bare, seed)

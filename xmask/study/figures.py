@@ -216,31 +216,71 @@ def figure_predictions(dataset, run_folder: str | Path,
     a prediction of another size.
     """
     run_folder = Path(run_folder)
+    rows = []
+    for name in _known(dataset, ids):
+        sample, truth, predicted, heads = painted(dataset, run_folder, name)
+        rows.append({name: sample.image, _truth_words(sample): truth,
+                     f"predicted: {heads} people": predicted})
+    run = _identity(run_folder)
+    title = f"{_name(run['dataset'][0], run)}, {run['percent'][0]:g}% labelled"
+    return _finish(_pictures(rows), f"{title}: predicted instances", run)
+
+
+@styled
+def figure_by_percent(dataset, run_folders: Sequence[str | Path],
+                      ids: Sequence[str] | None = None) -> DescribedFigure:
+    """The truth and what runs of several percentages predict side by side, one row an image.
+
+    run_folders: of one dataset, with `predictions/`, in the order of the columns. The rest is as
+    of `figure_predictions`.
+    """
+    runs = pd.concat([_identity(folder) for folder in run_folders], ignore_index=True)
+    rows = []
+    for name in _known(dataset, ids):
+        row = {}
+        for folder, percent in zip(run_folders, runs["percent"]):
+            sample, truth, predicted, heads = painted(dataset, folder, name)
+            row |= {f"{name}, {_truth_words(sample)}": truth,
+                    f"{percent:g}% labelled: {heads} people": predicted}
+        rows.append(row)
+    return _finish(_pictures(rows), f"{_name(runs['dataset'][0], runs)}: predicted instances by "
+                   "labelled images", runs)
+
+
+def _known(dataset, ids: Sequence[str] | None) -> list[str]:
     ids = list(sparse_middle_dense(dataset) if ids is None else ids)
-    unknown = sorted(set(ids) - set(dataset.ids))
-    if unknown:
+    if unknown := sorted(set(ids) - set(dataset.ids)):
         raise ValueError(f"no test image named {', '.join(unknown)}; names look like "
                          f"{', '.join(dataset.ids[:3])}")
-    rows = []
-    for name in ids:
-        sample, truth, predicted, heads = painted(dataset, run_folder, name)
-        words = "truth" if sample.instances is not None else "true heads (no truth masks)"
-        rows.append({name: sample.image, f"{words}: {len(sample.points)} people": truth,
-                     f"predicted: {heads} people": predicted})
-    heights = [3.0 * row[name].shape[0] / row[name].shape[1] for name, row in zip(ids, rows)]
-    figure = DescribedFigure(figsize=(9.2, sum(heights) + 0.28 * len(rows) + 0.75), dpi=DPI,
-                             layout="constrained")
-    axes = figure.subplots(len(rows), 3, squeeze=False, gridspec_kw={"height_ratios": heights})
+    return ids
+
+
+def _truth_words(sample: Sample) -> str:
+    words = "truth" if sample.instances is not None else "true heads (no truth masks)"
+    return f"{words}: {len(sample.points)} people"
+
+
+def _identity(run_folder: str | Path) -> pd.DataFrame:
+    config = files.read_json(Path(run_folder) / "config.json")
+    return pd.DataFrame([{"run": Path(run_folder).name} | {name: config[name] for name in (
+        "profile", "dataset", "percent", "synthetic", "selection")}])
+
+
+def _pictures(rows: list[dict[str, np.ndarray]]) -> DescribedFigure:
+    """Rows of pictures (H, W, 3) by their titles, those of a row of one size."""
+    sizes = [next(iter(row.values())).shape for row in rows]
+    heights = [3.0 * size[0] / size[1] for size in sizes]
+    columns = len(rows[0])
+    figure = DescribedFigure(figsize=(3.0 * columns + 0.2, sum(heights) + 0.28 * len(rows) + 0.75),
+                             dpi=DPI, layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False,
+                           gridspec_kw={"height_ratios": heights})
     for row, line in zip(rows, axes):
         for axis, (text, picture) in zip(line, row.items()):
             axis.imshow(picture, interpolation="antialiased")
             axis.set_title(text)
             axis.set_axis_off()
-    config = files.read_json(run_folder / "config.json")
-    run = pd.DataFrame([{"run": run_folder.name} | {name: config[name] for name in (
-        "profile", "dataset", "percent", "synthetic", "selection")}])
-    title = f"{_name(config['dataset'], run)}, {config['percent']:g}% labelled"
-    return _finish(figure, f"{title}: predicted instances", run)
+    return figure
 
 
 def painted(dataset, run_folder: str | Path, name: str
@@ -309,8 +349,8 @@ def write_figures(results: str | Path, out: str | Path,
             paths += [figure.write(out / f"{name}{ending}") for name, figure in _figures_of(part)]
             if datasets is not None:
                 paths += _write_predictions(part, out, ending, datasets)
-    tables.remove_others(
-        out, r"(learning_.+|counts_.+|mae_versus_percent|mean_iou|ablation_.+)\.png", paths)
+    tables.remove_others(out, r"(learning_.+|counts_.+|percents_.+|mae_versus_percent|mean_iou|"
+                         r"ablation_.+)\.png", paths)
     return paths
 
 
@@ -341,6 +381,13 @@ def pictured(runs: pd.DataFrame) -> pd.DataFrame:
     return order.drop_duplicates(["dataset", "synthetic"]).sort_index()
 
 
+def _of_all_percents(runs: pd.DataFrame, dataset: str, seed: int) -> list[str]:
+    """Folders of the full method's runs of a dataset and seed, by percentage."""
+    full = _full(runs)
+    chosen = full[(full["dataset"] == dataset) & (full["seed"] == seed)]
+    return list(chosen.sort_values("percent")["path"])
+
+
 def _write_predictions(runs: pd.DataFrame, out: Path, ending: str,
                        datasets: Callable[[str], object]) -> list[Path]:
     paths = []
@@ -360,6 +407,11 @@ def _write_predictions(runs: pd.DataFrame, out: Path, ending: str,
         folder = out if split.synthetic else Path(run.path) / "pictures"
         figure = figure_predictions(split, run.path)
         paths.append(figure.write(folder / f"predictions_{run.dataset}{ending}"))
+        others = [path for path in _of_all_percents(runs, run.dataset, run.seed)
+                  if (Path(path) / "predictions").is_dir()]
+        if len(others) > 1:
+            figure = figure_by_percent(split, others)
+            paths.append(figure.write(folder / f"percents_{run.dataset}{ending}"))
     return paths
 
 
