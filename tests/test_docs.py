@@ -20,7 +20,7 @@ from PIL import Image
 import xmask
 from xmask import config, segmenters
 from xmask.cli import _parser, main
-from xmask.study import claims, model_card, pages
+from xmask.study import claims, elsewhere, model_card, pages
 from xmask.study.steps import _assigned
 from xmask.study.walkthroughs import walkthroughs
 from xmask.synthetic import draw_scene
@@ -225,6 +225,7 @@ def test_the_schedules_that_the_evidence_names_are_those_of_the_profiles():
 def test_the_numbers_of_the_model_card_are_those_of_its_run():
     card = (ROOT / model_card.CARD).read_text("utf-8")
     assert model_card.card_block(ROOT) in card, "run `xmask docs`"
+    assert elsewhere.card_block(ROOT) in card, "run `xmask docs`"
 
 
 def test_a_changed_table_makes_the_results_of_readme_stale(tmp_path):

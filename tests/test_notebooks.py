@@ -37,6 +37,7 @@ def test_every_step_of_the_study_has_a_notebook():
         "10_masks.ipynb", "11_train.ipynb", "12_evaluate.ipynb",
         "13_bundled_sam.ipynb", "14_correct_masks.ipynb", "15_edp_sam_study.ipynb",
         "16_other_masks.ipynb", "17_learn_elsewhere.ipynb",
+        "18_calibrated_counts.ipynb",
         "20_tables.ipynb", "21_figures.ipynb", "22_ablations.ipynb", "23_claims.ipynb",
         "24_constants.ipynb",
     ]

@@ -495,13 +495,13 @@ def _bench(o: argparse.Namespace) -> int:
 
 
 def _docs(o: argparse.Namespace) -> int:
-    from xmask.study import claims, diagram, model_card, pages, steps, walkthroughs
+    from xmask.study import claims, diagram, elsewhere, model_card, pages, steps, walkthroughs
 
     root = steps.enter_root()
     if o.diagram:
         made = diagram.write()
     elif o.walkthroughs is None:
-        made = [page.refresh(root) for page in (pages, model_card, claims)]
+        made = [page.refresh(root) for page in (pages, model_card, elsewhere, claims)]
     else:
         made = map(walkthroughs.execute, walkthroughs.walkthroughs(only=o.walkthroughs))
     for path in made:

@@ -26,6 +26,8 @@ def write_run(folder, name, errors, ious=None, other=None, reverse=False):
     rows = rows[::-1] if reverse else rows
     (path / "metrics.json").write_text(json.dumps({"per_image": rows}))
     (path / "config.json").write_text(json.dumps({"config": {"loss": {"phase2_p2r": 10.0}}}))
+    (path / "calibrated.json").write_text(json.dumps({"per_image": [
+        row | {"count": 100 + 2 * (row["count"] - 100)} for row in rows]}))
     if other is not None:
         (path / "other_masks.json").write_text(json.dumps({"per_image": [
             {"name": f"IMG_{k}", **dict.fromkeys(other[1], iou)}
@@ -111,11 +113,14 @@ def test_a_shift_moves_the_interval_and_a_factor_widens_it(shift, factor):
 
 def test_an_effect_beyond_chance_holds_and_none_does_not(table):
     better, = [r for r in verdicts(table, "Unlabelled images help counting", 10)
-               if r["data"] == "drawn crowds"]
+               if r["data"] == "drawn crowds" and r["measure"] == claims.COUNTS]
     assert better["verdict"] == claims.HOLDS and better["in_favour"] == better["seeds"] == 3
     assert better["effect"] == pytest.approx(5) and better["high"] - better["low"] < 0.5, "paired"
     assert better["rival_value"] - better["ours_value"] == pytest.approx(5)
     assert better["images"] == IMAGES
+    at_set, = [r for r in verdicts(table, "Unlabelled images help counting", 10)
+               if r["measure"] == claims.CALIBRATED]
+    assert at_set["effect"] == pytest.approx(10) and at_set["data"] == "drawn crowds"
     equal = verdicts(table, "Gaussian smoothing helps")[0]
     assert (equal["verdict"], equal["why"]) == (claims.FAILS, "no difference shown")
     worse = verdicts(table, "The mask constraint helps counting", 5)[0]

@@ -14,6 +14,7 @@ from xmask.tools.described_figure import DPI, DescribedFigure
 from xmask.tools.overlay import BLUE, GREEN, GREY, VERMILION
 
 UNITS = {claims.COUNTS: "people fewer wrong on average (MAE); right of the line: for the claim",
+         claims.CALIBRATED: "people fewer wrong (MAE), thresholds set on other drawn scenes",
          claims.MASKS: "points of mean IoU more; right of the line: for the claim"}
 COLOURS = {claims.HOLDS: BLUE, claims.FAILS: VERMILION}
 METHODS = figures.SERIES | {"points-only": GREEN}

@@ -96,11 +96,12 @@ def plan(profile: str, *, data: str = "", sam: str = "",
                *_report_steps([run for run, _ in runs], common,
                               {"dataset": first, "percent": middle} if compared else None)]
     if compared and profile in COMPARED:
-        full = [run for run, v in runs if v == "xmask" and run.dataset == first]
+        of_first = [(run, v) for run, v in runs if run.dataset == first]
         evaluated = [step for step in planned if step.name.startswith(f"evaluate {first}-")]
-        planned += _claim_steps(full, settings, evaluated)
+        planned += _claim_steps(of_first, settings, evaluated)
         if profile in steps.DRAWN:
-            planned += _constant_steps([run for run in full if run.percent == middle], settings)
+            planned += _constant_steps([run for run, v in of_first if v == "xmask"
+                                        and run.percent == middle], settings)
     return planned
 
 
@@ -153,18 +154,25 @@ def _report_steps(runs: list[Config], common: dict, compared: dict | None) -> It
         yield Step("ablations", "22_ablations.ipynb", last | compared, evaluated, fingerprint)
 
 
-def _claim_steps(full: list[Config], settings: dict, evaluated: list[Step]) -> list[Step]:
-    """Where there are true masks, other masks at the points of the full method's runs, and the
-    prompts; then the claims."""
-    profile, made = full[0].profile, []
+def _claim_steps(runs: list[tuple[Config, str]], settings: dict, evaluated: list[Step]
+                 ) -> list[Step]:
+    """On drawn crowds, other masks at the points of the full method's runs, counts at calibrated
+    thresholds, and the prompts; then the claims."""
+    profile, made = runs[0][0].profile, []
     scenes = steps.results_folder(profile) / "edp_sam"
     if profile in steps.DRAWN:
-        made += [Step(f"compare {run.run}", "16_other_masks.ipynb",
-                      settings | {"dataset": run.dataset, "percent": run.percent,
-                                  "seed": run.seed},
-                      [f"evaluate {run.run}"],
-                      partial(steps.comparison_fingerprint, run, settings["data"]),
-                      [steps.run_folder(run) / "other_masks.json"]) for run in full]
+        for step, notebook, variants, depends, file in (
+            ("compare", "16_other_masks.ipynb", ("xmask",), steps.comparison_fingerprint,
+             "other_masks.json"),
+            ("calibrate", "18_calibrated_counts.ipynb", ("xmask", *COMPARED[profile]),
+             steps.calibrated_fingerprint, "calibrated.json"),
+        ):
+            made += [Step(f"{step} {run.run}", notebook,
+                          settings | {"dataset": run.dataset, "percent": run.percent,
+                                      "seed": run.seed, "variant": variant},
+                          [f"evaluate {run.run}"], partial(depends, run, settings["data"]),
+                          [steps.run_folder(run) / file])
+                     for run, variant in runs if variant in variants]
         made.append(Step(
             "prompts", "15_edp_sam_study.ipynb",
             {"scenes": SCENES, "segmenters": ["classical"], "out": scenes.as_posix()}, [],
@@ -181,7 +189,8 @@ def _claims_fingerprint() -> str:
     """Of every run that claims may read: they are of several profiles."""
     inputs = [path for profile in COMPARED for name in (
         "runs/*/metrics.json", "runs/*/history.csv", "runs/*/other_masks.json",
-        "edp_sam/scenes.csv") for path in sorted(steps.results_folder(profile).glob(name))]
+        "runs/*/calibrated.json", "edp_sam/scenes.csv")
+              for path in sorted(steps.results_folder(profile).glob(name))]
     return provenance.fingerprint(("xmask.study.claims", "xmask.study.claim_figures"),
                                   [(path.as_posix(), files.sha256(path)) for path in inputs])
 

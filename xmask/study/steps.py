@@ -22,15 +22,16 @@ from xmask.data import open_dataset
 from xmask.data.masks import mask_dataset
 from xmask.data.splits import labelled_ids, stratified
 from xmask.data.training_images import BareImages, Kept, MaskedImages
+from xmask.study import calibrated, other_masks, training
 from xmask.study import evaluate as evaluation
-from xmask.study import other_masks, training
 from xmask.synthetic import write_dataset
 from xmask.tools import models
 from xmask.trainer import Trainer
 
 TRAINED = ("config.json", "history.csv", "model.safetensors")  # what a training leaves
 # what else may lie in a run folder of ours
-LEFT = (*TRAINED, "checkpoint.pt", "metrics.json", "other_masks.json", "predictions/*")
+LEFT = (*TRAINED, "checkpoint.pt", "metrics.json", "other_masks.json", "calibrated.json",
+        "predictions/*")
 PATIENCE = 5.0  # seconds to wait for a run folder: within these a killed study's notebooks end
 # profiles that draw their crowds; images per dataset: both draw the same training images
 DRAWN = {"demo": {"train": 100, "test": 16, "seed": 2024},
@@ -211,10 +212,12 @@ def held_out(config: Config, data: str = "") -> list[int]:
 
 _READING = ("xmask.data.readers", "xmask.data.splits")  # code through which every image comes
 _MASKING = ("xmask.data.masks", *_READING)
+# step -> modules it starts from
 CODE = {"training": ("xmask.study.training", "xmask.data.training_images", "xmask.calibration",
                      *_MASKING),
         "evaluation": ("xmask.study.evaluate", *_READING),
-        "comparison": ("xmask.study.other_masks", *_READING)}  # step -> modules it starts from
+        "comparison": ("xmask.study.other_masks", *_READING),
+        "calibration": ("xmask.study.calibrated", "xmask.synthetic", *_READING)}
 
 
 def _training(config: Config) -> tuple[str, ...]:
@@ -257,6 +260,12 @@ _segmenter = cache(segmenters.describe)  # a checkpoint of gigabytes is read onc
 def comparison_fingerprint(config: Config, data: str = "") -> str:
     """What a comparison with other masks depends on, as a digest."""
     return provenance.fingerprint(CODE["comparison"], _segmenter(config.masks.segmenter),
+                                  evaluation_fingerprint(config, data))
+
+
+def calibrated_fingerprint(config: Config, data: str = "") -> str:
+    """What counts at a threshold set on other scenes depend on, as a digest."""
+    return provenance.fingerprint(CODE["calibration"], calibrated.SCENES,
                                   evaluation_fingerprint(config, data))
 
 
@@ -400,3 +409,28 @@ def compare_masks(config: Config, data: str = "", *, progress: bool = True) -> d
                 "code": _code(CODE["comparison"]), "per_image": rows})
             provenance.write_stamp(stamp, fingerprint, [folder / "other_masks.json"])
     return files.read_json(folder / "other_masks.json")
+
+
+def count_calibrated(config: Config, data: str = "", *, progress: bool = True) -> dict:
+    """Count with the threshold that other drawn scenes set and write calibrated.json; train the
+    run first if needed. Raises ValueError for a profile of photographs, which has no such scenes.
+    """
+    if config.profile not in DRAWN:
+        raise ValueError(f"profile: {config.profile!r} runs on photographs, and the scenes that "
+                         "would set the threshold are drawn. Use profile demo or full.")
+    folder, stamp = train(config, data, progress=progress), stamp_of("calibrated", config)
+    fingerprint = calibrated_fingerprint(config, data)
+    if not provenance.is_done(stamp, fingerprint):
+        place = work_folder(config.profile) / "calibration"
+        write_dataset(config.dataset, place, **calibrated.SCENES, progress=progress)
+        with _held(folder):
+            if config.machine.threads:
+                torch.set_num_threads(config.machine.threads)
+            found = calibrated.counts(
+                models.load(folder, device()).network, config,
+                open_dataset(config.dataset, place, "test", max_side=config.max_side),
+                open_test(config, data), progress=progress)
+            files.write_json(folder / "calibrated.json", {
+                "run": config.run, "code": _code(CODE["calibration"])} | found)
+            provenance.write_stamp(stamp, fingerprint, [folder / "calibrated.json"])
+    return files.read_json(folder / "calibrated.json")

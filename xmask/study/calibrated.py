@@ -1,0 +1,39 @@
+"""Counts of a run whose threshold was set on other drawn scenes (ours).
+
+A network can count wrong because it takes the ground for heads, or because 0.5 is the wrong place
+to cut. What trains it moves that place: P2R counts too many where it is unsure, and the mask
+constraint too few. With a threshold that makes the total of other scenes right, the first is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from xmask.config import Config
+from xmask.study import evaluate
+
+SCENES = {"train": 1, "test": 60, "seed": 2025}  # of `write_dataset`; no run trains on any of them
+
+
+def counts(network: nn.Module, config: Config, scenes: Sequence, tested: Sequence, *,
+           progress: bool = True) -> dict[str, Any]:
+    """What calibrated.json holds of a network.
+
+    scenes: drawn ones that set the threshold, by `calibration.calibrate`. tested: the test images,
+    with `ids`. Returns `threshold`, `scenes` (their number) and `per_image`: name, true_count and
+    count of every test image.
+    """
+    found = evaluate.calibrate(evaluate.look(network, scenes, progress=progress), config)
+    seen = evaluate.look(network, tested, progress=progress)
+    return {"threshold": found.threshold, "scenes": found.images, "per_image": [
+        {"name": name, "true_count": people, "count": found_in(logits, found.threshold)}
+        for name, (logits, people) in zip(tested.ids, seen)]}
+
+
+def found_in(logits: Any, threshold: float) -> int:
+    """How many cells have a probability above the threshold; logits: (h, w)."""
+    return int((1 / (1 + np.exp(-np.asarray(logits, dtype=np.float64))) > threshold).sum())
