@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import random
 import resource
 import shutil
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from tests import hostile, soak
 from xmask import files
@@ -20,6 +26,7 @@ from xmask.cli import main
 from xmask.data import annotations, images, own_photos
 from xmask.data.check import as_text, check_dataset
 from xmask.data.masks import summary
+from xmask.tools import models, photos
 
 
 def refused(read, path):
@@ -293,3 +300,143 @@ def test_files_have_the_permissions_that_the_umask_asks_for(tmp_path):
 
 def test_memory_is_measured_in_the_unit_we_think(tmp_path):
     assert 10 < resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 < 100_000  # MB
+
+
+# -- found by a reviewer who tried to break the commands -------------------------------------
+
+
+def test_a_users_hidden_half_file_stays(tmp_path, capsys):
+    """`.partial-...` was once how we called our own half-written files."""
+    photo, keep = tmp_path / "a.png", tmp_path / "keep"
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(photo)
+    keep.mkdir()
+    mine = keep / ".partial-1999999-0a1b2c3d.png"
+    mine.write_bytes(b"mine")
+    os.utime(mine, (time.time() - 7200,) * 2)
+    assert main(["predict", str(photo), "--out", str(keep)]) == 1
+    assert "no record of xmask" in capsys.readouterr().err
+    assert main(["predict", str(photo), "--out", str(keep), "--overwrite"]) == 0
+    assert mine.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("layout,place", [
+    ("sha", "ShanghaiTech/part_A/train_data/ground-truth/GT_IMG_1.mat"),
+    ("sha", "ShanghaiTech/part_A/test_data/instances/IMG_1.png"),
+    ("jhu", "jhu_crowd_v2.0/train/image_labels.txt")])
+def test_drawing_replaces_no_annotation(tmp_path, layout, place, capsys):
+    mine = tmp_path / place
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    status = main(["data", "draw", "--layout", layout, "--out", str(tmp_path), "--train", "1",
+                   "--test", "1"])
+    said = capsys.readouterr().err
+    assert status == 1 and mine.name in said and "stays as it is" in said
+    assert mine.read_text() == "mine"
+
+
+@pytest.mark.parametrize("words", [
+    ["report", "--out", "mine"],
+    ["train-sam", "--scenes", "1", "--steps", "1", "--stop", "1", "--out", "mine.safetensors"]])
+def test_one_file_is_not_replaced_unasked(tmp_path, words, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mine = tmp_path / ("mine" if words[0] == "report" else "mine.json")
+    mine.write_text("mine")
+    assert main(words) == 1
+    assert f"{mine.name}: is there already" in capsys.readouterr().err
+    assert mine.read_text() == "mine"
+
+
+@pytest.mark.parametrize("given", ["photo", "points"])
+def test_overwrite_does_not_mean_the_photo_and_the_dots_themselves(tmp_path, given, capsys):
+    folder, other = tmp_path / "photos", tmp_path / "other"
+    folder.mkdir()
+    other.mkdir()
+    photo = (folder if given == "photo" else other) / "a.png"
+    dots = (folder if given == "points" else other) / "a.csv"
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(photo)
+    dots.write_text("x,y\n9,9\n")
+    before = photo.read_bytes(), dots.read_bytes()
+    status = main(["masks", "--image", str(photo), "--points", str(dots), "--out", str(folder),
+                   "--segmenter", "classical", "--overwrite"])
+    assert status == 1 and "its masks would take its place" in capsys.readouterr().err
+    assert (photo.read_bytes(), dots.read_bytes()) == before
+
+
+def test_any_name_that_a_file_can_have_is_one(tmp_path, capsys):
+    """A colon and a backslash once made the folder unusable for the second call."""
+    if os.name != "posix":
+        pytest.skip("such names are none on Windows")
+    for name in ("a:b.png", "c\\d.png"):
+        Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(tmp_path / name)
+    for _ in range(2):
+        assert main(["predict", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+        assert "2 of 2 images done" in capsys.readouterr().out
+
+
+def test_an_argument_that_leads_nowhere_stops_no_other(tmp_path, capsys):
+    photo, loop = tmp_path / "a.png", tmp_path / "loop.png"
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(photo)
+    loop.symlink_to(loop)
+    status = main(["predict", str(photo), str(loop), "n" * 300 + ".png", "--out",
+                   str(tmp_path / "out")])
+    said = capsys.readouterr().out
+    assert status == 1 and "1 of 3 images done" in said and "loop.png: " in said
+
+
+def test_a_huge_file_that_is_no_image_is_refused_by_its_header(tmp_path, monkeypatch):
+    huge = tmp_path / "huge.jpg"
+    with open(huge, "wb") as file:
+        file.truncate(1 << 40)
+    monkeypatch.setattr(files, "sha256", lambda path: pytest.fail("read to its end"))
+    with pytest.raises(ValueError, match="huge.jpg: cannot be read as an image"):
+        photos._Results.add(object.__new__(photos._Results), photos.Photo(huge, "huge"))
+
+
+def test_dots_from_something_that_is_no_file_are_refused(tmp_path):
+    pipe = tmp_path / "dots.csv"
+    os.mkfifo(pipe)
+    for path in (pipe, "/dev/zero"):
+        assert "no regular file" in refused(annotations.read_dots, Path(path))
+
+
+@pytest.mark.parametrize("change", [
+    {"sha256": {"a": 1}}, {"versions": math.nan},
+    {"calibration": {"threshold": 0.5, "factor": 1e308, "coverage": 0.9, "images": 9, "mae": 1.0,
+                     "mae_before": 1.0}}])
+def test_metadata_of_weights_that_no_export_writes(tmp_path, change, capsys):
+    path = models.BUNDLED["drawn"]
+    with safe_open(path, "pt") as file:
+        metadata = dict(file.metadata())
+    metadata["record"] = json.dumps(json.loads(metadata["record"]) | change)
+    save_file(load_file(path), tmp_path / "w.safetensors", metadata=metadata)
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(tmp_path / "a.png")
+    status = main(["predict", str(tmp_path / "a.png"), "--weights",
+                   str(tmp_path / "w.safetensors"), "--out", str(tmp_path / "out")])
+    said = capsys.readouterr().err
+    assert "not foreseen" not in said
+    assert status == 0 if "sha256" in change else "w.safetensors: its record is not" in said
+
+
+@pytest.mark.parametrize("words,part", [
+    (["train-sam", "--threads", "100000000"], "at most 1024"),
+    (["train-sam", "--seed", "-7"], "expected a whole number"),
+    (["train", "--dataset", "sha", "--percent", "5", "--set", "loss.tau=" + "9" * 5000],
+     "--set loss.tau: "),
+    (["train", "--dataset", "sha", "--percent", "5", "--set", "loss.tau=" + "[" * 100_000],
+     "--set loss.tau: ")])
+def test_values_no_computer_can_take_are_named(words, part, capsys):
+    try:
+        assert main(words) == 1
+    except SystemExit as left:
+        assert left.code == 2
+    assert part in capsys.readouterr().err
+
+
+def test_learn_says_at_once_that_a_network_cannot_be(tmp_path, capsys):
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(tmp_path / "a.png")
+    (tmp_path / "a.csv").write_text("x,y\n9,9\n")
+    for change, part in (("network.backbone=nope", "nope"), ("network.channels=7", "another network")):
+        assert main(["learn", str(tmp_path), "--out", str(tmp_path / "out"), "--segmenter",
+                     "classical", "--set", change]) == 1
+        assert part in capsys.readouterr().err
+        assert not (tmp_path / "out" / "masks").exists()

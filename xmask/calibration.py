@@ -60,7 +60,7 @@ def from_dict(values: object) -> Calibration | None:
     try:
         found = Calibration(**values)  # type: ignore[arg-type]
         fit = (0 < found.threshold < 1 and 0 < found.coverage < 1
-               and (found.factor is None or 0 <= found.factor < math.inf))
+               and (found.factor is None or 0 <= found.factor < 1e6))
     except TypeError as error:
         raise ValueError(f"calibration: {error}") from None
     if not fit:

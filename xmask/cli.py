@@ -159,7 +159,7 @@ def _own_photo_commands(command: Callable) -> None:
     made.add_argument("--out", required=True, type=Path, help="a run folder, for predict --weights")
     made.add_argument("--segmenter", default="bundled", help="of the masks; or classical (faster), "
                       "a SAM checkpoint (.pth), or vit_b, vit_l, vit_h")
-    made.add_argument("--seed", type=int, default=1)
+    made.add_argument("--seed", type=_number, default=1)
     made.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE",
                       help="change a field, e.g. --set schedule.phase1=60")
     _guards(made)
@@ -168,16 +168,18 @@ def _own_photo_commands(command: Callable) -> None:
 def _training_commands(command: Callable) -> None:
     made = command("train-sam", _train_sam, "train the bundled SAM on synthetic crowds")
     made.add_argument("--out", type=Path, help="weights file; default: the one in the package")
-    made.add_argument("--seed", type=int, help="of the first training scene")
+    made.add_argument("--seed", type=_number, help="of the first training scene")
     made.add_argument("--scenes", type=_positive, help="drawn scenes")
-    made.add_argument("--steps", type=int, help="over which the learning rate falls")
-    made.add_argument("--stop", type=int, help="end after so many of the steps")
-    made.add_argument("--threads", type=_positive, default=1)
+    made.add_argument("--steps", type=_positive, help="over which the learning rate falls")
+    made.add_argument("--stop", type=_positive, help="end after so many of the steps")
+    made.add_argument("--threads", type=_threads, default=1)
+    made.add_argument("--overwrite", action="store_true", help="replace the file --out, and its "
+                      ".json, if they are there")
 
     made = command("edp-study", _edp_study, "compare EDP-SAM with simpler masks on drawn scenes")
     made.add_argument("--out", type=Path, default=Path("results/edp_sam"))
     made.add_argument("--scenes", type=_positive, default=18)
-    made.add_argument("--seed", type=int, help="of the first scene")
+    made.add_argument("--seed", type=_number, help="of the first scene")
     made.add_argument("--boxes", action="store_true",
                       help="instead: what annotated head sizes add (boxes.csv)")
     made.add_argument("--negatives", action="store_true",
@@ -195,7 +197,7 @@ def _run_commands(command: Callable) -> None:
         made.add_argument("--profile", choices=PROFILES, default="demo")
         made.add_argument("--dataset", choices=(*DATASETS, "shb"), default="sha")
         made.add_argument("--percent", type=int, default=10)
-        made.add_argument("--seed", type=int, default=1)
+        made.add_argument("--seed", type=_number, default=1)
         made.add_argument("--variant", choices=VARIANTS, default="xmask",
                           help="an ablation: " + ", ".join(ABLATIONS))
         made.add_argument("--data", default="", help="folder of the real datasets")
@@ -220,7 +222,7 @@ def _page_commands(command: Callable) -> None:
     made = command("bench", _bench, "measure what the method costs beside dense code and libraries")
     made.add_argument("--only", type=_names, default=(), metavar="GROUPS",
                       help="e.g. decode,losses; default: all")
-    made.add_argument("--threads", type=_positive, default=2)
+    made.add_argument("--threads", type=_threads, default=2)
     made = command("docs", _docs, "for maintainers: write README.md's results table anew")
     made.add_argument("--diagram", action="store_true",
                       help="instead, draw the method's picture (figures/method)")
@@ -233,6 +235,8 @@ def _page_commands(command: Callable) -> None:
     made.add_argument("--data", default="", help="folder of the real datasets, for --pictures")
     made.add_argument("--pictures", action="store_true",
                       help="show real photographs, too: mind their terms before you share the page")
+    made.add_argument("--overwrite", action="store_true", help="replace the file --out if it is "
+                      "there")
 
 
 def _data_commands(command: Callable, commands: argparse._SubParsersAction) -> None:
@@ -253,7 +257,7 @@ def _data_commands(command: Callable, commands: argparse._SubParsersAction) -> N
     made.add_argument("--out", required=True, type=Path)
     made.add_argument("--train", type=_number, default=40)
     made.add_argument("--test", type=_number, default=16)
-    made.add_argument("--seed", type=int, default=2024)
+    made.add_argument("--seed", type=_number, default=2024)
     made.add_argument("--jobs", type=_positive, default=1)
 
 
@@ -298,6 +302,11 @@ def _masks(o: argparse.Namespace) -> int:
                else OwnPhotos([(o.image, o.points)]))
     indices = list(range(len(dataset)))[: o.limit]
     files.OutputFolder(o.out, overwrite=o.overwrite).check()
+    for given in filter(None, (o.image, o.points)):  # --overwrite is not meant for these
+        for name in (f"{dataset.ids[0]}.png", f"{dataset.ids[0]}.csv") if o.image else ():
+            if (o.out / name).exists() and os.path.samefile(o.out / name, given):
+                raise ValueError(f"{given}: its masks would take its place. Give another folder "
+                                 "(--out)")
     segmenter = open_segmenter(str(o.checkpoint or o.segmenter), steps.device())
     failure = None
     with files.OutputFolder(o.out, overwrite=o.overwrite):
@@ -327,8 +336,12 @@ def _sam_weights(o: argparse.Namespace) -> int:
 def _train_sam(o: argparse.Namespace) -> int:
     import torch
 
+    from xmask import files
     from xmask.segmenting import sam, sam_training
 
+    if o.out:
+        for path in (o.out, o.out.with_suffix(".json")):
+            files.check_new(path, o.overwrite)
     torch.set_num_threads(o.threads)
     chosen = {name: getattr(o, name) for name in ("seed", "scenes", "steps", "stop")}
     plan = sam_training.Training(**{k: value for k, value in chosen.items() if value is not None})
@@ -432,6 +445,8 @@ def _changes(texts: list[str]) -> dict[str, object]:
             changes[name] = json.loads(value.lower() if value in ("True", "False") else value)
         except json.JSONDecodeError:
             changes[name] = value
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"--set {name}: {error}; give a shorter value") from None
     return changes
 
 
@@ -510,9 +525,12 @@ def _docs(o: argparse.Namespace) -> int:
 
 
 def _report(o: argparse.Namespace) -> int:
+    from xmask import files
     from xmask.study import report, steps
 
     results = steps.results_folder(o.profile)
+    if o.out:
+        files.check_new(o.out, o.overwrite)
     print(report.write_report(
         results, o.out or results / "report.html", figures_folder=Path("figures") / o.profile,
         datasets=lambda run: steps.test_images_of(run, o.data),
@@ -569,6 +587,12 @@ def _number(text: str) -> int:
 def _positive(text: str) -> int:
     if not (number := _number(text)):
         raise argparse.ArgumentTypeError("0: expected a whole number from 1 on")
+    return number
+
+
+def _threads(text: str) -> int:
+    if (number := _positive(text)) > 1024:
+        raise argparse.ArgumentTypeError(f"{text}: expected at most 1024")
     return number
 
 

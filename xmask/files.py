@@ -38,7 +38,8 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
     The content is on the disk before the name is. The temporary name keeps the suffix of `path`,
     because writers such as Pillow read the format from it, and starts with a dot, so that no
-    reader lists it. Within an open `OutputFolder` the file is noted in its record first.
+    reader lists it. Within an open `OutputFolder` it lies in the hidden part, and the file is
+    noted in its record first.
     Raises FileExistsError where `path` is a file of the user in such a folder; an OSError
     always names `path`.
     """
@@ -46,7 +47,8 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     folder = OutputFolder.around(path)
     if folder:
         folder.make_way(path)
-    temporary = path.with_name(f".partial-{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")
+    name = f".partial-{os.getpid()}-{secrets.token_hex(4)}{path.suffix}"
+    temporary = (folder.path / HIDDEN if folder else path.parent) / name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # opened so, and not by tempfile, the file gets the permissions that the umask asks for
@@ -125,7 +127,7 @@ def sha256(path: str | os.PathLike) -> str:
 def is_plain(name: object) -> bool:
     """Whether `name` is the name of a file and no path: it cannot lead out of its folder."""
     return (isinstance(name, str) and name not in ("", ".", "..")
-            and not re.search(r"[/\\\0]|^[A-Za-z]:", name))
+            and not re.search(r"[/\0]" if os.name == "posix" else r"[/\\\0:]", name))
 
 
 def check_new(path: str | os.PathLike, overwrite: bool) -> None:
@@ -240,7 +242,7 @@ class OutputFolder:
         (self.path / HIDDEN).mkdir(parents=True, exist_ok=True)
         self._stack.enter_context(lock(self.path, self.wait))
         _begin_record(self.path)
-        for place in (self.path, *(p for p in (self.path / HIDDEN).glob("**/") if p.is_dir())):
+        for place in (self.path / HIDDEN).glob("**/"):
             _remove_abandoned(place)
         return self.join()
 
@@ -280,7 +282,7 @@ class OutputFolder:
         if not os.path.lexists(path) or self.is_intact(path):
             return
         if self.is_listed(path):
-            self._set_aside(path)
+            self.set_aside(path)
         elif not self.overwrite:
             raise FileExistsError(
                 f"{path}: was not written by xmask, and stays as it is. Move or rename it, give "
@@ -314,7 +316,7 @@ class OutputFolder:
         if self.is_intact(path):
             path.unlink()
         elif self.is_listed(path) and os.path.lexists(path):
-            self._set_aside(path)
+            self.set_aside(path)
 
     def names(self) -> list[str]:
         """What was ever written, relative to the folder, in the order of first writing."""
@@ -327,12 +329,13 @@ class OutputFolder:
                 return path.relative_to(base).as_posix()
         return (path.parent.resolve() / path.name).relative_to(self._key).as_posix()
 
-    def _set_aside(self, path: Path) -> None:
+    def set_aside(self, path: Path, why: str = "changed since xmask wrote it") -> None:
+        """Give a file another name, which is free, and say so."""
         number = 1
         while os.path.lexists(aside := path.with_name(f"{path.name}.set-aside-{number}")):
             number += 1
         os.rename(path, aside)
-        _log.warning("%s: changed since xmask wrote it; set aside as %s", path, aside.name)
+        _log.warning("%s: %s; set aside as %s", path, why, aside.name)
 
 
 def read_record(folder: str | os.PathLike) -> dict[str, set[str]]:
@@ -402,4 +405,4 @@ def _is_alive(process: int) -> bool:
 
 
 def _is_nobodys(path: Path) -> bool:
-    return path.name.lower() in _NOBODYS or path.name.startswith(".partial-")
+    return path.name.lower() in _NOBODYS

@@ -241,7 +241,7 @@ def test_a_manifest_that_is_not_ours_is_refused_and_nothing_removed(tmp_path, co
 
 
 @pytest.mark.parametrize("content", ["{broken", "[]", '{"images": {}}', "\0"])
-def test_a_damaged_manifest_is_set_aside_and_all_masks_are_made_anew(tmp_path, content, caplog):
+def test_a_damaged_manifest_and_its_masks_are_set_aside(tmp_path, content, caplog):
     masks(tmp_path, ClassicalSegmenter(), indices=[1, 2])
     (tmp_path / "manifest.json").write_text(content)
     masks(tmp_path, ClassicalSegmenter(), indices=[1])
@@ -249,6 +249,7 @@ def test_a_damaged_manifest_is_set_aside_and_all_masks_are_made_anew(tmp_path, c
     assert (tmp_path / "manifest.json.set-aside-1").read_text() == content
     assert "set aside as manifest.json.set-aside-1" in caplog.text
     assert not (tmp_path / "IMG_2.png").exists()  # nobody knows of what it was
+    assert (tmp_path / "IMG_2.png.set-aside-1").exists(), "but it may be all there is"
 
 
 @pytest.mark.parametrize("key", ["../victim/precious", "/etc/passwd", "..", "a/b", "a\\b", ""])
@@ -268,7 +269,7 @@ def test_a_manifest_cannot_reach_outside_its_folder(tmp_path, key):
     whole = record.read_text()
     name = key if key in ("", "..") else f"{key}.png"
     record.write_text(whole + json.dumps({"file": name, "sha256": "0" * 64}) + "\n")
-    if key != "a/b":  # a folder below is allowed
+    if key not in ("a/b", "a\\b"):  # a folder below, and a backslash in a name, are allowed
         with pytest.raises(ValueError, match="record.jsonl, line .*: not a record of xmask"):
             masks(out, ClassicalSegmenter(), indices=[1], nnec=False)
     assert {p.read_text() for p in victim.iterdir()} == {"x"} and len(list(victim.iterdir())) == 2
@@ -304,13 +305,29 @@ def test_a_second_process_is_told_who_holds_the_folder(tmp_path):
     masks(tmp_path, ClassicalSegmenter(), indices=[1])  # free as soon as it is dead
 
 
+@pytest.mark.parametrize("kind", ["png", "csv"])
+def test_masks_of_an_earlier_call_that_were_damaged_since_count_no_longer(tmp_path, kind, caplog):
+    masks(tmp_path, ClassicalSegmenter(), indices=[1])
+    (tmp_path / f"IMG_1.{kind}").write_text("x")
+    others = Dataset()
+    others.ids = [f"other_{k}" for k in range(5)]  # a call that does not know IMG_1
+    mask_dataset(others, [1], ClassicalSegmenter(), tmp_path, progress=False)
+    assert list(files.read_json(tmp_path / "manifest.json")["images"]) == ["other_1"]
+    assert (tmp_path / f"IMG_1.{kind}.set-aside-1").read_text() == "x"
+    assert f"IMG_1.{kind} not as xmask wrote it" in caplog.text
+
+
 def test_half_written_files_are_removed_once_they_are_old(tmp_path):
-    young, old = tmp_path / ".partial-young.png", tmp_path / ".partial-old.png"
-    for path in (young, old):
+    masks(tmp_path, ClassicalSegmenter(), indices=[1])
+    young, old, users = (tmp_path / name for name in (
+        ".xmask/.partial-young.png", ".xmask/.partial-old.png", ".partial-holiday.png"))
+    for path in (young, old, users):
         path.write_bytes(b"half")
-    os.utime(old, (time.time() - 7200,) * 2)
+    for path in (old, users):
+        os.utime(path, (time.time() - 7200,) * 2)
     masks(tmp_path, ClassicalSegmenter(), indices=[1])
     assert young.is_file() and not old.exists()
+    assert users.is_file(), "what lies outside the hidden part is the user's"
 
 
 def test_failures_of_images_that_nobody_asked_for_this_time_stay_listed(tmp_path):
@@ -369,7 +386,9 @@ def test_a_label_map_holds_65535_heads_at_most(tmp_path):
 def test_a_half_written_file_of_a_dead_process_is_removed_at_once(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    halves = [tmp_path / f".partial-{pid}-0a1b2c3d.png" for pid in (dead.pid, os.getpid())]
+    masks(tmp_path, ClassicalSegmenter(), indices=[1])
+    halves = [tmp_path / ".xmask" / f".partial-{pid}-0a1b2c3d.png"
+              for pid in (dead.pid, os.getpid())]
     for half in halves:
         half.write_bytes(b"half")
     masks(tmp_path, ClassicalSegmenter(), indices=[1])

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.study.test_evaluate import Images
 from tests.data.test_transforms import scene
+from tests.study.test_evaluate import Images
 from tests.test_trainer import tiny
 from xmask import decode, model, predict
 from xmask.study import calibrated, steps

@@ -68,13 +68,13 @@ def test_a_killed_run_leaves_nothing_half_written_and_goes_on(drawn, tmp_path):
     for path in done:
         with Image.open(path.with_suffix(".png")) as picture:
             picture.load()
-    left = tmp_path / "killed" / ".partial-left.png"
+    left = tmp_path / "killed" / ".xmask" / ".partial-left.png"
     left.write_bytes(b"half")
-    for half in (tmp_path / "killed").glob(".partial-*"):
+    for half in left.parent.glob(".partial-*"):
         os.utime(half, (time.time() - 7200,) * 2)  # young ones could be another process's
     assert masks(drawn, tmp_path / "killed", *CLASSICAL) == 0
     assert {p: p.stat().st_mtime_ns for p in done} == done  # no image is made twice
-    assert not list((tmp_path / "killed").glob(".partial-*"))
+    assert not list((tmp_path / "killed").rglob(".partial-*"))
     assert masks(drawn, tmp_path / "whole", *CLASSICAL) == 0
     for path in (tmp_path / "whole").iterdir():
         if path.name not in ("times.csv", ".xmask"):

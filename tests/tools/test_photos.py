@@ -256,6 +256,40 @@ def test_what_the_user_wrote_or_changed_is_kept(folder, tmp_path, model, caplog)
     assert not any(row.error for row in rows)
 
 
+def test_results_of_two_models_in_one_folder_are_told(folder, tmp_path, model, monkeypatch,
+                                                       caplog):
+    plain, grey = photos.find([folder / "plain.png", folder / "grey.png"])
+    photos.run([plain], model, tmp_path, progress=False)
+    assert "of another model" not in caplog.text
+    monkeypatch.setitem(model.record, "sha256", "0" * 64)
+    photos.run([grey], model, tmp_path, progress=False)
+    assert "1 of the 2 results in counts.csv and coco.json are of another model" in caplog.text
+
+
+@pytest.mark.parametrize("damage", ["gone", "text", "cut", "count", "name"])
+def test_damaged_notes_of_one_photo_stop_no_other(folder, tmp_path, model, damage, caplog):
+    plain, grey = photos.find([folder / "plain.png", folder / "grey.png"])
+    photos.run([plain], model, tmp_path, progress=False)
+    part, note = (tmp_path / ".xmask" / kind / f"plain.{end}"
+                  for kind, end in (("coco", "jsonl"), ("notes", "json")))
+    if damage == "gone":
+        part.unlink()
+    elif damage == "text":
+        part.write_text("garbage")
+    elif damage == "cut":
+        note.write_text(note.read_text()[:40])
+    else:
+        found = files.read_json(note)
+        found["row"] |= {"count": "many"} if damage == "count" else {"name": "../../victim"}
+        note.write_text(json.dumps(found))
+    rows = photos.run([grey], model, tmp_path, progress=False)
+    assert not rows[0].error
+    assert list(pd.read_csv(tmp_path / "counts.csv")["name"]) == ["grey"]
+    assert "the notes about plain are damaged" in caplog.text
+    assert not any(row.error for row in photos.run([plain], model, tmp_path, progress=False))
+    assert set(pd.read_csv(tmp_path / "counts.csv")["name"]) == {"plain", "grey"}
+
+
 def test_names_that_look_like_our_own_are_names(tmp_path, scene, model):
     for name in ("a.jpg", "a.row.jpg", "a.points.jpg", "counts.jpg", "A.png"):
         Image.fromarray(scene).save(tmp_path / name)

@@ -126,6 +126,8 @@ def read_content(path: str | os.PathLike) -> bytes:
         size = path.stat().st_size
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file. Check the path.") from None
+    if not path.is_file():  # a pipe or a device may never end
+        raise ValueError(f"{path}: no regular file; give a file of dots")
     if size > _MOST_BYTES:
         raise ValueError(f"{path}: {size >> 20} MB, and dots need at most {_MOST_BYTES >> 20}. "
                          "Is this the file of the dots?")

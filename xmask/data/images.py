@@ -54,14 +54,27 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
     return np.ascontiguousarray(upright(image.rgb, image.orientation))
 
 
+def check_header(path: str | os.PathLike) -> None:
+    """Raises as `read_image` does where a file does not begin as an image; reads no more of it."""
+    with _named(Path(path)), _opened(path):
+        pass
+
+
 def decode(path: str | os.PathLike) -> Decoded:
     """Read an image file as stored, with its EXIF orientation; errors as in `read_image`."""
     path = Path(path)
+    with _named(path), _opened(path) as image:
+        image.load()
+        orientation = image.getexif().get(_ORIENTATION, 1)
+        rgb, mode = _to_rgb(image, path), image.mode
+    return Decoded(rgb, orientation if orientation in range(1, 9) else 1, mode)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Whatever Pillow raises within, as an error that names the file."""
     try:
-        with _opened(path) as image:
-            image.load()
-            orientation = image.getexif().get(_ORIENTATION, 1)
-            rgb, mode = _to_rgb(image, path), image.mode
+        yield
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such image. Check the path.") from None
     except (_Unusable, PermissionError, IsADirectoryError):
@@ -70,7 +83,6 @@ def decode(path: str | os.PathLike) -> Decoded:
         raise ValueError(
             f"{path}: cannot be read as an image ({_said(error)}). The file is cut short, damaged "
             f"or none of {', '.join(FORMATS)}: convert, copy or download it again.") from None
-    return Decoded(rgb, orientation if orientation in range(1, 9) else 1, mode)
 
 
 @contextmanager

@@ -155,7 +155,7 @@ class _Manifest:
         before = {key: value for key, value in stored.items() if key not in _PROGRESS}
         if before != request:
             if before and not anew and self.images:
-                differ = [key for key in request if before.get(key) != request[key]]
+                differ = [k for k in {**request, **before} if before.get(k) != request.get(k)]
                 raise ValueError(
                     f"{folder.path}: holds masks of {len(self.images)} images that were made with "
                     f"another {' and '.join(differ)}. Give another folder (--out), or --overwrite "
@@ -177,6 +177,8 @@ class _Manifest:
                         "--overwrite to replace them")
                 self._remove(name)
                 del self.images[name]
+        for name in self.images.keys() - set(dataset.ids):
+            self._check_other(name)
 
     def _checksum(self, i: int) -> str:
         name = self.dataset.ids[i]
@@ -188,6 +190,17 @@ class _Manifest:
         """Where an own photo lies; images of a data set are known by their names."""
         path = getattr(self.dataset, "source", None)
         return path(i) if path else None
+
+    def _check_other(self, name: str) -> None:
+        """An image of an earlier call, which this one does not see: are its masks as they were?"""
+        bad = [path for path in _paths(self.folder.path, name) if not self.folder.is_intact(path)]
+        if not bad:
+            return
+        del self.images[name]
+        for path in bad:
+            self.folder.remove(path)
+        _log.warning("%s: %s not as xmask wrote it, so the masks of %s count no longer; make them "
+                     "again", self.folder.path, " and ".join(path.name for path in bad), name)
 
     def begins(self, i: int) -> bool:
         """Whether the masks of image `i` are to be made; if so, its place is cleared."""
@@ -245,7 +258,7 @@ class _Manifest:
 
     def _read(self) -> dict[str, Any]:
         """What the folder's manifest says; {} where there is none, or a damaged one, whose masks
-        are removed, because nobody knows of what they are."""
+        are set aside, because nobody knows of what they are."""
         path = self.folder.path / "manifest.json"
         if self.folder.is_listed(path) and path.is_file():
             try:
@@ -253,8 +266,10 @@ class _Manifest:
             except ValueError as error:
                 _log.warning("%s", error)
             for name in self.folder.names():
-                if name.endswith((".png", ".csv")) and Path(name).stem not in _OWN_FILES:
-                    self.folder.remove(self.folder.path / name)
+                file = self.folder.path / name
+                if name.endswith((".png", ".csv")) and Path(name).stem not in _OWN_FILES and (
+                        file.is_file()):
+                    self.folder.set_aside(file, "its manifest is damaged")
         return {}
 
 
@@ -270,7 +285,7 @@ def _check_manifest(manifest: dict[str, Any], path: Path) -> dict[str, Any]:
             for one in manifest["images"].values()):
         raise ValueError(
             f"{path}: not a manifest of masks, which has the fields {', '.join(sorted(_KEYS))} and "
-            "plain image names. The masks are made anew")
+            "plain image names. Masks that it listed are set aside; make them anew")
     return manifest
 
 

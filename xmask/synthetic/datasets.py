@@ -40,7 +40,7 @@ def write_dataset(layout: str, root: str | os.PathLike, *, train: int, test: int
     interrupted call can be repeated. Each image carries its settings as a JPEG comment.
 
     Raises ValueError for an unknown layout or numbers that make no sense, and if the folder
-    holds images that this call would not draw: nothing is ever overwritten.
+    holds images or annotations that this call would not write: nothing is ever overwritten.
     """
     if layout not in CHARACTERS:
         raise ValueError(f"layout: {layout!r} is unknown; choose from {sorted(CHARACTERS)}")
@@ -184,7 +184,9 @@ def _write_image(task: Task) -> None:
     """Draw one image and write its files, the image last: where it is, the rest is too."""
     sample, facts = draw(task.scene_seed, task.shape, task.people, CHARACTERS[task.layout],
                           task.name)
-    files.write_png(task.mask, sample.instances.astype(np.uint16))
+    mask = io.BytesIO()
+    Image.fromarray(sample.instances.astype(np.uint16)).save(mask, "PNG")
+    _write(task.mask, mask.getvalue())
     if task.layout == "sha":
         cell = np.empty((1, 1), object)
         cell[0, 0] = {"location": sample.points.astype(np.float64),
@@ -203,9 +205,17 @@ def _write_mat(path: Path, content: dict) -> None:
     """Write a .mat without the date that scipy puts into the first 116 bytes."""
     buffer = io.BytesIO()
     savemat(buffer, content)
-    with files.replacing(path) as temporary:
-        temporary.write_bytes(b"MATLAB 5.0 MAT-file, drawn by xmask".ljust(116)
-                              + buffer.getvalue()[116:])
+    _write(path, b"MATLAB 5.0 MAT-file, drawn by xmask".ljust(116) + buffer.getvalue()[116:])
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file that is not there; one that is there has to be the same."""
+    if not path.exists():
+        with files.replacing(path) as temporary:
+            temporary.write_bytes(content)
+    elif path.read_bytes() != content:
+        raise ValueError(f"{path}: was not drawn by these settings, and stays as it is; choose "
+                         "another root, or delete it if it is not needed")
 
 
 def _write_jhu(path: Path, sample: Sample, facts: dict) -> None:
@@ -214,7 +224,7 @@ def _write_jhu(path: Path, sample: Sample, facts: dict) -> None:
     level = np.digitize(-facts["visible"], [-.9, -.5]) + 1
     rows = [f"{x:.0f} {y:.0f} {w:.0f} {h:.0f} {occlusion} {int(facts['blurred'])}\n"
             for (x, y), (w, h), occlusion in zip(sample.points, sample.boxes, level)]
-    files.write_text(path, "".join(rows))
+    _write(path, "".join(rows).encode())
 
 
 def _write_image_labels(tasks: list[Task], folder: Path) -> None:
@@ -229,4 +239,4 @@ def _write_image_labels(tasks: list[Task], folder: Path) -> None:
         rows[task.image.parent.parent.name].append(
             f"{task.name},{task.people},{scene.kind},{scene.weather},{int(task.people == 0)}\n")
     for split, lines in rows.items():
-        files.write_text(folder / split / "image_labels.txt", "".join(lines))
+        _write(folder / split / "image_labels.txt", "".join(lines).encode())

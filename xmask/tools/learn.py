@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import ConcatDataset, Subset
 
-from xmask import config, files, metrics, provenance, segmenters
+from xmask import config, files, metrics, model, provenance, segmenters
 from xmask.calibration import Calibration
 from xmask.config import Config
 from xmask.data.masks import mask_dataset
@@ -80,7 +80,7 @@ def held_out(dotted: OwnPhotos, share: float) -> list[int]:
 def _learn(dotted: OwnPhotos, bare: OwnPhotos, folder: files.OutputFolder, settings: Config,
            segmenter: str, start: bool, progress: bool) -> Path:
     out = folder.path
-    model, record, report = (out / n for n in ("model.safetensors", "config.json", "report.json"))
+    weights, record, report = (out / n for n in ("model.safetensors", "config.json", "report.json"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     described = segmenters.describe(segmenter)
     shipped = models.load(device=device) if start else None
@@ -92,9 +92,10 @@ def _learn(dotted: OwnPhotos, bare: OwnPhotos, folder: files.OutputFolder, setti
          "xmask.data.own_photos"),
         checksum, described, initialisation, settings.to_dict(), device.type)
     unfinished = (out / "checkpoint.pt").exists()  # it goes last, after calibration and report
-    if not unfinished and folder.is_intact(model) and folder.is_intact(record) and (
+    if not unfinished and folder.is_intact(weights) and folder.is_intact(record) and (
             files.read_json(record).get("fingerprint") == fingerprint):
         return out  # finished before
+    _check_start(settings, shipped)
     (dotted, damaged), (bare, more) = dotted.sound(), bare.sound()
     for message in damaged + more:
         _log.warning("left out: %s", message)
@@ -110,15 +111,10 @@ def _learn(dotted: OwnPhotos, bare: OwnPhotos, folder: files.OutputFolder, setti
     trainer = Trainer(settings, Kept(labelled, _CACHE), BareImages(Kept(everything, _CACHE)),
                       device=device)
     if shipped:
-        try:
-            for network in (trainer.student, trainer.teacher):
-                network.load_state_dict(shipped.network.state_dict())
-        except RuntimeError:
-            raise ValueError("network (--set network...): the model of the package, which training "
-                             "starts from, has another network; leave these fields as they are"
-                             ) from None
+        for network in (trainer.student, trainer.teacher):
+            network.load_state_dict(shipped.network.state_dict())
         trainer.initialisation = initialisation
-    for stale in (model, report):  # of other photos or settings: not to stand beside a new record
+    for stale in (weights, report):  # of other photos or settings: not to stand beside a new record
         folder.remove(stale)
     written = {
         "profile": settings.profile, "dataset": "own", "percent": settings.percent,
@@ -143,6 +139,18 @@ def _learn(dotted: OwnPhotos, bare: OwnPhotos, folder: files.OutputFolder, setti
     training.fit(trainer, out, progress=progress, fingerprint=fingerprint,
                  finish=finish if measured else None)
     return out
+
+
+def _check_start(settings: Config, shipped: Predictor | None) -> None:
+    """Raises ValueError, before masks are made, for a network that cannot be built or started."""
+    network = model.build(settings.network)[0]
+    if shipped:
+        try:
+            network.load_state_dict(shipped.network.state_dict())
+        except RuntimeError:
+            raise ValueError("network (--set network...): the model of the package, which training "
+                             "starts from, has another network; leave these fields as they are"
+                             ) from None
 
 
 def compare(before: Predictor | None, network: torch.nn.Module, photos: Sequence[Sample],

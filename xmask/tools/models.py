@@ -52,7 +52,7 @@ def load(weights: str | os.PathLike | None = None, device: str | torch.device | 
     else:
         network, config, metadata = load_network(path)
         record = _record(metadata, path)
-    record = {"file": path.name, "sha256": _weights_digest(network)} | record
+    record |= {"file": path.name, "sha256": _weights_digest(network)}
     return Predictor(network.to(device).eval(), config, record,
                      calibration.from_dict(record.get("calibration")))
 
@@ -232,6 +232,7 @@ def _record(metadata: dict[str, str], path: Path) -> dict[str, Any]:
             raise TypeError("a text is expected in backbone, initialisation and trained_on.text")
         calibration.from_dict(record.get("calibration"))
         reliability(record, [1])
+        json.dumps(record, allow_nan=False)
     except Exception as error:  # anything may stand there
         raise ValueError(f"{path}: its record is not as `xmask export` writes it "
                          f"({type(error).__name__}: {error}). Export it again.") from error

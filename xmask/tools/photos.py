@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import glob
 import json
+import logging
 import os
 import re
 from collections import Counter
@@ -24,12 +25,13 @@ from tqdm.auto import tqdm
 
 from xmask import files, provenance
 from xmask.data.annotations import MOST_HEADS
-from xmask.data.images import SUFFIXES, is_image, upright
+from xmask.data.images import SUFFIXES, check_header, is_image, upright
 from xmask.data.images import decode as decode_file
 from xmask.predict import Predictor, check_side
 from xmask.tools import coco
 
 _STRIP = 512  # rows painted at a time
+_log = logging.getLogger("xmask")
 
 
 @dataclass(frozen=True)
@@ -68,12 +70,12 @@ def find(arguments: Sequence[str | os.PathLike]) -> list[Photo]:
     paths: list[Path] = []
     for argument in map(os.fspath, arguments):
         path = Path(argument)
-        if path.is_dir():
+        if os.path.isdir(path):
             found = _images(path.iterdir())
             if not found:
                 raise ValueError(f"{path}: no image in this folder ({', '.join(SUFFIXES)}). For "
                                  f"folders below it give the glob '{path}/**/*.jpg', in quotes.")
-        elif glob.has_magic(argument) and not path.exists():
+        elif glob.has_magic(argument) and not os.path.exists(path):
             found = _images(map(Path, glob.glob(argument, recursive=True)))
             if not found:
                 raise ValueError(f"{argument}: no image matches this pattern. Check it against "
@@ -83,7 +85,7 @@ def find(arguments: Sequence[str | os.PathLike]) -> list[Photo]:
         paths += found
     once: dict[Path, Path] = {}
     for path in paths:
-        once.setdefault(path.resolve(), path)
+        once.setdefault(Path(os.path.realpath(path)), path)
     paths = list(once.values())
     return [Photo(path, name) for path, name in zip(paths, _names(paths))]
 
@@ -175,8 +177,11 @@ class _Results:
         """What is known of a result; None if nothing, or if its note is damaged."""
         try:
             note = files.read_json(self.place / "notes" / f"{name}.json")
-            Row(**note["row"])
-            good = all(isinstance(note[key], str) for key in ("source", "image", "made_from"))
+            row = Row(**note["row"])
+            good = row.name == name and all(isinstance(text, str) for text in (
+                row.image, row.repairs, *(note[k] for k in ("source", "image", "made_from"))))
+            good = good and all(isinstance(n, int) for n in (row.count, row.width, row.height))
+            good = good and all(n is None or isinstance(n, int) for n in (row.low, row.high))
             return note if good and isinstance(note["files"], dict) else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -205,6 +210,7 @@ class _Results:
         if not photo.path.stat().st_size:
             raise ValueError(f"{photo.path}: the file is empty (0 bytes). Copy or download it "
                              "again.")
+        check_header(photo.path)  # before all of it is read
         image, source = files.sha256(photo.path), os.fspath(photo.path.absolute())
         name = self._name(photo, source, image)
         made_from = provenance.digest(image, *self.settings)
@@ -214,7 +220,7 @@ class _Results:
         else:
             row = self._predict(photo, name)
             made = {path.name: files.sha256(path) for path in self._paths(name)}
-        new = {"source": source, "image": image, "made_from": made_from,
+        new = {"source": source, "image": image, "made_from": made_from, "model": self.settings[0],
                "row": dataclasses.asdict(row), "files": made}
         if new != note:
             files.write_json(self.place / "notes" / f"{name}.json", new)
@@ -250,8 +256,19 @@ class _Results:
     def write_tables(self, failed: list[Row]) -> None:
         """counts.csv and coco.json, of all results and of what failed in this call."""
         lost = {os.fspath(Path(row.image).absolute()) for row in failed}
-        notes = (self._note(path.stem) for path in (self.place / "notes").glob("*.json"))
-        kept = [note["row"] for note in notes if note and note["source"] not in lost]
+        kept, others = [], 0
+        for path in (self.place / "notes").glob("*.json"):
+            note, part = self._note(path.stem), self._paths(path.stem)[-1]
+            if note and part.is_file() and files.sha256(part) == note["files"].get(part.name):
+                kept += [note["row"]] if note["source"] not in lost else []
+                others += note.get("model") != self.settings[0]
+            else:
+                _log.warning("%s: the notes about %s are damaged, so counts.csv and coco.json "
+                             "leave it out; predict it again", self.folder.path, path.stem)
+        if others:
+            _log.warning("%s: %d of the %d results in counts.csv and coco.json are of another "
+                         "model or an earlier version; predict those photos again, or give every "
+                         "model a folder of its own", self.folder.path, others, len(kept))
         rows = [*failed, *(Row(**row) for row in kept)]
         rows.sort(key=lambda row: (row.name, row.image))
         table = pd.DataFrame(rows, columns=[field.name for field in dataclasses.fields(Row)])
