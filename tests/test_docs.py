@@ -18,7 +18,7 @@ import yaml
 from PIL import Image
 
 import xmask
-from xmask import config, segmenters
+from xmask import config, presets, segmenters
 from xmask.cli import _parser, main
 from xmask.study import claims, elsewhere, model_card, pages
 from xmask.study.steps import _assigned
@@ -186,24 +186,35 @@ def test_what_the_readme_says_of_claims_is_what_they_say():
                      & ~drawn["as_good"].astype(bool) & (drawn["ours"] == "xmask")]
         return {(row.rival, row.labels): row for row in rows.itertuples()}
 
-    numbers = {4: "four", 5: "five"}
-    assert f"{numbers[int(drawn['seeds'].max())]} of its five seeds so far" in page
+    assert "five seeds (ablations four)" in page and int(drawn["seeds"].max()) == 5
+    assert set(drawn[drawn["rival"].isin(presets.ABLATIONS) & (
+        drawn["rival"] != "without-mask-constraint")]["seeds"]) == {4}
     assert "better than discs, Voronoi cells, watershed and EDP-SAM at the same predicted" in page
     same = drawn[drawn["claim"] == "XMask's masks are better than masks without a mask head"]
     assert len(same) and (same["verdict"] == claims.HOLDS).all()
     assert "the circle and center sampling make masks better" in page
     parts = verdicts(claims.MASKS, "without-nnec", "without-center-sampling").values()
     assert {row.verdict for row in parts} == {claims.HOLDS}
-    assert "at 10% of the labels the mask constraint makes counts better" in page
-    assert verdicts(claims.COUNTS, "without-mask-constraint")[
-        "without-mask-constraint", 10].verdict == claims.HOLDS
-    assert "make counts better for every seed at 10%" in page and "cannot tell that from" in page
-    unlabelled = verdicts(claims.COUNTS, "supervised-only")["supervised-only", 10]
-    assert unlabelled.in_favour == unlabelled.seeds and unlabelled.verdict == claims.FAILS
-    assert "neither measurably better nor worse than a mean teacher" in page
-    assert {row.why for row in verdicts(claims.COUNTS, "points-only").values()} == {
-        "no difference shown"}
-    assert "The constraint costs masks a little" in page
+    assert "make counts better in every seed" in page
+    for measure in (claims.COUNTS, claims.CALIBRATED):
+        unlabelled = verdicts(measure, "supervised-only")["supervised-only", 10]
+        assert unlabelled.in_favour == unlabelled.seeds and unlabelled.verdict == claims.FAILS
+    assert "beyond luck for a mean teacher that learns points only, once its threshold" in page
+    points = drawn[(drawn["ours"] == "points-only") & (drawn["labels"] == 10)].set_index("measure")
+    assert points.loc[claims.CALIBRATED, "verdict"] == claims.HOLDS
+    assert points.loc[claims.COUNTS, "verdict"] == claims.FAILS
+    assert (points["in_favour"] == points["seeds"]).all()
+    assert "just reaches zero" in page and -0.5 < unlabelled.low < 0
+    assert "neither measurably better nor worse than that teacher" in page
+    for measure in (claims.COUNTS, claims.CALIBRATED):
+        assert {row.why for row in verdicts(measure, "points-only").values()} == {
+            "no difference shown"}
+    assert "makes counts better, but at 10% only by moving the threshold" in page
+    constraint = ("without-mask-constraint", 10)
+    assert verdicts(claims.COUNTS, constraint[0])[constraint].verdict == claims.HOLDS
+    assert verdicts(claims.CALIBRATED, constraint[0])[constraint].why == "no difference shown"
+    assert verdicts(claims.CALIBRATED, constraint[0])[constraint[0], 5].verdict == claims.HOLDS
+    assert "and costs masks a little" in page
     assert {row.why for row in drawn[(drawn["rival"] == "without-mask-constraint") & (
         drawn["measure"] == claims.MASKS)].itertuples()} == {"the opposite"}
 

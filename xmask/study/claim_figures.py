@@ -39,7 +39,7 @@ def forest(table: pd.DataFrame) -> DescribedFigure:
                      ha="center")
     for axis, part in zip(axes, parts):
         ends = part[["low", "high"]].abs().max(axis=1)
-        limit = 1.15 * min(ends.max(), 3 * ends.median())
+        limit = max(1.15 * min(ends.max(), 3 * ends.median()), 1.05 * part["effect"].abs().max())
         left = max(min(part["low"].min(), 0.0), -limit) - 0.05 * limit
         right = min(max(part["high"].max(), 0.0), limit) + 0.05 * limit
         axis.axvline(0, color=GREY, lw=1)
