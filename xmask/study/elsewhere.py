@@ -109,8 +109,8 @@ def card_block(root: Path) -> str:
                 f"{row.before:.1f}", f"{row.after:.1f}"] for row in found.itertuples())]
     mean, low, high = gain("shb", root / RESULTS)
     return "\n".join([BEGIN, *markdown_table(table), "",
-                      f"After learning, a count is nearer to the truth by {mean:.1f} people "
-                      f"(95% interval {low:.1f} to {high:.1f}, over trials and photos).", END])
+                      f"Learning changes the MAE by {-mean:+.1f} people (95% interval {-high:+.1f} "
+                      f"to {-low:+.1f}, over trials and photos).", END])
 
 
 def refresh(root: str | Path = ".") -> Path:
