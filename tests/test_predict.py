@@ -129,7 +129,8 @@ def large():
 
 @pytest.mark.parametrize("gate", [False, True])
 def test_pieces_and_whole_agree_to_rounding(network, large, gate):
-    decoding = configuration.override(tiny().evaluation, {"density_gate": gate})
+    decoding = configuration.override(tiny().evaluation, {
+        "density_gate": gate, "point_threshold": 0.5, "count_threshold": 0.5})
     one = predict.network_maps(network, large.image, tile=1408)
     cut = predict.network_maps(network, large.image, tile=256)
     for a, b in zip(one, cut):

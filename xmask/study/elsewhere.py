@@ -27,8 +27,9 @@ END = "<!-- end of elsewhere -->"
 
 
 def parts(number: int, dotted: int, bare: int, seed: int) -> list[np.ndarray]:
-    """Indices of the photos given with dots, of those given without, and of those that measure.
+    """Which of so many photos are given with dots, which without, and which measure.
 
+    Returns their indices: int64 arrays of shape (dotted,), (bare,) and (number - dotted - bare,).
     The last are the same for all seeds, so that trials can be compared photo by photo.
     Raises ValueError where none are left to measure.
     """
