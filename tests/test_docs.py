@@ -186,12 +186,14 @@ def test_what_the_readme_says_of_claims_is_what_they_say():
                      & ~drawn["as_good"].astype(bool) & (drawn["ours"] == "xmask")]
         return {(row.rival, row.labels): row for row in rows.itertuples()}
 
-    assert "five seeds (ablations four)" in page and int(drawn["seeds"].max()) == 5
+    assert "five seeds (ablations four; three at 40%, without rivals that train)" in page
+    assert dict(drawn.groupby("labels")["seeds"].max()) == {5: 5, 10: 5, 40: 3}
+    assert drawn[drawn["labels"] == 40]["rival"].isin(presets.VARIANTS).sum() == 0
     assert set(drawn[drawn["rival"].isin(presets.ABLATIONS) & (
         drawn["rival"] != "without-mask-constraint")]["seeds"]) == {4}
     assert "better than discs, Voronoi cells, watershed and EDP-SAM at the same predicted" in page
     same = drawn[drawn["claim"] == "XMask's masks are better than masks without a mask head"]
-    assert len(same) and (same["verdict"] == claims.HOLDS).all()
+    assert set(same["labels"]) == {5, 10, 40} and (same["verdict"] == claims.HOLDS).all()
     assert "the circle and center sampling make masks better" in page
     parts = verdicts(claims.MASKS, "without-nnec", "without-center-sampling").values()
     assert {row.verdict for row in parts} == {claims.HOLDS}
