@@ -1,13 +1,12 @@
 """Counts at a threshold that other scenes set."""
 
-import numpy as np
 import pytest
 import torch
 
 from tests.data.test_transforms import scene
 from tests.study.test_evaluate import Images
 from tests.test_trainer import tiny
-from xmask import decode, model, predict
+from xmask import model
 from xmask.study import calibrated, steps
 
 
@@ -26,14 +25,6 @@ def test_the_threshold_makes_the_total_of_the_scenes_right(network):
     assert again["threshold"] == found["threshold"] and found["scenes"] == 3
     row, = found["per_image"]
     assert row["name"] == "IMG_0" and row["true_count"] == len(tested[0].points)
-
-
-@pytest.mark.parametrize("threshold", [0.5, 0.61])
-def test_it_counts_as_decoding_does(network, threshold):
-    one = scene(5)
-    logits = predict.network_maps(network, one.image)[0]
-    points, _ = decode.points_from_logits(logits, threshold=threshold)
-    assert calibrated.found_in(np.asarray(logits), threshold) == len(points)
 
 
 def test_photographs_have_no_such_scenes():

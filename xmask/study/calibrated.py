@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
+import torch
 from torch import nn
 
 from xmask.config import Config
+from xmask.decode import points_from_logits
 from xmask.study import evaluate
 
 SCENES = {"train": 1, "test": 60, "seed": 2025}  # of `write_dataset`; no run trains on any of them
@@ -30,10 +31,6 @@ def counts(network: nn.Module, config: Config, scenes: Sequence, tested: Sequenc
     found = evaluate.calibrate(evaluate.look(network, scenes, progress=progress), config)
     seen = evaluate.look(network, tested, progress=progress)
     return {"threshold": found.threshold, "scenes": found.images, "per_image": [
-        {"name": name, "true_count": people, "count": found_in(logits, found.threshold)}
+        {"name": name, "true_count": people,
+         "count": len(points_from_logits(torch.as_tensor(logits), threshold=found.threshold)[0])}
         for name, (logits, people) in zip(tested.ids, seen)]}
-
-
-def found_in(logits: Any, threshold: float) -> int:
-    """How many cells have a probability above the threshold; logits: (h, w)."""
-    return int((1 / (1 + np.exp(-np.asarray(logits, dtype=np.float64))) > threshold).sum())

@@ -68,7 +68,8 @@ def trial(dataset: Sequence, out: str | Path, *, dotted: int = 20, bare: int = 4
     with files.OutputFolder(out) as folder:
         files.write_json(folder.path / "config.json", files.read_json(run / "config.json") | {
             "photos": dataset.settings | {"checksum": dataset.checksum()},
-            "seed_of_parts": seed, "code": provenance.code("xmask.study.elsewhere")})
+            "seed_of_parts": seed, "code": {"digest": provenance.code("xmask.study.elsewhere"),
+                                            "modules": ["xmask.study.elsewhere"]}})
         if (run / "report.json").is_file():
             files.write_json(folder.path / "report.json", files.read_json(run / "report.json"))
         with files.replacing(folder.path / "counts.csv") as temporary:
