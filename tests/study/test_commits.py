@@ -54,6 +54,9 @@ def test_the_command_finds_the_commits_of_a_run(clone, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert f"config.json: {code['digest'][:16]}, the same as the code here" in shown
     assert shown.count("A again") == 2 and "B" not in shown
+    (run / "metrics.json").unlink()  # trained, and not evaluated yet
+    assert main(["code", str(run), "--limit", "9"]) == 0
+    assert capsys.readouterr().out.count("A again") == 1
     monkeypatch.setattr(steps, "CODE", {"training": ("xmask.a",)})
     assert main(["code", "0" * 8, "--limit", "3"]) == 0
     shown = capsys.readouterr().out

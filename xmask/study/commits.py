@@ -39,7 +39,8 @@ def commits_of(digest: str, modules: Sequence[str], limit: int) -> Iterator[str]
 def _records(wanted: str) -> Iterator[tuple[str, str, list[str]]]:
     """(title, digest, modules) of what is asked for."""
     if Path(wanted).is_dir():
-        for path in (Path(wanted) / name for name in ("config.json", "metrics.json")):
+        records = [Path(wanted) / name for name in ("config.json", "metrics.json")]
+        for path in records[:1 + records[1].is_file()]:  # without the second, it is only trained
             code = files.read_json(path).get("code") if path.is_file() else None
             if not code:
                 raise ValueError(f"{path}: holds no digest of code; it was made by an earlier "
