@@ -17,6 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from tests import hostile
@@ -25,13 +26,19 @@ from xmask.synthetic import draw_scene, write_dataset
 
 PAGE = Path(__file__).parents[1] / "docs" / "reliability.md"
 _NEVER_EQUAL = ("times.csv",)  # tells how long it took
+_SHORT = [f"--set={field}" for field in (  # a training of seconds
+    "optimisation.crop=64", "schedule.steps_per_epoch=2", "schedule.warmup=1", "schedule.phase1=2",
+    "schedule.mask_warmup=1", "schedule.phase2=4", "schedule.phase3=8")]
 
 
-def _photos(folder: Path, number: int, size: tuple[int, int] = (96, 128)) -> Path:
+def _photos(folder: Path, number: int, *, dotted: int = 0) -> Path:
+    """A folder of small photos, the first of them with dots beside them."""
     folder.mkdir(parents=True)
-    scene = Image.fromarray(draw_scene(seed=4, shape=size, people=8).image)
+    scene = draw_scene(seed=4, shape=(96, 128), people=8)
     for k in range(number):
-        scene.rotate(k).save(folder / f"{k:05d}.png")
+        Image.fromarray(scene.image).rotate(0 if k < dotted else k).save(folder / f"{k:05d}.png")
+        if k < dotted:
+            np.savetxt(folder / f"{k:05d}.csv", scene.points, "%g", ",", header="x,y", comments="")
     return folder
 
 
@@ -43,15 +50,16 @@ def _command(name: str, place: Path) -> list[str]:
                  "classical"]
     else:
         if not (place / "photos").exists():
-            _photos(place / "photos", 6)
-        words = ["predict", str(place / "photos"), "--device", "cpu"]
+            _photos(place / "photos", 6, dotted=3)
+        words = (["predict", str(place / "photos"), "--device", "cpu"] if name == "predict" else
+                 ["learn", str(place / "photos"), "--segmenter", "classical", *_SHORT])
     return [sys.executable, "-m", "xmask", *words, "--out"]
 
 
 def results(folder: Path) -> dict[str, str]:
-    """Name -> checksum of the results in an output folder."""
-    return {path.name: files.sha256(path) for path in folder.iterdir()
-            if path.is_file() and path.name not in _NEVER_EQUAL}
+    """Path -> checksum of the results in an output folder."""
+    return {str(path.relative_to(folder)): files.sha256(path) for path in folder.rglob("*")
+            if path.is_file() and ".xmask" not in path.parts and path.name not in _NEVER_EQUAL}
 
 
 def kill_and_compare(name: str, place: Path, *, kills: int, seed: int) -> dict:
@@ -79,8 +87,8 @@ def kill_and_compare(name: str, place: Path, *, kills: int, seed: int) -> dict:
             process.communicate()
             done += 1
             if out.exists():  # whatever has its name is whole
-                lost += [f"{path.name} after kill {done}" for path in out.glob("*.png")
-                         if not path.name.startswith(".") and not _is_whole(path)]
+                lost += [f"{path.name} after kill {done}" for path in out.rglob("*.png")
+                         if ".xmask" not in path.parts and not _is_whole(path)]
             continue
         if process.returncode:
             raise RuntimeError(errors.decode())
@@ -105,19 +113,24 @@ def _is_whole(path: Path) -> bool:
 _MEASURE = """
 import resource, sys
 from xmask.cli import main
-status = main(["predict", sys.argv[1], "--out", sys.argv[2], "--device", "cpu"])
+status = main(sys.argv[1:])
 print("peak", status, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
-def peak_of_predict(place: Path, images: int) -> float:
-    """Peak memory, MB, of a process that predicts so many small images."""
-    photos = _photos(place / "photos", images)
-    found = subprocess.run([sys.executable, "-c", _MEASURE, str(photos), str(place / "out")],
+def peak(command: str, place: Path, images: int) -> float:
+    """Peak memory, MB, of a process that predicts, or learns from, so many small images."""
+    photos = str(_photos(place / "photos", images, dotted=3))
+    words = [command, photos, "--out", str(place / "out")]
+    if command == "predict":
+        words += ["--device", "cpu"]
+    else:  # long enough to see 1,000 images
+        words += ["--segmenter", "classical", *_SHORT, "--set=schedule.steps_per_epoch=32"]
+    found = subprocess.run([sys.executable, "-c", _MEASURE, *words],
                            check=True, capture_output=True, text=True).stdout
-    status, peak = re.findall(r"^peak (\d+) (\d+)$", found, re.MULTILINE)[0]
+    status, size = re.findall(r"^peak (\d+) (\d+)$", found, re.MULTILINE)[0]
     assert status == "0"
-    return int(peak) / 1024
+    return int(size) / 1024
 
 
 def hostile_images(place: Path, number: int) -> dict:
@@ -146,9 +159,10 @@ def main(arguments: list[str] | None = None) -> None:
     rows, faults = [], []
     with tempfile.TemporaryDirectory() as place:
         place = Path(place)
-        for name in ("masks", "predict"):
+        for name, share in (("masks", 0.4), ("predict", 0.4), ("learn", 0.2)):
             (place / name).mkdir()
-            one = kill_and_compare(name, place / name, kills=options.kills // 2, seed=options.seed)
+            one = kill_and_compare(name, place / name, kills=round(share * options.kills),
+                                   seed=options.seed)
             faults += one["lost"] + one["different"]
             rows.append((f"`xmask {name}` killed by SIGKILL at random moments", f"{one['kills']} "
                          f"kills, {one['ends']} whole runs",
@@ -157,9 +171,10 @@ def main(arguments: list[str] | None = None) -> None:
         one = hostile_images(place, 500)
         rows.append(("hostile files as photos", f"{one['files']} files in one call",
                      f"{one['tracebacks']} tracebacks, {one['said']} named"))
-        few, many = (peak_of_predict(place / f"n{n}", n) for n in (50, options.images))
-        rows.append(("memory of `xmask predict`", f"{options.images} images beside 50",
-                     f"{many:.0f} MB beside {few:.0f} MB: {many / few:.3f} times"))
+        for name in ("predict", "learn"):
+            few, many = (peak(name, place / f"{name}{n}", n) for n in (50, options.images))
+            rows.append((f"memory of `xmask {name}`", f"{options.images} images beside 50",
+                         f"{many:.0f} MB beside {few:.0f} MB: {many / few:.3f} times"))
     table = "\n".join(["| tried | how often | what happened |", "| --- | --- | --- |",
                        *("| " + " | ".join(row) + " |" for row in rows)])
     page = PAGE.read_text(encoding="utf-8")

@@ -8,12 +8,15 @@ import os
 import random
 import resource
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -239,14 +242,14 @@ def test_a_hundred_command_lines_change_no_file_of_the_user(tmp_path, capsys, mo
         assert {name: after.get(name) for name in before} == before, (number, words)
 
 
-@pytest.mark.parametrize("command", ["masks", "predict"])
+@pytest.mark.parametrize("command", ["masks", "predict", "learn"])
 def test_a_killed_command_goes_on_and_ends_with_the_same_bytes(command, tmp_path):
     found = soak.kill_and_compare(command, tmp_path, kills=2, seed=1)
     assert found["kills"] == 2 and not found["different"] and not found["lost"]
 
 
 def test_predicting_many_images_takes_no_more_memory_than_a_few(tmp_path):
-    few, many = (soak.peak_of_predict(tmp_path / str(n), n) for n in (3, 15))
+    few, many = (soak.peak("predict", tmp_path / str(n), n) for n in (3, 15))
     assert many <= 1.1 * few
 
 
@@ -287,6 +290,47 @@ def test_a_full_disk_names_the_file_and_leaves_the_old_one(tmp_path):
         raise OSError(28, "No space left on device")
     assert failed.value.filename == str(path)
     assert files.read_json(path) == {"old": 1} and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_disk_that_cannot_be_written_to_is_named_by_the_result(tmp_path, monkeypatch):
+    def refuse(path, *_, **__):
+        raise OSError(30, "Read-only file system", str(path))
+    monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr(os, "unlink", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(OSError, match="Read-only.*a.json") as failed:
+        files.write_json(tmp_path / "a.json", {})
+    assert failed.value.filename == str(tmp_path / "a.json")
+
+
+def test_a_file_that_came_with_a_clone_is_ours_if_it_says_the_same_and_else_set_aside(tmp_path):
+    for name, text in (("a.txt", "same"), ("b.txt", "edited"), ("c.txt", "mine")):
+        (tmp_path / name).write_text(text)
+    for made in ("same", "new"):
+        with files.OutputFolder(tmp_path, cloned=True) as folder:
+            files.write_text(tmp_path / "a.txt", "same")
+            files.write_text(tmp_path / "b.txt", made)
+    for name in "ac":
+        folder.remove(tmp_path / f"{name}.txt")
+    assert {path.name: path.read_text() for path in tmp_path.glob("*.*") if path.is_file()} == {
+        "b.txt": "new", "b.txt.set-aside-1": "edited", "c.txt": "mine"}
+
+
+def test_equal_models_are_equal_files(tmp_path):
+    tensors = {"ä": torch.arange(6.0).reshape(2, 3).T, "b": torch.ones(5, dtype=torch.float16)}
+    code = ("import sys, torch; from xmask import files\n"
+            "tensors = {'ä': torch.arange(6.).reshape(2, 3).T, 'b': torch.ones(5).half()}\n"
+            "name = sys.argv[1]\n"
+            "files.write_safetensors(name, tensors, dict.fromkeys(name[-3:], '\"é'))")
+    for seed, order in enumerate(("abc", "cab", "bca")):  # their order is another by process, too
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / order)], check=True,
+                       env=os.environ | {"PYTHONHASHSEED": str(seed)})
+    assert len({(tmp_path / order).read_bytes() for order in ("abc", "cab", "bca")}) == 1
+    found = load_file(tmp_path / "abc")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+    with safe_open(tmp_path / "abc", "pt") as file:
+        assert file.metadata() == dict.fromkeys("abc", '"é')
 
 
 def test_files_have_the_permissions_that_the_umask_asks_for(tmp_path):

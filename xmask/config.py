@@ -24,7 +24,7 @@ from pydantic import (
 )
 
 Profile = Literal["demo", "full", "photo", "paper"]
-Dataset = Literal["sha", "qnrf", "jhu", "shb", "synthetic"]
+Dataset = Literal["sha", "qnrf", "jhu", "shb", "synthetic", "own"]  # own: photos of `xmask learn`
 AnySection = TypeVar("AnySection", bound="Section")
 
 # Ranges: 0 is allowed where it means "off" or "none"; upper bounds only catch slips of the pen.

@@ -17,12 +17,16 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from filelock import FileLock, Timeout
 from PIL import Image
+
+if TYPE_CHECKING:  # torch takes a second to load, and the smallest commands need none
+    from torch import Tensor
 
 HIDDEN = ".xmask"  # folder within an output folder: its record, its lock, notes of commands
 _RECORD = {"record of": "xmask", "version": 1}  # first line of .xmask/record.jsonl
@@ -67,7 +71,8 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
             raise OSError(f"{path}: {error}") from error
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a disk that cannot be written to: the first error says so
+            temporary.unlink(missing_ok=True)
 
 
 def _sync(folder: Path) -> None:
@@ -113,6 +118,26 @@ def write_png(path: str | os.PathLike, array: np.ndarray) -> None:
         raise ValueError(f"{path}: a PNG holds uint8 or uint16 values, not {array.dtype}")
     with replacing(path) as temporary:
         Image.fromarray(array).save(temporary, format="PNG")
+
+
+def write_safetensors(path: str | os.PathLike, tensors: dict[str, Tensor],
+                      metadata: dict[str, str]) -> None:
+    """Write tensors, of any shape () to (N, ...) and device, with metadata: the same ones give the
+    same bytes.
+
+    (safetensors itself writes metadata in an order of chance, so that every copy of a model had
+    a checksum of its own.)
+    """
+    from safetensors.torch import save
+    content = save({name: one.contiguous().cpu() for name, one in tensors.items()}, metadata)
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text = text.ljust(-8 * (-len(text) // 8))  # the numbers begin at a multiple of 8 bytes
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(memoryview(content)[end:])
 
 
 def sha256(path: str | os.PathLike) -> str:
@@ -206,6 +231,8 @@ class OutputFolder:
     content and before it renamed the file. Entering it again within it is fine.
 
     overwrite: write beside the user's files, and replace those whose names are needed.
+    cloned: the files in it may have come with a clone, which carries no record. One in the way of
+    a result that says the same is ours from then on; any other one is set aside.
     wait: seconds to wait for another process that is writing there.
     Raises, before anything is written: NotADirectoryError for a file, FileExistsError for a
     folder with other files and no record, ValueError for a damaged record, OSError where nothing
@@ -214,9 +241,9 @@ class OutputFolder:
 
     _open: dict[Path, OutputFolder] = {}
 
-    def __init__(self, path: str | os.PathLike, *, overwrite: bool = False,
+    def __init__(self, path: str | os.PathLike, *, overwrite: bool = False, cloned: bool = False,
                  wait: float = 0.0) -> None:
-        self.path, self.overwrite, self.wait = Path(path), overwrite, wait
+        self.path, self.overwrite, self.cloned, self.wait = Path(path), overwrite, cloned, wait
         self._stack, self._key, self._made = ExitStack(), self.path.resolve(), False
         self._known: dict[str, set[str]] = {}
 
@@ -270,7 +297,7 @@ class OutputFolder:
         if not self.path.is_dir():
             return
         others = sorted(one.name for one in self.path.iterdir() if not _is_nobodys(one))
-        if others and not self.overwrite and not _record(self.path).is_file():
+        if others and not (self.overwrite or self.cloned) and not _record(self.path).is_file():
             more = f" and {len(others) - 1} more" if len(others) > 1 else ""
             raise FileExistsError(
                 f"{self.path}: holds {others[0]}{more} and no record of xmask, so these are not "
@@ -279,7 +306,7 @@ class OutputFolder:
 
     def make_way(self, path: Path) -> None:
         """Let `path` be written: raises FileExistsError if the user's file is there."""
-        if not os.path.lexists(path) or self.is_intact(path):
+        if self.cloned or not os.path.lexists(path) or self.is_intact(path):
             return
         if self.is_listed(path):
             self.set_aside(path)
@@ -291,6 +318,9 @@ class OutputFolder:
     def note(self, path: Path, checksum: str) -> None:
         """Put a file that is about to get its name on record."""
         name = self._name(path)
+        if self.cloned and os.path.lexists(path) and not self.is_intact(path) and (
+                not path.is_file() or sha256(path) != checksum):
+            self.set_aside(path, "not as xmask wrote it here")
         if checksum in self._known.get(name, ()):
             return
         line = json.dumps({"file": name, "sha256": checksum}) + "\n"

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from scipy.io import savemat
 
 from xmask import files
-from xmask.data import images, open_dataset, read_image, readers
+from xmask.data import annotations, images, open_dataset, read_image, readers
 from xmask.data.annotations import clip_points, read_jhu, read_qnrf, read_shanghaitech
 from xmask.data.layouts import LAYOUTS
 from xmask.data.readers import turns_upright
@@ -186,6 +186,28 @@ def test_no_point_one_point_and_many_are_n_by_2(tmp_path, value, expected):
     for points, boxes in (read_qnrf(tmp_path / "q.mat"), read_shanghaitech(tmp_path / "s.mat")):
         assert points.shape == (expected, 2) and points.dtype == np.float64 and boxes is None
         assert points[:1].tolist() == [[3, 4]][:expected]
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_a_packed_file_that_unpacks_to_far_more_than_dots_is_refused(tmp_path, order, monkeypatch):
+    savemat(tmp_path / "s.mat", {"image_info": {"location": np.zeros((2_000_000, 2))}},
+            do_compression=True)
+    content = (tmp_path / "s.mat").read_bytes()
+    if order == ">":  # as a machine of the other byte order writes the part that is not packed
+        content = content[:124] + b"\1\0MI" + np.frombuffer(
+            content[128:136], "<u4").astype(">u4").tobytes() + content[136:]
+        (tmp_path / "s.mat").write_bytes(content)
+    monkeypatch.setattr(annotations, "loadmat", None)  # it never comes so far
+    assert len(content) < 100_000
+    with pytest.raises(ValueError, match=r"s\.mat: cannot be read.*unpacks to more than 16 MB"):
+        read_shanghaitech(tmp_path / "s.mat")
+
+
+def test_packed_and_plain_files_are_the_same(tmp_path):
+    points = np.random.default_rng(0).uniform(0, 99, (65535, 2))
+    for packed in (False, True):
+        savemat(tmp_path / "s.mat", {"annPoints": points, "more": "text"}, do_compression=packed)
+        np.testing.assert_array_equal(read_qnrf(tmp_path / "s.mat")[0], points)
 
 
 def test_a_structure_without_the_cell_around_it_is_read_too(tmp_path):

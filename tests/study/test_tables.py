@@ -353,16 +353,21 @@ def test_latex_is_escaped(study, tmp_path):
             assert line.count(" & ") == len(columns) - 1
 
 
-def test_tables_no_longer_supported_by_a_run_are_removed(tmp_path):
+def test_tables_no_longer_supported_by_a_run_are_removed(tmp_path, caplog):
     out = tmp_path / "tables"
     path = write_run(tmp_path, seed=2, selection="best-on-test")
     write_run(tmp_path, seed=1)
     tables.write_tables(tmp_path, out)
     (out / "notes.md").write_text("mine")
+    (out / "ablation_mine.md").write_text("mine")
+    (out / "counting.md").write_text("edited")
     (path / "metrics.json").unlink()
     with pytest.warns(UserWarning, match="sha-5-s2"):
         tables.write_tables(tmp_path, out)
     assert not list(out.glob("*_best-on-test*")) and (out / "notes.md").exists()
+    assert (out / "ablation_mine.md").read_text() == "mine"
+    assert "ablation_mine.md: no run here gives it" in caplog.text
+    assert (out / "counting.md.set-aside-1").read_text() == "edited"
 
 
 def test_a_run_not_yet_evaluated_is_skipped_and_named(study, tmp_path):

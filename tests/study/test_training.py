@@ -68,7 +68,7 @@ def test_a_run_killed_before_its_model_is_written_writes_it(tmp_path, finished, 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(training, "save_file", full)
+    monkeypatch.setattr(training.files, "write_safetensors", full)
     with pytest.raises(OSError, match="No space"):
         run(tmp_path)
     monkeypatch.undo()

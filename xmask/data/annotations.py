@@ -11,6 +11,8 @@ from __future__ import annotations
 import csv
 import io
 import os
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ Annotation = tuple[np.ndarray, "np.ndarray | None"]
 
 MOST_HEADS = 65535  # of an image: what a 16-bit label map can number
 _MOST_BYTES = 64 << 20  # of an annotation file; the largest of the benchmarks has under 1 MB
+_MOST_UNPACKED = 16 << 20  # bytes of the values of a packed .mat; 65,535 heads have 1 MB
 
 
 def read_shanghaitech(path: str | os.PathLike) -> Annotation:
@@ -164,6 +167,7 @@ def load_mat(path: str | os.PathLike) -> dict:
     than dots need; errors as in `read_content`."""
     content = io.BytesIO(read_content(path))
     try:
+        _check_unpacked(content.getvalue())
         for name, shape, _ in whosmat(content):  # packed values may be much larger than the file
             if np.prod(shape, dtype=float) > 16 * MOST_HEADS:
                 raise ValueError(f"field {name} has shape {tuple(shape)}")
@@ -175,6 +179,19 @@ def load_mat(path: str | os.PathLike) -> dict:
     except Exception as error:  # scipy's parser raises nearly anything on damaged bytes
         raise ValueError(f"{path}: cannot be read as a MATLAB file ({type(error).__name__}: "
                          f"{error}). It is cut short or damaged: download it again.") from None
+
+
+def _check_unpacked(content: bytes) -> None:
+    """Raises ValueError where the packed parts of a MATLAB 5 file hold more than dots need."""
+    order, place, left = {b"IM": "<", b"MI": ">"}.get(content[126:128]), 128, _MOST_UNPACKED
+    while order and place + 8 <= len(content):
+        kind, size = struct.unpack_from(order + "II", content, place)
+        if kind == 15:  # the format's number of a packed part, which holds no other ones
+            packed = memoryview(content)[place + 8:place + 8 + size]
+            left -= len(zlib.decompressobj().decompress(packed, left + 1))
+            if left < 0:
+                raise ValueError(f"it unpacks to more than {_MOST_UNPACKED >> 20} MB")
+        place += 8 + size
 
 
 def _field(contents: dict, name: str, path: str | os.PathLike) -> object:

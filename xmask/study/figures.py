@@ -339,19 +339,25 @@ def write_figures(results: str | Path, out: str | Path,
     longer support are removed.
     """
     runs, out = tables.load_runs(results, only), Path(out)
+    with files.OutputFolder(out, cloned=True, wait=tables.PATIENCE) as folder:
+        paths = list(_write_all(runs, out, datasets))
+        tables.remove_others(folder, r"(learning_.+|counts_.+|percents_.+|mae_versus_percent|"
+                                     r"mean_iou|ablation_.+)\.png", paths)
+    return paths
+
+
+def _write_all(runs: pd.DataFrame, out: Path,
+               datasets: Callable[[str], object] | None) -> Iterator[Path]:
     both = runs["synthetic"].nunique() > 1
-    paths: list[Path] = []
     for selection in tables.SELECTIONS:
         for synthetic in (True, False):
             part = runs[(runs["selection"] == selection) & (runs["synthetic"] == synthetic)]
             ending = ("_real" if both and not synthetic else "") + (
                 "" if selection == "last" else f"_{selection}") + ".png"
-            paths += [figure.write(out / f"{name}{ending}") for name, figure in _figures_of(part)]
+            for name, figure in _figures_of(part):
+                yield figure.write(out / f"{name}{ending}")
             if datasets is not None:
-                paths += _write_predictions(part, out, ending, datasets)
-    tables.remove_others(out, r"(learning_.+|counts_.+|percents_.+|mae_versus_percent|mean_iou|"
-                         r"ablation_.+)\.png", paths)
-    return paths
+                yield from _write_predictions(part, out, ending, datasets)
 
 
 def _figures_of(runs: pd.DataFrame) -> Iterator[tuple[str, DescribedFigure]]:

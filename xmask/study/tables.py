@@ -9,7 +9,9 @@ is shown as "—", never guessed; a number that was not read where it was publis
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +24,8 @@ import pandas as pd
 from xmask import files
 from xmask.study.runs import DATASETS, SELECTIONS, UNKNOWN, VARIANTS, listing, load_runs, ordered
 
+_log = logging.getLogger("xmask")
+PATIENCE = 60.0  # seconds to wait for another process that writes tables or figures
 # this order in tables; then sweeps of parameters
 MAIN_VARIANTS = ("supervised-only", "points-only", "xmask")
 DISCS = {"disc_mean_iou": "discs", "exclusive_disc_mean_iou": "discs, exclusive"}  # baselines
@@ -499,17 +503,23 @@ def write_tables(results_folder: str | Path, out: str | Path,
     only: names of the runs to read; empty for all.
     Runs of selection `best-on-test` go to files of their own (`counting_best-on-test.csv`, ...).
     Tables of an earlier call that these runs no longer support are removed, so that the folder
-    never holds a number without a run. Raises what `load_runs` raises.
+    never holds a number without a run; a table that was edited by hand is set aside. Raises what
+    `load_runs` raises.
     """
     runs, out = load_runs(results_folder, only), Path(out)
-    paths = [path for table in all_tables(runs) for path in table.write(out)]
-    remove_others(out, r"(counting|segmentation|localisation|summary|ablation_.+)"
-                       r"(_best-on-test)?\.(csv|md|tex)", paths)
+    with files.OutputFolder(out, cloned=True, wait=PATIENCE) as folder:
+        paths = [path for table in all_tables(runs) for path in table.write(out)]
+        remove_others(folder, r"(counting|segmentation|localisation|summary|ablation_.+)"
+                              r"(_best-on-test)?\.(csv|md|tex)", paths)
     return paths
 
 
-def remove_others(folder: Path, pattern: str, kept: Sequence[Path]) -> None:
-    """Remove the files of a folder whose whole name matches the pattern, but the kept ones."""
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+def remove_others(folder: files.OutputFolder, pattern: str, kept: Sequence[Path]) -> None:
+    """Remove what was written there under a name that matches the whole pattern, but the kept
+    files; one of such a name that was not written there is named, and stays."""
+    for path in sorted(folder.path.iterdir()):
         if path not in kept and re.fullmatch(pattern, path.name):
-            path.unlink()
+            folder.remove(path)
+            if os.path.lexists(path):
+                _log.warning("%s: no run here gives it, and xmask did not write it here; delete it "
+                             "if it is no file of yours", path)

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -98,10 +97,8 @@ def fit(
     if best is not None:
         trainer.network.load_state_dict(best[1])
     _write_history(folder, trainer)
-    with files.replacing(folder / "model.safetensors") as temporary:
-        weights = {k: v.contiguous().cpu() for k, v in trainer.network.state_dict().items()}
-        save_file(weights, temporary, metadata={"config": json.dumps(config.to_dict()),
-                                                "backbone": trainer.initialisation})
+    files.write_safetensors(folder / "model.safetensors", trainer.network.state_dict(), {
+        "config": json.dumps(config.to_dict()), "backbone": trainer.initialisation})
     if finish:
         finish(trainer.network)
     checkpoint.unlink(missing_ok=True)

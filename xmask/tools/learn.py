@@ -40,9 +40,9 @@ _CACHE = 256 << 20  # bytes of photos kept in memory
 def configure(overrides: dict[str, object] | None = None, *, seed: int = 1) -> Config:
     """The configuration of a training on own photos: that of profile `photo`, shorter.
 
-    overrides: fields by dotted name. The configuration names no dataset of the study.
+    overrides: fields by dotted name.
     """
-    return config.override(config.preset("photo", "synthetic", 100, seed=seed),
+    return config.override(config.preset("photo", "own", 100, seed=seed),
                            LEARN | (overrides or {}))
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import xmask
@@ -104,14 +104,13 @@ def export(run: str | os.PathLike, out: str | os.PathLike, *, half: bool = False
     Raises FileNotFoundError or ValueError for a folder that is no run.
     """
     network, config, record = _read_run(Path(run))
-    state = {name: value.contiguous().cpu() for name, value in network.state_dict().items()}
+    state = network.state_dict()
     if half:
         state = {name: value.half() if value.is_floating_point() else value
                  for name, value in state.items()}
-    with files.replacing(out) as temporary:
-        save_file(state, temporary, metadata={
-            "config": json.dumps(config.to_dict()), "backbone": record["initialisation"],
-            "record": json.dumps(record)})
+    files.write_safetensors(out, state, {
+        "config": json.dumps(config.to_dict()), "backbone": record["initialisation"],
+        "record": json.dumps(record)})
     return Path(out)
 
 
