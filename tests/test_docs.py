@@ -118,8 +118,13 @@ def check_files(words):
     """Commands of the system: nothing to check but that we wrote them on purpose."""
 
 
+def check_dask(words):
+    command = importlib.import_module(f"distributed.cli.dask_{words[0]}").main
+    command.make_context("dask", words[1:])  # a wrong word ends in an error of click
+
+
 CHECKS = {"xmask": check_xmask, "papermill": check_papermill, "make": check_make,
-          "pip": check_pip, "cat": check_files}
+          "pip": check_pip, "cat": check_files, "dask": check_dask}
 
 
 @pytest.mark.parametrize("text", blocks({"python"}))

@@ -8,6 +8,7 @@ import os
 import random
 import resource
 import shutil
+import struct
 import subprocess
 import sys
 import time
@@ -29,6 +30,7 @@ from xmask.cli import main
 from xmask.data import annotations, images, own_photos
 from xmask.data.check import as_text, check_dataset
 from xmask.data.masks import summary
+from xmask.segmenting import sam
 from xmask.tools import models, photos
 
 
@@ -484,3 +486,174 @@ def test_learn_says_at_once_that_a_network_cannot_be(tmp_path, capsys):
                      "classical", "--set", change]) == 1
         assert part in capsys.readouterr().err
         assert not (tmp_path / "out" / "masks").exists()
+
+
+# -- found by reviewers ------------------------------------------------------------------------
+
+
+def _part(kind, data):
+    return struct.pack("<II", kind, len(data)) + data + bytes(-len(data) % 8)
+
+
+def _array(cls, shape, name, body):
+    return _part(14, _part(6, struct.pack("<II", cls, 0))
+                 + _part(5, struct.pack(f"<{len(shape)}i", *shape)) + _part(1, name) + body)
+
+
+def _nested(levels):
+    body = _array(6, (1, 1), b"", _part(9, struct.pack("<d", 1)))
+    for _ in range(levels):
+        body = _array(1, (1, 1), b"", body)
+    return body
+
+
+_FIELD = _part(5, struct.pack("<i", 32)) + _part(1, b"location".ljust(32, b"\0"))
+MAT_FILES = {
+    "20,000 levels": _array(1, (1, 1), b"image_info", _nested(20_000)),
+    "text of 300 million": _array(2, (1, 1), b"image_info", _FIELD + _array(
+        4, (1, 300_000_000), b"", _part(16, b""))),
+    "300 million cells": _array(1, (1, 1), b"image_info", _array(1, (1, 300_000_000), b"", b"")),
+    "a negative shape": _array(1, (1, 1), b"image_info", _array(1, (-1, -300_000_000), b"", b"")),
+    "300 million structures": _array(1, (1, 1), b"image_info", _array(
+        2, (1, 300_000_000), b"", _FIELD)),
+    "3,000 fields": _array(2, (1, 500_000), b"image_info", _part(5, struct.pack("<i", 8)) + _part(
+        1, b"".join(b"f%05d\0\0" % k for k in range(3000)))),
+    "60 MB of zeros": bytes(60 << 20),
+    "many texts": b"".join(_array(4, (1, 900_000), b"t%04d" % k, _part(16, b""))
+                           for k in range(2000)),
+}
+
+
+@pytest.mark.parametrize("kind", MAT_FILES)
+def test_a_small_mat_file_that_claims_a_lot_is_refused_at_once(kind, tmp_path):
+    path = tmp_path / "a.mat"
+    path.write_bytes(b"MATLAB 5.0 MAT-file".ljust(124) + struct.pack("<H", 0x0100) + b"IM"
+                     + MAT_FILES[kind])
+    code = ("import resource, sys; from xmask.data import annotations\n"
+            "resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))\n"
+            "try: annotations.read_shanghaitech(sys.argv[1])\n"
+            "except ValueError as error: print(error)")
+    found = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True,
+                           timeout=60)
+    assert found.returncode == 0 and "a.mat: cannot be read as a MATLAB file" in found.stdout, found
+
+
+@pytest.mark.parametrize("command,names", [
+    (["edp-study", "--scenes", "3", "--segmenters", "classical", "--out"], ("table.md",)),
+    (["edp-study", "--scenes", "3", "--boxes", "--out"], ("boxes.csv", "x.txt")),
+])
+def test_edp_study_leaves_a_folder_of_the_users_alone(command, names, tmp_path, capsys):
+    for name in names:
+        (tmp_path / name).write_text("mine")
+    assert main([*command, str(tmp_path)]) == 1
+    assert "nothing was written" in capsys.readouterr().err
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(
+        names, "mine")
+
+
+def test_the_weights_of_the_package_are_not_replaced_unasked(capsys):
+    before = files.sha256(sam.BUNDLED)
+    assert main(["train-sam", "--scenes", "1", "--steps", "1"]) == 1
+    assert "is there already" in capsys.readouterr().err
+    assert files.sha256(sam.BUNDLED) == before
+
+
+def test_overwrite_does_not_mean_what_the_command_reads(tmp_path, capsys):
+    hostile.users_folder(tmp_path / "u")
+    own = tmp_path / "own"
+    own.mkdir()
+    for name in ("a.jpg", "a.overlay.png", "history.png", "history.csv"):
+        shutil.copy(tmp_path / "u" / {".csv": "a.csv"}.get(name[-4:], f"a{name[-4:]}".replace(
+            "a.png", "b.png")), own / name)
+    before = hostile.checksums(own)
+    main(["predict", str(own), "--out", str(own), "--overwrite", "--device", "cpu"])
+    assert "a.overlay.png: is read by this command" in capsys.readouterr().out
+    main(["learn", str(own), "--out", str(own), "--overwrite", *soak._SHORT, "--segmenter",
+          "classical"])
+    assert "history.csv: is read by this command" in capsys.readouterr().err
+    after = hostile.checksums(own)
+    assert {name: after[name] for name in before} == before
+
+
+def test_tables_of_the_users_beside_masks_are_not_read(tmp_path, capsys):
+    hostile.users_folder(tmp_path / "u")
+    command = ["masks", "--image", str(tmp_path / "u" / "a.jpg"), "--points",
+               str(tmp_path / "u" / "a.csv"), "--out", str(tmp_path / "m"), "--segmenter",
+               "classical"]
+    assert main(command) == 0
+    for name in ("notes.csv", "notes.png"):
+        (tmp_path / "m" / name).write_bytes(b"\xff")
+    assert main(command) == 0
+
+
+def test_a_photo_may_have_the_name_of_a_file_beside_masks(tmp_path):
+    hostile.users_folder(tmp_path / "u")
+    for ending, source in ((".jpg", "a.jpg"), (".csv", "a.csv")):
+        shutil.copy(tmp_path / "u" / source, tmp_path / f"Coco{ending}")
+    dotted, _ = own_photos.read_folder(tmp_path)
+    assert dotted.ids == ["Coco.jpg"]
+
+
+def test_a_checkpoint_of_the_users_is_not_taken_for_a_damaged_one(tmp_path, capsys):
+    soak._photos(tmp_path / "photos", 2, dotted=1)
+    command = ["learn", str(tmp_path / "photos"), "--out", str(tmp_path / "run"), *soak._SHORT,
+               "--segmenter", "classical"]
+    assert main([*command[:4], *command[4:], "--set=schedule.phase3=5"]) == 0
+    for name in ("checkpoint.pt", "checkpoint.pt.damaged"):
+        (tmp_path / "run" / name).write_text(f"my {name}")
+    main(command)
+    found = {path.read_text() for path in (tmp_path / "run").glob("checkpoint.pt*")}
+    assert {"my checkpoint.pt", "my checkpoint.pt.damaged"} <= found
+
+
+@pytest.mark.parametrize("streams", [("stderr",), ("stdout", "stderr")])
+def test_streams_that_are_closed_stop_nothing(streams, tmp_path, monkeypatch):
+    soak._photos(tmp_path / "photos", 1)
+    closed = " ".join({"stdout": ">&-", "stderr": "2>&-"}[one] for one in streams)
+    command = (f"{sys.executable} -m xmask predict {tmp_path}/photos --out {tmp_path}/out "
+               f"--device cpu {closed}")
+    assert subprocess.run(command, shell=True).returncode == 0
+    assert (tmp_path / "out" / "counts.csv").is_file()
+
+
+@pytest.mark.parametrize("words,message", [
+    (["reproduce", "--percents", ""], "expected whole numbers"),
+    (["reproduce", "--datasets", ","], "expected names"),
+])
+def test_empty_lists_are_named(words, message, capsys):
+    with pytest.raises(SystemExit):
+        main(words)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file,field,value,message", [
+    ("metrics.json", "dataset", "x/../../../victim/precious", "is no name"),
+    ("metrics.json", "variant", "../evil", "is no name"),
+    ("metrics.json", "localization", {"abc": {}}, "no distances"),
+    ("metrics.json", "per_image", [], "is empty"),
+    ("metrics.json", "per_image", [{"true_count": 1, "count": 1}], "'name' is missing"),
+    ("metrics.json", "counting", {"mae": 10**400, "rmse": 1}, "metrics.json"),
+    ("metrics.json", "baselines", {"constant_count": 5}, "metrics.json"),
+    ("config.json", "config", [], "config.json"),
+    ("config.json", "config", {"schedule": 5}, "config.json"),
+    ("config.json", "segmenter", 5, "config.json"),
+    ("config.json", "data", {"checksum": "x", "settings": "x"}, "config.json"),
+    ("config.json", "code", "text", "config.json: holds no digest"),
+    ("history.csv", "", "", "history.csv"),
+    ("history.csv", "", "step,epoch,phase,loss\nx,x,x,x\n", "history.csv"),
+])
+def test_runs_that_were_edited_by_hand_are_named(file, field, value, message, tmp_path,
+                                                 monkeypatch, capsys):
+    run = tmp_path / "results" / "demo" / "runs" / "sha-10-s1"
+    shutil.copytree(Path(__file__).parents[1] / "results" / "demo" / "runs" / "sha-10-s1", run)
+    for name in ("metrics.json", "config.json") if field in ("dataset", "variant") else (file,):
+        if name.endswith(".json"):
+            files.write_json(run / name, files.read_json(run / name) | {field: value})
+        else:
+            (run / name).write_text(value)
+    monkeypatch.chdir(tmp_path)
+    for command in (["tables"], ["figures"], ["code", str(run)]):
+        main(command)
+    shown = capsys.readouterr().err
+    assert message in shown and "not foreseen" not in shown
+    assert not list(tmp_path.rglob("*precious*"))

@@ -16,6 +16,8 @@ from xmask.presets import ABLATIONS, DATASETS, PERCENTS, PROFILES, VARIANTS
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit codes: 0 done, 1 something failed or was found wrong, 2 a wrong command line."""
+    sys.stdout, sys.stderr = (  # closed by whoever started us: then nobody reads them
+        one or open(os.devnull, "w", encoding="utf-8") for one in (sys.stdout, sys.stderr))
     for stream in (sys.stdout, sys.stderr):  # a file name may hold bytes that are no text
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -71,6 +73,9 @@ def _sentence(error: Exception) -> str:
             "please report it")
 
 
+_BESIDE = "write into a folder that holds other files, too, and replace those of the same names"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="xmask", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -120,6 +125,12 @@ def _own_photo_commands(command: Callable) -> None:
     made.add_argument("--workers", type=_number, default=1, help="processes; masks do not depend "
                       "on how many")
     made.add_argument("--threads", type=_number, default=1, help="of each process")
+    made.add_argument("--scheduler", default="", metavar="ADDRESS",
+                      help="workers of a Dask scheduler instead, tcp://host:8786")
+    made.add_argument("--cluster", default="", help="slurm: --workers jobs, as Dask's "
+                      "configuration (jobqueue.slurm) says")
+    made.add_argument("--shard", default="", metavar="I/N",
+                      help="2/5: the second of five such calls that fill one --out together")
     made.add_argument("--boxes", action="store_true",
                       help="use the head sizes that the dataset has (JHU-CROWD++) as well")
     made.add_argument("--limit", type=_positive, help="only the first images")
@@ -173,11 +184,12 @@ def _training_commands(command: Callable) -> None:
     made.add_argument("--steps", type=_positive, help="over which the learning rate falls")
     made.add_argument("--stop", type=_positive, help="end after so many of the steps")
     made.add_argument("--threads", type=_threads, default=1)
-    made.add_argument("--overwrite", action="store_true", help="replace the file --out, and its "
+    made.add_argument("--overwrite", action="store_true", help="replace the weights, and their "
                       ".json, if they are there")
 
     made = command("edp-study", _edp_study, "compare EDP-SAM with simpler masks on drawn scenes")
     made.add_argument("--out", type=Path, default=Path("results/edp_sam"))
+    made.add_argument("--overwrite", action="store_true", help=_BESIDE)
     made.add_argument("--scenes", type=_positive, default=18)
     made.add_argument("--seed", type=_number, help="of the first scene")
     made.add_argument("--boxes", action="store_true",
@@ -262,8 +274,7 @@ def _data_commands(command: Callable, commands: argparse._SubParsersAction) -> N
 
 
 def _guards(made: argparse.ArgumentParser) -> None:
-    made.add_argument("--overwrite", action="store_true", help="write into a folder that holds "
-                      "other files, too, and replace those whose names are needed")
+    made.add_argument("--overwrite", action="store_true", help=_BESIDE)
     made.add_argument("--max-pixels", type=_positive, metavar="N", help="refuse larger images; "
                       "default: 100 million")
 
@@ -285,42 +296,27 @@ def _reproduce(o: argparse.Namespace) -> int:
 
 
 def _masks(o: argparse.Namespace) -> int:
-    from xmask import files
-    from xmask.data import masks, open_dataset
+    from xmask.data import open_dataset
     from xmask.data.own_photos import OwnPhotos
     from xmask.segmenters import open_segmenter
     from xmask.study import steps
-    from xmask.tools import coco, contact_sheet
+    from xmask.tools import mask_folder
 
     if (o.dataset is None) == (o.image is None):
         raise ValueError("give either --dataset and --root, or --image and --points")
     if o.dataset and o.root is None:
         raise ValueError(f"--root: give the folder of {o.dataset}")
-    if o.image and o.points is None:
+    if o.image and not o.points:
         raise ValueError("--points: give a CSV with columns x and y, one row per head")
-    dataset = (open_dataset(o.dataset, o.root, o.split) if o.dataset
-               else OwnPhotos([(o.image, o.points)]))
-    indices = list(range(len(dataset)))[: o.limit]
-    files.OutputFolder(o.out, overwrite=o.overwrite).check()
-    for given in filter(None, (o.image, o.points)):  # --overwrite is not meant for these
-        for name in (f"{dataset.ids[0]}.png", f"{dataset.ids[0]}.csv") if o.image else ():
-            if (o.out / name).exists() and os.path.samefile(o.out / name, given):
-                raise ValueError(f"{given}: its masks would take its place. Give another folder "
-                                 "(--out)")
+    own = (o.image, o.points) if o.image else ()
+    dataset = OwnPhotos([own]) if own else open_dataset(o.dataset, o.root, o.split)
+    mask_folder.check(dataset, o.out, own, overwrite=o.overwrite)
     segmenter = open_segmenter(str(o.checkpoint or o.segmenter), steps.device())
-    failure = None
-    with files.OutputFolder(o.out, overwrite=o.overwrite):
-        try:
-            masks.mask_dataset(dataset, indices, segmenter, o.out, workers=o.workers,
-                               threads=o.threads, anew=o.overwrite, overwrite=o.overwrite,
-                               boxes=o.boxes)
-        except masks.MasksFailed as error:
-            failure = error
-        names = [dataset.ids[i] for i in indices]
-        written = [coco.write(o.out, masks.file_names(o.out, dataset), o.out / "coco.json"),
-                   contact_sheet.write(dataset, o.out, o.out / "worst.png")]
-    print(masks.summary(o.out, names))
-    print("\n".join(str(path) for path in (o.out / "manifest.json", *written) if path))
+    options = {name: getattr(o, name) for name in (
+        "shard", "overwrite", "workers", "threads", "scheduler", "cluster", "boxes")}
+    told, failure = mask_folder.make(dataset, list(range(len(dataset)))[: o.limit], segmenter,
+                                     o.out, **options)
+    print("\n".join(told))
     if failure:
         raise failure
     return 0
@@ -339,27 +335,28 @@ def _train_sam(o: argparse.Namespace) -> int:
     from xmask import files
     from xmask.segmenting import sam, sam_training
 
-    if o.out:
-        for path in (o.out, o.out.with_suffix(".json")):
-            files.check_new(path, o.overwrite)
+    out = o.out or sam.BUNDLED
+    for path in (out, out.with_suffix(".json")):
+        files.check_new(path, o.overwrite)
     torch.set_num_threads(o.threads)
     chosen = {name: getattr(o, name) for name in ("seed", "scenes", "steps", "stop")}
     plan = sam_training.Training(**{k: value for k, value in chosen.items() if value is not None})
-    print(json.dumps(sam_training.train(plan, o.out or sam.BUNDLED), indent=1))
+    print(json.dumps(sam_training.train(plan, out), indent=1))
     return 0
 
 
 def _edp_study(o: argparse.Namespace) -> int:
+    from xmask import files
     from xmask.study import edp_study
 
-    if o.boxes or o.negatives:
-        o.goes_on = False  # unlike the comparison, they keep no finished scenes
-        seeds = {} if o.seed is None else {"seed": o.seed}
-        measure = edp_study.run_boxes if o.boxes else edp_study.run_negatives
-        print(measure(o.out, scenes=o.scenes, segmenters=o.segmenters, **seeds))
-        return 0
-    seed = edp_study.SEED if o.seed is None else o.seed
-    edp_study.run(o.out, scenes=o.scenes, seed=seed, segmenters=o.segmenters, jobs=o.jobs)
+    seeds = {} if o.seed is None else {"seed": o.seed}
+    with files.OutputFolder(o.out, cloned=o.out == edp_study.RESULTS, overwrite=o.overwrite):
+        if o.boxes or o.negatives:
+            o.goes_on = False  # unlike the comparison, they keep no finished scenes
+            measure = edp_study.run_boxes if o.boxes else edp_study.run_negatives
+            print(measure(o.out, scenes=o.scenes, segmenters=o.segmenters, **seeds))
+            return 0
+        edp_study.run(o.out, scenes=o.scenes, segmenters=o.segmenters, jobs=o.jobs, **seeds)
     print((o.out / "table.md").read_text(encoding="utf-8"))
     return 0
 
@@ -398,7 +395,6 @@ def _export(o: argparse.Namespace) -> int:
         print(models.load(models.export(o.run, out, half=o.half), "cpu"))
         return 0
     from xmask.tools import onnx_export
-
     model = models.load(o.run, "cpu")
     differences = onnx_export.export(model, out)
     print(f"{model!r}\n{out}: " + (
@@ -414,8 +410,7 @@ def _learn(o: argparse.Namespace) -> int:
     settings = learn.configure(_changes(o.set), seed=o.seed)
     files.OutputFolder(o.out, overwrite=o.overwrite).check()
     dotted, bare = learn.read_folder(o.folder)
-    print(f"{len(dotted)} photos with {dotted.counts().sum()} dots, "
-          f"{len(bare)} without")
+    print(f"{len(dotted)} photos with {dotted.counts().sum()} dots, {len(bare)} without")
     run = learn.learn(dotted, bare, o.out, settings, segmenter=o.segmenter, overwrite=o.overwrite)
     report = run / "report.json"
     if report.is_file():
@@ -531,10 +526,10 @@ def _report(o: argparse.Namespace) -> int:
     results = steps.results_folder(o.profile)
     if o.out:
         files.check_new(o.out, o.overwrite)
-    print(report.write_report(
-        results, o.out or results / "report.html", figures_folder=Path("figures") / o.profile,
-        datasets=lambda run: steps.test_images_of(run, o.data),
-        pictures=o.pictures))
+    with files.OutputFolder(results, cloned=True):  # a page that was edited is set aside
+        print(report.write_report(
+            results, o.out or results / "report.html", figures_folder=Path("figures") / o.profile,
+            datasets=lambda run: steps.test_images_of(run, o.data), pictures=o.pictures))
     return 0
 
 
@@ -567,14 +562,19 @@ def _draw(o: argparse.Namespace) -> int:
 
 
 def _names(text: str) -> tuple[str, ...]:
-    return tuple(part for part in text.replace(",", " ").split())
+    if not (found := tuple(text.replace(",", " ").split())):
+        raise argparse.ArgumentTypeError("empty: expected names, e.g. sha,qnrf")
+    return found
 
 
 def _numbers(text: str) -> tuple[int, ...]:
     try:
-        return tuple(int(part) for part in text.replace(",", " ").split())
+        found = tuple(int(part) for part in text.replace(",", " ").split())
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected whole numbers, e.g. 5,40") from None
+        found = ()
+    if found:
+        return found
+    raise argparse.ArgumentTypeError(f"{text!r}: expected whole numbers, e.g. 5,40")
 
 
 def _number(text: str) -> int:

@@ -183,7 +183,7 @@ class Augmentation(Section):
     grey: Share = 0.25  # probability
     blur: Share = 0.8  # probability
     blur_min: PositiveAmount = 0.1  # sigma, px
-    blur_max: PositiveAmount = 2.0
+    blur_max: Annotated[float, Field(gt=0, le=10)] = 2.0  # three of it fit the smallest crop
     cutout_min: Share = 1 / 8  # of each side of the crop
     cutout_max: Share = 1 / 4
     ascending = (("blur_min", "blur_max"), ("cutout_min", "cutout_max"),)

@@ -16,7 +16,9 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,8 +33,10 @@ if TYPE_CHECKING:  # torch takes a second to load, and the smallest commands nee
 HIDDEN = ".xmask"  # folder within an output folder: its record, its lock, notes of commands
 _RECORD = {"record of": "xmask", "version": 1}  # first line of .xmask/record.jsonl
 _NOBODYS = {HIDDEN, ".ds_store", "thumbs.db", "desktop.ini"}  # a folder with only these is empty
+_PATIENCE = 60.0  # seconds to wait for what takes others a moment
 _ABANDONED = 3600.0  # seconds after which a half-written file is nobody's, whoever wrote it
 _NEEDED = 64 << 20  # bytes: with less disk space than that, no work is begun
+_HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"  # whose numbers of processes are meant
 _log = logging.getLogger("xmask")
 
 
@@ -51,7 +55,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     folder = OutputFolder.around(path)
     if folder:
         folder.make_way(path)
-    name = f".partial-{os.getpid()}-{secrets.token_hex(4)}{path.suffix}"
+    name = f".partial-{_HOST}-{os.getpid()}-{secrets.token_hex(4)}{path.suffix}"
     temporary = (folder.path / HIDDEN if folder else path.parent) / name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -195,28 +199,41 @@ def lock(folder: str | os.PathLike, wait: float = 0.0) -> Iterator[None]:
     """
     place = Path(folder) / HIDDEN
     place.mkdir(parents=True, exist_ok=True)
-    holder, held = place / "holder.json", FileLock(place / "lock")
-    try:
-        held.acquire(timeout=wait)
-    except Timeout:
+    holder = place / "holder.json"
+
+    def in_use() -> str:
         try:
             who = read_json(holder)
         except (OSError, ValueError):  # it has only just begun, or just ended
             who = {}
-        raise FolderInUse(
-            f"{folder}: another process works in it (pid {who.get('pid', '?')} on "
-            f"{who.get('host', '?')}, since {who.get('since', '?')}). Wait for it or end it, then "
-            "run the same command again"
-        ) from None
+        return (f"{folder}: another process works in it (pid {who.get('pid', '?')} on "
+                f"{who.get('host', '?')}, since {who.get('since', '?')}). Wait for it or end it, "
+                "then run the same command again")
+
+    with _held(place / "lock", wait, in_use):
+        try:
+            write_json(holder, {"pid": os.getpid(), "host": socket.gethostname(),
+                                "since": time.strftime("%Y-%m-%d %H:%M:%S")})
+            yield
+        finally:
+            holder.unlink(missing_ok=True)
+
+
+@contextmanager
+def _held(path: Path, wait: float, message: str | Callable[[], str] = "") -> Iterator[None]:
+    """Hold a file as the only process; FolderInUse if another one does after `wait` seconds."""
+    held = FileLock(path)
+    try:
+        held.acquire(timeout=wait)
+    except Timeout:
+        said = message() if callable(message) else message
+        raise FolderInUse(said or f"{path}: held by another process for {wait:.0f} s") from None
     except NotImplementedError:  # a file system without locks
         yield
         return
     try:
-        write_json(holder, {"pid": os.getpid(), "host": socket.gethostname(),
-                            "since": time.strftime("%Y-%m-%d %H:%M:%S")})
         yield
     finally:
-        holder.unlink(missing_ok=True)
         held.release()
 
 
@@ -233,6 +250,9 @@ class OutputFolder:
     overwrite: write beside the user's files, and replace those whose names are needed.
     cloned: the files in it may have come with a clone, which carries no record. One in the way of
     a result that says the same is ours from then on; any other one is set aside.
+    kept: files that are not replaced even so, because the command reads them.
+    shard: "2/5" for the second of five processes that fill a folder together, each with images of
+    its own. What is not theirs alone, such as a manifest, they write within `alone`.
     wait: seconds to wait for another process that is writing there.
     Raises, before anything is written: NotADirectoryError for a file, FileExistsError for a
     folder with other files and no record, ValueError for a damaged record, OSError where nothing
@@ -242,8 +262,11 @@ class OutputFolder:
     _open: dict[Path, OutputFolder] = {}
 
     def __init__(self, path: str | os.PathLike, *, overwrite: bool = False, cloned: bool = False,
-                 wait: float = 0.0) -> None:
+                 kept: Iterable[Path] = (), shard: str = "", wait: float = 0.0) -> None:
         self.path, self.overwrite, self.cloned, self.wait = Path(path), overwrite, cloned, wait
+        self.shard, self.kept = shard, defaultdict(list)
+        for one in kept:
+            self.kept[one.name.casefold()].append(one)
         self._stack, self._key, self._made = ExitStack(), self.path.resolve(), False
         self._known: dict[str, set[str]] = {}
 
@@ -266,11 +289,20 @@ class OutputFolder:
             return outer
         self.check()
         self._made = not self.path.exists()
-        (self.path / HIDDEN).mkdir(parents=True, exist_ok=True)
-        self._stack.enter_context(lock(self.path, self.wait))
-        _begin_record(self.path)
-        for place in (self.path / HIDDEN).glob("**/"):
-            _remove_abandoned(place)
+        hidden = self.path / HIDDEN
+        hidden.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as whole:
+            whole.enter_context(lock(self.path, _PATIENCE if self.shard else self.wait))
+            for shard in [self.shard.replace("/", "-of-")] if self.shard else [
+                    one.name.removeprefix("shard-") for one in hidden.glob("shard-*")]:
+                held = whole.enter_context(ExitStack())
+                held.enter_context(_held(
+                    hidden / f"shard-{shard}", self.wait, f"{self.path}: another process fills it "
+                    f"as shard {shard}. Wait for it or end it, then run the same command again"))
+            _begin_record(self.path)
+            for place in hidden.glob("**/"):
+                _remove_abandoned(place)
+            self._stack = held.pop_all() if self.shard else whole.pop_all()
         return self.join()
 
     def join(self) -> OutputFolder:
@@ -284,7 +316,7 @@ class OutputFolder:
             return  # entered within itself
         del self._open[self._key]
         self._stack.close()
-        if self._made and not any(not _is_nobodys(one) for one in self.path.iterdir()):
+        if self._made and not self.shard and all(map(_is_nobodys, self.path.iterdir())):
             shutil.rmtree(self.path / HIDDEN)
             self.path.rmdir()
 
@@ -310,10 +342,27 @@ class OutputFolder:
             return
         if self.is_listed(path):
             self.set_aside(path)
+        elif any(path.exists() and one.exists() and os.path.samefile(one, path)
+                 for one in self.kept.get(path.name.casefold(), ())):
+            raise FileExistsError(f"{path}: is read by this command, and stays as it is. Give "
+                                  "another folder (--out)")
         elif not self.overwrite:
             raise FileExistsError(
                 f"{path}: was not written by xmask, and stays as it is. Move or rename it, give "
                 "another folder (--out), or --overwrite to replace it")
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """For a moment be the only process that writes here, and know what the others wrote.
+
+        Raises FolderInUse after a minute.
+        """
+        if not self.shard:
+            yield
+            return
+        with lock(self.path, _PATIENCE):
+            self._known = read_record(self.path)
+            yield
 
     def note(self, path: Path, checksum: str) -> None:
         """Put a file that is about to get its name on record."""
@@ -324,12 +373,13 @@ class OutputFolder:
         if checksum in self._known.get(name, ()):
             return
         line = json.dumps({"file": name, "sha256": checksum}) + "\n"
-        handle = os.open(_record(self.path), os.O_WRONLY | os.O_APPEND)
-        try:
-            os.write(handle, line.encode())  # in one piece: workers append to it, too
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        with _held(self.path / HIDDEN / "record.lock", _PATIENCE):  # workers append to it, too
+            handle = os.open(_record(self.path), os.O_WRONLY | os.O_APPEND)
+            try:
+                os.write(handle, line.encode())
+                os.fsync(handle)
+            finally:
+                os.close(handle)
         self._known.setdefault(name, set()).add(checksum)
 
     def is_listed(self, path: Path) -> bool:
@@ -396,6 +446,23 @@ def read_record(folder: str | os.PathLike) -> dict[str, set[str]]:
     return known
 
 
+def without_ours(paths: Iterable[Path]) -> list[Path]:
+    """The paths, sorted, without files that this package wrote; one that it wrote and somebody
+    changed is left out, too, and named."""
+    records: dict[Path, dict[str, set[str]]] = {}
+    left = []
+    for path in sorted(paths):
+        if path.parent not in records:
+            records[path.parent] = read_record(path.parent)
+        known = records[path.parent].get(path.name)
+        if known is None:
+            left.append(path)
+        elif path.is_file() and sha256(path) not in known:
+            _log.warning("%s: left out, because it has the name of a result of xmask, and was "
+                         "changed since. Rename it if it is a file of yours", path)
+    return left
+
+
 def _record(folder: Path) -> Path:
     return folder / HIDDEN / "record.jsonl"
 
@@ -413,7 +480,7 @@ def _begin_record(folder: Path) -> None:
 def _remove_abandoned(folder: Path) -> None:
     """Half-written files of processes that were killed; a worker of theirs may live a little."""
     for half in folder.glob(".partial-*"):
-        writer = re.match(r"\.partial-(\d+)-", half.name)
+        writer = re.match(rf"\.partial-{_HOST}-(\d+)-", half.name)
         try:
             if (time.time() - half.stat().st_mtime > _ABANDONED
                     or (writer and not _is_alive(int(writer[1])))):

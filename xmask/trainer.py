@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -154,10 +155,10 @@ class Trainer:
         weighted = [e for e in epochs if self._weight(e) > 0]
 
         def loader(crops: Crops | None, wanted: Sequence[int]):
-            per_epoch = self.steps * o.batch
-            indices = [i for e in wanted for i in range(e * per_epoch, (e + 1) * per_epoch)]
-            if not indices:
+            if not wanted:
                 return iter(())
+            per_epoch = self.steps * o.batch
+            indices = chain.from_iterable(range(e * per_epoch, (e + 1) * per_epoch) for e in wanted)
             return iter(DataLoader(crops, o.batch, sampler=indices, num_workers=m.workers,
                                    collate_fn=collate, pin_memory=self.device.type == "cuda",
                                    persistent_workers=m.workers > 0))

@@ -14,11 +14,13 @@ import pytest
 
 from tests.test_edp_sam import picture
 from xmask import files
+from xmask.data import cluster
 from xmask.data import masks as store
 from xmask.data.masks import MasksFailed, mask_dataset, read_masks, summary
 from xmask.data.sample import Sample
 from xmask.edp_sam import generate_masks
 from xmask.segmenting.classical import ClassicalSegmenter
+from xmask.segmenting.sam_segmenter import SamSegmenter
 
 # -- a whole data set ------------------------------------------------------------------------
 
@@ -146,20 +148,85 @@ def test_an_image_over_which_a_worker_dies_is_named_and_the_others_get_masks(tmp
     segmenter.victim = int(Dataset()[3].image[0, 0, 0])
     others = [i for i in range(5) if Dataset()[i].image[0, 0, 0] != segmenter.victim]
     assert len(others) == 4
-    with pytest.raises(MasksFailed, match=r"IMG_3 \(a process died over it"):
+    with pytest.raises(MasksFailed, match=r"IMG_3 \(3 processes died over it"):
         masks(tmp_path, segmenter, workers=2)
     manifest = files.read_json(tmp_path / "manifest.json")
     assert list(manifest["failed"]) == ["IMG_3"] and len(manifest["images"]) == 4
 
 
-def test_workers_that_cannot_even_start_are_not_started_for_every_image(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "_start_worker", _die)
-    with pytest.raises(RuntimeError, match="3 worker processes in a row died"):
-        masks(tmp_path, ClassicalSegmenter(), workers=2)
+def test_workers_that_cannot_even_start_are_not_started_for_every_image(tmp_path):
+    with pytest.raises(RuntimeError, match="workers died one after the other before they did any"):
+        masks(tmp_path, Unopenable(), workers=2)
+    assert not list(tmp_path.glob("*.png"))
 
 
-def _die(job):
-    os._exit(9)
+def test_the_workers_of_a_scheduler_that_runs_give_the_same_folder(tmp_path):
+    from distributed import LocalCluster
+    with LocalCluster(1, threads_per_worker=2, processes=True, host="127.0.0.1",
+                      dashboard_address=None) as cluster:
+        for out, segmenter in (("a", ClassicalSegmenter()), ("b", SamSegmenter.bundled())):
+            masks(tmp_path / out, segmenter, scheduler=cluster.scheduler_address, indices=[1, 2])
+    alone = masks(tmp_path / "1", ClassicalSegmenter(), indices=[1, 2])
+    for path in alone.glob("*.??g"):
+        assert files.sha256(path) == files.sha256(tmp_path / "a" / path.name)
+    assert files.read_json(tmp_path / "b" / "manifest.json")["segmenter"]["kind"] == "sam"
+
+
+@pytest.mark.parametrize("options,message", [
+    ({"scheduler": "tcp://127.0.0.1:9"}, "--scheduler tcp://127.0.0.1:9: no Dask scheduler answ"),
+    ({"scheduler": "nonsense://x"}, "--scheduler nonsense://x: no Dask scheduler answers there"),
+    ({"cluster": "moon"}, "--cluster moon: unknown; known: slurm"),
+    ({"shard": "0/3"}, "shard: '0/3'; 1/4 to 4/4 are the four shards"),
+    ({"shard": "4/3"}, "shard: '4/3'"), ({"shard": "second"}, "shard: 'second'"),
+])
+def test_workers_and_shards_that_cannot_be_are_named(tmp_path, monkeypatch, options, message):
+    monkeypatch.setattr(cluster, "_ANSWER", "1s")
+    with pytest.raises(ValueError, match=message):
+        masks(tmp_path, ClassicalSegmenter(), **options)
+
+
+def test_shards_fill_one_folder_as_one_call_does(tmp_path):
+    whole = masks(tmp_path / "whole", ClassicalSegmenter())
+    segmenter = Counting()
+    for shard in ("2/3", "1/3", "3/3", "2/3"):
+        masks(tmp_path / "parts", segmenter, shard=shard)
+    assert segmenter.images == 4  # one of the five has no heads; none is made twice
+    for path in whole.iterdir():
+        if path.name not in ("times.csv", ".xmask"):
+            assert files.sha256(path) == files.sha256(tmp_path / "parts" / path.name), path.name
+    times = pd.read_csv(tmp_path / "parts" / "times.csv")
+    assert sorted(times["image"]) == [f"IMG_{k}" for k in range(5)]
+    with pytest.raises(ValueError, match="holds masks of 5 images that were made with another opt"):
+        masks(tmp_path / "parts", segmenter, shard="1/3", nnec=False)
+    masks(tmp_path / "parts", segmenter)
+    assert segmenter.images == 4  # the record of all shards is that of the folder
+
+
+@pytest.mark.parametrize("holding,wanted,free", [
+    ("1/2", "1/2", "2/2"), ("1/2", "", "2/2"), ("", "1/2", None)])
+def test_a_shard_and_a_whole_call_keep_out_of_each_others_way(
+        tmp_path, holding, wanted, free, monkeypatch):
+    monkeypatch.setattr(files, "_PATIENCE", 0.1)
+    code = ("import sys, time; from xmask import files\n"
+            "with files.OutputFolder(sys.argv[1], shard=sys.argv[2]):\n"
+            "    print('in', flush=True); time.sleep(60)")
+    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), holding],
+                              stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline() == b"in\n"
+        with pytest.raises(files.FolderInUse, match="another process"):
+            masks(tmp_path, ClassicalSegmenter(), shard=wanted)
+        if free:
+            masks(tmp_path, ClassicalSegmenter(), shard=free)
+    finally:
+        holder.kill()
+        holder.wait()
+    masks(tmp_path, ClassicalSegmenter(), shard=wanted)
+
+
+class Unopenable(ClassicalSegmenter):
+    def __reduce__(self):
+        return os._exit, (9,)
 
 
 def test_masks_of_other_settings_are_made_anew(tmp_path):
@@ -387,7 +454,7 @@ def test_a_half_written_file_of_a_dead_process_is_removed_at_once(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     masks(tmp_path, ClassicalSegmenter(), indices=[1])
-    halves = [tmp_path / ".xmask" / f".partial-{pid}-0a1b2c3d.png"
+    halves = [tmp_path / ".xmask" / f".partial-{files._HOST}-{pid}-0a1b2c3d.png"
               for pid in (dead.pid, os.getpid())]
     for half in halves:
         half.write_bytes(b"half")

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from scipy.io import savemat
 
 from xmask import files
-from xmask.data import annotations, images, open_dataset, read_image, readers
+from xmask.data import images, mat_file, open_dataset, read_image, readers
 from xmask.data.annotations import clip_points, read_jhu, read_qnrf, read_shanghaitech
 from xmask.data.layouts import LAYOUTS
 from xmask.data.readers import turns_upright
@@ -197,7 +197,7 @@ def test_a_packed_file_that_unpacks_to_far_more_than_dots_is_refused(tmp_path, o
         content = content[:124] + b"\1\0MI" + np.frombuffer(
             content[128:136], "<u4").astype(">u4").tobytes() + content[136:]
         (tmp_path / "s.mat").write_bytes(content)
-    monkeypatch.setattr(annotations, "loadmat", None)  # it never comes so far
+    monkeypatch.setattr(mat_file, "loadmat", None)  # it never comes so far
     assert len(content) < 100_000
     with pytest.raises(ValueError, match=r"s\.mat: cannot be read.*unpacks to more than 16 MB"):
         read_shanghaitech(tmp_path / "s.mat")

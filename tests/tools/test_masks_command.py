@@ -189,6 +189,38 @@ def test_one_image_and_a_table_of_points(tmp_path, capsys):
         assert found in capsys.readouterr().err
 
 
+def test_ctrl_c_ends_the_workers_without_a_traceback(drawn, tmp_path):
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "xmask", "masks", "--dataset", "sha", "--root", str(drawn), "--out",
+         str(out), "--workers", "2"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    deadline = time.monotonic() + 300
+    while not list(out.glob("IMG_*.csv")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
+    shown = process.communicate()[1]
+    assert process.returncode == 130 and "the same command goes on from here" in shown
+    assert "Traceback" not in shown and "Interrupt" not in shown
+
+
+def test_shards_at_the_same_time_give_what_one_call_gives(drawn, tmp_path):
+    command = [sys.executable, "-m", "xmask", "masks", "--dataset", "sha", "--root", str(drawn),
+               "--out", str(tmp_path / "parts"), *CLASSICAL, "--shard"]
+    shards = [subprocess.Popen([*command, f"{k}/2"], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True) for k in (1, 2)]
+    for shard in shards:
+        said, errors = shard.communicate()
+        assert shard.returncode == 0, errors
+        assert "2 of 2 images have masks, 0 failed" in said
+    assert masks(drawn, tmp_path / "whole", *CLASSICAL) == 0
+    names = {path.name for path in (tmp_path / "whole").iterdir()}
+    assert names == {path.name for path in (tmp_path / "parts").iterdir()}
+    for name in names - {"times.csv", ".xmask"}:
+        assert files.sha256(tmp_path / "parts" / name) == files.sha256(tmp_path / "whole" / name)
+
+
 @pytest.mark.parametrize("arguments,found", [
     ([], "give either --dataset and --root, or --image and --points"),
     (["--dataset", "sha"], "--root: give the folder of sha"),

@@ -11,19 +11,17 @@ from __future__ import annotations
 import csv
 import io
 import os
-import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
-from scipy.io import loadmat, whosmat
+
+from xmask.data import mat_file
 
 #: (points (N, 2) float64 as annotated, boxes (N, 2) float64 of width and height, or None)
 Annotation = tuple[np.ndarray, "np.ndarray | None"]
 
 MOST_HEADS = 65535  # of an image: what a 16-bit label map can number
 _MOST_BYTES = 64 << 20  # of an annotation file; the largest of the benchmarks has under 1 MB
-_MOST_UNPACKED = 16 << 20  # bytes of the values of a packed .mat; 65,535 heads have 1 MB
 
 
 def read_shanghaitech(path: str | os.PathLike) -> Annotation:
@@ -163,35 +161,8 @@ def clip_points(
 
 
 def load_mat(path: str | os.PathLike) -> dict:
-    """The fields of a MATLAB file; ValueError, naming the file, if it is none or unpacks to more
-    than dots need; errors as in `read_content`."""
-    content = io.BytesIO(read_content(path))
-    try:
-        _check_unpacked(content.getvalue())
-        for name, shape, _ in whosmat(content):  # packed values may be much larger than the file
-            if np.prod(shape, dtype=float) > 16 * MOST_HEADS:
-                raise ValueError(f"field {name} has shape {tuple(shape)}")
-        content.seek(0)
-        return loadmat(content)
-    except NotImplementedError:
-        raise ValueError(f"{path}: a MATLAB 7.3 (HDF5) file, which is not how the data set is "
-                         "distributed. Download it again, or save it with MATLAB's -v7.") from None
-    except Exception as error:  # scipy's parser raises nearly anything on damaged bytes
-        raise ValueError(f"{path}: cannot be read as a MATLAB file ({type(error).__name__}: "
-                         f"{error}). It is cut short or damaged: download it again.") from None
-
-
-def _check_unpacked(content: bytes) -> None:
-    """Raises ValueError where the packed parts of a MATLAB 5 file hold more than dots need."""
-    order, place, left = {b"IM": "<", b"MI": ">"}.get(content[126:128]), 128, _MOST_UNPACKED
-    while order and place + 8 <= len(content):
-        kind, size = struct.unpack_from(order + "II", content, place)
-        if kind == 15:  # the format's number of a packed part, which holds no other ones
-            packed = memoryview(content)[place + 8:place + 8 + size]
-            left -= len(zlib.decompressobj().decompress(packed, left + 1))
-            if left < 0:
-                raise ValueError(f"it unpacks to more than {_MOST_UNPACKED >> 20} MB")
-        place += 8 + size
+    """The fields of a MATLAB file, as of `mat_file.read`; errors as in `read_content`, too."""
+    return mat_file.read(read_content(path), path)
 
 
 def _field(contents: dict, name: str, path: str | os.PathLike) -> object:

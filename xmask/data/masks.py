@@ -10,14 +10,11 @@ import inspect
 import json
 import logging
 import os
+import re
 import sys
-import threading
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +33,9 @@ try:
 except ImportError:  # Windows does not tell a process its peak memory
     resource = None
 
+_TRIES = 3  # of an image whose worker dies
 _NOTE_EVERY = 10.0  # seconds between two writes of a growing manifest
-_OWN_FILES = ("manifest", "times", "coco", "worst")  # beside the masks; no image's names
+OWN_FILES = ("manifest", "times", "coco", "worst")  # beside the masks; no image's names
 _PROGRESS = ("images", "failed", "todo")  # of a manifest; the rest is what masks depend on
 _COUNTS = ("sources", "flags", "repairs")  # what the manifest counts for every image
 _KEYS = {"algorithm", "segmenter", "options", "dataset", "images", "failed"}
@@ -54,7 +52,8 @@ class MasksFailed(RuntimeError):
 
 def mask_dataset(
     dataset: Any, indices: Iterable[int], segmenter: Segmenter, out: str | os.PathLike, *,
-    workers: int = 1, threads: int = 1, progress: bool = True,
+    workers: int = 1, threads: int = 1, scheduler: str = "", cluster: str = "", shard: str = "",
+    progress: bool = True,
     depends: dict[str, Any] | None = None, anew: bool = True, overwrite: bool = False,
     wait: float = 0.0, **options: Any,
 ) -> Path:
@@ -64,7 +63,11 @@ def mask_dataset(
     boxes=True takes the head sizes from the samples.
     workers: processes; above 1 they are spawned, so a script needs the usual
     `if __name__ == "__main__":`. threads: of the segmenter in each; its last bits may depend
-    on this number, while no result depends on the number of workers.
+    on this number, while no result depends on the number of workers. scheduler, cluster: workers
+    on other machines, as of `xmask.data.cluster.open_client`; all see `out` and the images under
+    the same paths.
+    shard: "2/5" makes the second fifth of the images, in a process of its own that knows nothing
+    of the others; all write into the same `out`, and none of another shard's images is redone.
     depends: further facts that the masks depend on (JSON values, such as versions): masks made
     under other ones are made anew. They are stored as "depends".
     anew: False refuses, instead, where the folder's masks were made under another request.
@@ -86,17 +89,25 @@ def mask_dataset(
     if not (1 <= workers <= 1024 and 1 <= threads <= 1024):
         raise ValueError(f"workers, threads: {workers}, {threads}; each has to be 1 or more, and "
                          "at most 1024")
-    out, indices = Path(out), list(indices)
+    out, indices = Path(out), part_of(indices, shard)
     _check_names([dataset.ids[i] for i in indices], out)
     request = json.loads(json.dumps({
         "algorithm": ALGORITHM, "segmenter": segmenter.describe(),
         "options": {**_DEFAULTS, **options}, "dataset": dataset.settings,
         **({} if depends is None else {"depends": depends})}))
-    with files.OutputFolder(out, overwrite=overwrite, wait=wait) as folder:
-        manifest = _Manifest(folder, request, dataset, segmenter, anew)
-        todo = [i for i in indices if manifest.begins(i)]
-        _make(_Job(dataset, segmenter, out, threads, options, overwrite), todo, workers, manifest,
-              progress)
+    with files.OutputFolder(out, overwrite=overwrite, shard=shard, wait=wait) as folder:
+        with folder.alone():
+            manifest = _Manifest(folder, request, dataset, segmenter, anew and not shard,
+                                 indices)
+            todo = [i for i in indices if manifest.begins(i)]
+            manifest.write()
+        job = _Job(dataset, segmenter, request["segmenter"], out, threads, options, overwrite)
+        if workers == 1 and not scheduler and not cluster:
+            _make(_in_order(job, todo), todo, manifest, progress)
+        elif todo:
+            from xmask.data.cluster import open_client, work
+            with open_client(min(workers, len(todo)), scheduler, cluster) as client:
+                _make(work(client, job, todo, job.state), todo, manifest, progress)
     failed = [dataset.ids[i] for i in indices if dataset.ids[i] in manifest.failed]
     if failed:
         raise MasksFailed(
@@ -112,21 +123,33 @@ def _check_names(names: list[str], out: Path) -> None:
         if not files.is_plain(name):
             raise ValueError(f"image {name!r}: not a file name; rename the image and its "
                              "annotation")
-        if name.lower() in _OWN_FILES:
+        if name.lower() in OWN_FILES:
             raise ValueError(
                 f"image {name}: {out} has files of its own with this name ("
-                f"{', '.join(_OWN_FILES)} are taken); rename the image and its annotation")
+                f"{', '.join(OWN_FILES)} are taken); rename the image and its annotation")
         if name.lower() in seen:
             raise ValueError(f"image {name}: {seen[name.lower()]} has the same name, and so would "
                              "its masks; rename one of the two")
         seen[name.lower()] = name
 
 
-def _make(job: _Job, todo: list[int], workers: int, manifest: _Manifest, progress: bool) -> None:
-    """Make the masks of the images `todo`, noting every one."""
+def part_of(indices: Iterable[int], shard: str = "") -> list[int]:
+    """The indices of one shard, "1/3" to "3/3", every third of them; "" is all.
+
+    Raises ValueError for what is no shard.
+    """
+    if not shard:
+        return list(indices)
+    found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", shard)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise ValueError(f"shard: {shard!r}; 1/4 to 4/4 are the four shards of a data set")
+    return list(indices)[int(found[1]) - 1::int(found[2])]
+
+
+def _make(results: Iterator[_Result], todo: list[int], manifest: _Manifest, progress: bool
+          ) -> None:
+    """Note every image as its masks are made."""
     times: list[dict[str, Any]] = []
-    manifest.write()
-    results = _in_order(job, todo) if workers == 1 else _in_parallel(job, todo, workers)
     try:
         for name, found, error, took in tqdm(
                 results, desc="masks", unit="image", total=len(todo), disable=not progress):
@@ -136,9 +159,18 @@ def _make(job: _Job, todo: list[int], workers: int, manifest: _Manifest, progres
             else:
                 times.append({"image": name, "heads": found["heads"], **took})
     finally:
-        manifest.write()
-        files.write_text(job.out / "times.csv", pd.DataFrame(times).to_csv(
-            index=False, float_format="%.3f"))
+        with manifest.folder.alone():
+            manifest.write()
+            _write_times(manifest.folder, times)
+
+
+def _write_times(folder: files.OutputFolder, times: list[dict[str, Any]]) -> None:
+    """times.csv of this call; of all shards, which are one call in pieces."""
+    path, made = folder.path / "times.csv", pd.DataFrame(times)
+    if folder.shard and folder.is_intact(path) and path.stat().st_size > 1:
+        before = pd.read_csv(path, dtype={"image": str}, keep_default_na=False)
+        made = pd.concat([before[~before["image"].isin({one["image"] for one in times})], made])
+    files.write_text(path, made.to_csv(index=False, float_format="%.3f"))
 
 
 class _Manifest:
@@ -147,14 +179,17 @@ class _Manifest:
     have finished without noting it."""
 
     def __init__(self, folder: files.OutputFolder, request: dict[str, Any], dataset: Any,
-                 segmenter: Segmenter, anew: bool) -> None:
+                 segmenter: Segmenter, anew: bool, own: list[int]) -> None:
         self.folder, self.request = folder, request
         self.dataset, self.segmenter = dataset, segmenter
+        # of a shard, its own images are all that it looks at
+        self.seen = own if folder.shard else list(range(len(dataset)))
+        self.own = {dataset.ids[i] for i in self.seen}
         stored = self._read()
         self.images, self.failed, self.todo = (dict(stored.get(key, {})) for key in _PROGRESS)
         before = {key: value for key, value in stored.items() if key not in _PROGRESS}
         if before != request:
-            if before and not anew and self.images:
+            if before and not anew and (self.images or (folder.shard and self.todo)):
                 differ = [k for k in {**request, **before} if before.get(k) != request.get(k)]
                 raise ValueError(
                     f"{folder.path}: holds masks of {len(self.images)} images that were made with "
@@ -167,7 +202,8 @@ class _Manifest:
             self.images, self.failed, self.todo = {}, {}, {}
         self._written = 0.0
         self._checksums: dict[str, str] = {}
-        for i, name in enumerate(dataset.ids):
+        for i in self.seen:
+            name = dataset.ids[i]
             if name in self.images and self.images[name]["checksum"] != self._checksum(i):
                 there = self.images[name].get("file")
                 if not anew and there not in (None, self._file(i)):
@@ -177,7 +213,7 @@ class _Manifest:
                         "--overwrite to replace them")
                 self._remove(name)
                 del self.images[name]
-        for name in self.images.keys() - set(dataset.ids):
+        for name in () if folder.shard else self.images.keys() - self.own:
             self._check_other(name)
 
     def _checksum(self, i: int) -> str:
@@ -223,6 +259,7 @@ class _Manifest:
             self.failed[name] = str(error)
             return False
         self.todo[name] = self._checksum(i)
+        _tries(folder.path, name).unlink(missing_ok=True)
         return True
 
     def ends(self, name: str, found: dict[str, Any] | None, error: str) -> None:
@@ -232,7 +269,8 @@ class _Manifest:
         else:
             self._enter(self.dataset.ids.index(name), found)
         if time.monotonic() - self._written > _NOTE_EVERY:
-            self.write()
+            with self.folder.alone():
+                self.write()
 
     def _enter(self, i: int, found: dict[str, Any]) -> None:
         file = self._file(i)
@@ -241,6 +279,8 @@ class _Manifest:
 
     def write(self) -> None:
         """Store it: images of earlier calls, then those of this data set, in its order."""
+        if self.folder.shard:
+            self._take_in()
         ids, known = set(self.dataset.ids), (*self.images, *self.failed, *self.todo)
         order = dict.fromkeys((*(name for name in known if name not in ids), *self.dataset.ids))
         files.write_json(self.folder.path / "manifest.json", {
@@ -250,6 +290,15 @@ class _Manifest:
             "todo": {name: self.todo[name] for name in order
                      if name in self.todo and name not in (*self.images, *self.failed)}})
         self._written = time.monotonic()
+
+    def _take_in(self) -> None:
+        """What the processes of other shards have noted since."""
+        stored = self._read()
+        for key in _PROGRESS:
+            mine = getattr(self, key)
+            setattr(self, key, {
+                name: found for name, found in (stored.get(key, {}) | mine).items()
+                if name in (mine if name in self.own else stored.get(key, {}))})
 
     def _remove(self, name: str) -> None:
         """The table first: without it the image is not complete."""
@@ -267,7 +316,7 @@ class _Manifest:
                 _log.warning("%s", error)
             for name in self.folder.names():
                 file = self.folder.path / name
-                if name.endswith((".png", ".csv")) and Path(name).stem not in _OWN_FILES and (
+                if name.endswith((".png", ".csv")) and Path(name).stem not in OWN_FILES and (
                         file.is_file()):
                     self.folder.set_aside(file, "its manifest is damaged")
         return {}
@@ -281,7 +330,9 @@ def _check_manifest(manifest: dict[str, Any], path: Path) -> dict[str, Any]:
     if not good or not all(
             isinstance(one, dict) and isinstance(one.get("checksum"), str)
             and isinstance(one.get("heads"), int)
-            and all(isinstance(one.get(key), dict) for key in _COUNTS)
+            and isinstance(one.get("file", ""), str)
+            and all(isinstance(one.get(key), dict)
+                    and all(isinstance(n, int) for n in one[key].values()) for key in _COUNTS)
             for one in manifest["images"].values()):
         raise ValueError(
             f"{path}: not a manifest of masks, which has the fields {', '.join(sorted(_KEYS))} and "
@@ -294,18 +345,57 @@ def _paths(out: Path, name: str) -> tuple[Path, Path]:
     return out / f"{name}.png", out / f"{name}.csv"
 
 
+def _tries(out: Path, name: str) -> Path:
+    """Holds a byte for every worker that began with an image and did not come to its end."""
+    return out / files.HIDDEN / "trying" / name
+
+
+_Result = tuple[str, "dict[str, Any] | None", str, dict[str, float]]  # see `_Job.run`
+
+
 @dataclass(frozen=True)
 class _Job:
     """What a worker needs to make the masks of any image of a data set."""
 
     dataset: Any
     segmenter: Segmenter
+    described: dict[str, Any]
     out: Path
     threads: int
     options: dict[str, Any]
     overwrite: bool
 
-    def run(self, i: int) -> tuple[str, dict[str, Any] | None, str, dict[str, float]]:
+    def begin(self) -> None:
+        """In a worker, before its first image."""
+        files.OutputFolder(self.out, overwrite=self.overwrite).join()
+        torch.set_num_threads(self.threads)
+        found = json.loads(json.dumps(self.segmenter.describe()))
+        if found != self.described:
+            raise ValueError(f"the segmenter of a worker is another one, {found}, than that of "
+                             f"this process, {self.described}. Give both the same weights and the "
+                             "same version of xmask")
+
+    def state(self) -> tuple[int, ...]:
+        """Changes whenever a worker has begun or written something."""
+        hidden = self.out / files.HIDDEN
+        return tuple(sum(one.stat().st_size for one in hidden.glob(pattern))
+                     for pattern in ("record.jsonl", "trying/*"))
+
+    def run_in_worker(self, i: int) -> _Result:
+        """As `run`; an image over which workers died is tried three times."""
+        name = self.dataset.ids[i]
+        tries = _tries(self.out, name)
+        tries.parent.mkdir(exist_ok=True)
+        with open(tries, "ab") as file:
+            if file.tell() >= _TRIES:
+                return name, None, (f"{_TRIES} processes died over it, most likely for want of "
+                                    "memory"), {}
+            file.write(b"x")
+        found = self.run(i)
+        tries.unlink(missing_ok=True)
+        return found
+
+    def run(self, i: int) -> _Result:
         """Name, statistics, error (or "") and times of image i, whose masks are then stored."""
         name = self.dataset.ids[i]
         began = time.perf_counter()
@@ -336,61 +426,6 @@ def _in_order(job: _Job, todo: list[int]) -> Iterator[tuple]:
             yield job.run(i)
     finally:
         torch.set_num_threads(before)
-
-
-def _in_parallel(job: _Job, todo: list[int], workers: int) -> Iterator[tuple]:
-    """The results of all images, as they come. Where a worker process dies, nobody knows over which
-    of the images under way: those that are left go on one at a time, and the next to die is named.
-    Raises RuntimeError where one process after the other dies: then it is not the images.
-    """
-    left, deaths = list(todo), 0
-    while left:
-        if deaths > 2:
-            raise RuntimeError(
-                f"{job.out}: {deaths} worker processes in a row died before they finished an "
-                "image, for want of memory or because the calling script lacks `if __name__ == "
-                '"__main__":`. What is done is kept: run again with one worker')
-        deaths += 1
-        with ProcessPoolExecutor(
-            min(workers, len(left)), mp_context=get_context("spawn"),
-            initializer=_start_worker, initargs=(job,),
-        ) as pool:
-            futures = {pool.submit(_run_in_worker, i): i for i in left}
-            try:
-                for future in as_completed(futures):
-                    if isinstance(future.exception(), BrokenProcessPool):
-                        continue
-                    left.remove(futures[future])
-                    deaths = 0
-                    yield future.result()
-            finally:
-                pool.shutdown(cancel_futures=True)
-        if left and workers == 1:
-            yield (job.dataset.ids[left.pop(0)], None,
-                   "a process died over it, most likely for want of memory", {})
-        workers = 1
-
-
-_job: _Job | None = None  # of this worker process
-
-
-def _start_worker(job: _Job) -> None:
-    global _job
-    _job = job
-    files.OutputFolder(job.out, overwrite=job.overwrite).join()
-    torch.set_num_threads(job.threads)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-
-
-def _end_with(parent: int) -> None:
-    """A worker whose parent was killed has nobody to work for."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
-
-
-def _run_in_worker(i: int) -> tuple:
-    return _job.run(i)
 
 
 def _statistics(table: pd.DataFrame, repairs: dict[str, int], segmenter: Segmenter
@@ -430,11 +465,15 @@ def summary(out: str | os.PathLike, names: list[str]) -> str:
 
 def file_names(out: str | os.PathLike, dataset: Any) -> dict[str, str]:
     """Image name -> file name of all images with masks in a folder, `dataset` the last to come."""
-    path = Path(out) / "manifest.json"
     known = {name: dataset.image_path(i).name for i, name in enumerate(dataset.ids)}
-    images = _check_manifest(files.read_json(path), path)["images"]
     return {name: Path(one["file"]).name if "file" in one else known.get(name, name)
-            for name, one in images.items()}
+            for name, one in masked(out).items()}
+
+
+def masked(out: str | os.PathLike) -> dict[str, dict[str, Any]]:
+    """Name -> what the manifest says, of all images with masks in a folder."""
+    path = Path(out) / "manifest.json"
+    return _check_manifest(files.read_json(path), path)["images"]
 
 
 def read_masks(out: str | os.PathLike, name: str) -> np.ndarray:

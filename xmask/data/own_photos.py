@@ -16,6 +16,7 @@ from xmask import files
 from xmask.data.dot_formats import DOT_SUFFIXES, read_dot_file
 from xmask.data.images import SUFFIXES, is_image
 from xmask.data.json_values import Listed
+from xmask.data.masks import OWN_FILES
 from xmask.data.readers import read_sample
 from xmask.data.sample import Sample
 
@@ -26,7 +27,7 @@ class OwnPhotos(Sequence):
     pairs: (image, dots). image: a path. dots: the file of its dots, or a file that lists it, as
     `read_dot_file` reads them; or the dots themselves, (N, 2) `(x, y)` in pixels, origin at the
     centre of the top-left pixel; or None for a photo without dots. `ids` are file names without
-    suffix, or with it where two are alike.
+    suffix, or with it where two are alike. `files` are all files that were named.
     Raises FileNotFoundError for a file that is missing, ValueError for dots that cannot be
     read; reading a photo that is damaged raises ValueError, all naming the file.
     """
@@ -38,8 +39,11 @@ class OwnPhotos(Sequence):
                                              str | os.PathLike | np.ndarray | None]]) -> None:
         self._pairs = [(Path(image), _dots(Path(image), dots)) for image, dots in pairs]
         stems = Counter(image.stem.lower() for image, _ in self._pairs)
-        self.ids = [image.name if stems[image.stem.lower()] > 1 else image.stem
-                    for image, _ in self._pairs]
+        # with its suffix, too, where masks would have the name of a file beside them
+        self.ids = [image.name if stems[image.stem.lower()] > 1 or image.stem.lower() in OWN_FILES
+                    else image.stem for image, _ in self._pairs]
+        self.files = [Path(one) for pair in pairs for one in pair
+                      if isinstance(one, (str, os.PathLike))]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -126,8 +130,7 @@ def read_folder(folder: str | os.PathLike) -> tuple[OwnPhotos, OwnPhotos]:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder. Check the path.")
-    ours = files.read_record(folder)
-    listed = sorted(p for p in folder.iterdir() if p.name not in ours)
+    listed = files.without_ours(folder.iterdir())
     images = [p for p in listed if is_image(p)]
     if not images:
         raise FileNotFoundError(f"{folder}: no image in this folder ({', '.join(SUFFIXES)})")
@@ -146,7 +149,9 @@ def read_folder(folder: str | os.PathLike) -> tuple[OwnPhotos, OwnPhotos]:
                                  f"{path}: {other.name} beside it has dots of {image.name}, too; "
                                  "keep one of them")
             dots[image], origin[image] = points, path
-    return (OwnPhotos([(p, dots[p]) for p in images if p in dots]),
+    dotted = OwnPhotos([(p, dots[p]) for p in images if p in dots])
+    dotted.files += origin.values()
+    return (dotted,
             OwnPhotos([(p, None) for p in images if p not in dots]))
 
 

@@ -28,7 +28,7 @@ WIDTH_KEY = "image_encoder.patch_embed.proj.weight"
 REMEDY = (
     "give a checkpoint of the original Segment Anything release (sam_vit_b, sam_vit_l or "
     "sam_vit_h), or use the segmenter 'bundled' or 'classical'")
-AGAIN = "install the package again, or train it anew with `xmask train-sam`"
+AGAIN = "install the package again, or train it anew with `xmask train-sam --overwrite`"
 
 # The bundled SAM: 16 x 16 tokens of 8 px, masks of 64 x 64. A crop is enlarged until a head
 # spans a few tokens, so a small input loses nothing and an image costs seconds on a CPU.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import hashlib
 import time
 from pathlib import Path
@@ -56,6 +57,7 @@ class SamSegmenter:
         model, model_type = sam.load_original(path, model_type)
         self._attach(model, device, max_zoom)
         self._description = _description(model_type, path.name, checksum, max_zoom)
+        self._file = str(path.absolute())
 
     @classmethod
     def bundled(cls, device: str | torch.device = "cpu", *, max_zoom: float = _ZOOM_BUNDLED
@@ -64,6 +66,7 @@ class SamSegmenter:
         model, record = sam.load_bundled()
         self = cls.from_model(model, device, max_zoom=max_zoom)
         self._description = _description("bundled", record["file"], record["sha256"], max_zoom)
+        self._file = "bundled"
         return self
 
     @classmethod
@@ -93,6 +96,7 @@ class SamSegmenter:
         self._cells = 4 * model.prompt_encoder.image_embedding_size[0]
         self._resize = ResizeLongestSide(self._input_side)
         self._max_zoom = max_zoom
+        self._file: str | None = None  # where its weights are, if they are in a file
         self._forget()
 
     def _forget(self) -> None:
@@ -100,9 +104,14 @@ class SamSegmenter:
         self._features: dict[View, torch.Tensor] = {}
         self.seconds = {"encoder": 0.0, "prompts": 0.0}
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Sent to another process without the image it is looking at."""
-        return self.__dict__ | {"_image": None, "_features": {}}
+    def __reduce__(self) -> tuple:
+        """Sent to another process without the image it is looking at, and as the name of its file
+        where there is one. That process chooses a device where this one had no choice."""
+        if self._file is None:
+            state = self.__dict__ | {"_image": None, "_features": {}}
+            return copyreg.__newobj__, (type(self),), state  # what pickle itself would do
+        device = str(self.device) if torch.cuda.is_available() else None
+        return _open, (self._file, self._description["model_type"], device, self._max_zoom)
 
     @property
     def encoded(self) -> int:
@@ -320,3 +329,10 @@ def resize_taps(
     weight = np.zeros((size, taps))
     np.add.at(weight, (np.arange(size)[:, None], cells - first[:, None]), weights)
     return first, weight
+
+
+def _open(file: str, model_type: str, device: str | None, max_zoom: float) -> SamSegmenter:
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if file == "bundled":
+        return SamSegmenter.bundled(device, max_zoom=max_zoom)
+    return SamSegmenter(file, model_type, device, max_zoom=max_zoom)

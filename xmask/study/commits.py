@@ -42,9 +42,11 @@ def _records(wanted: str) -> Iterator[tuple[str, str, list[str]]]:
         records = [Path(wanted) / name for name in ("config.json", "metrics.json")]
         for path in records[:1 + records[1].is_file()]:  # without the second, it is only trained
             code = files.read_json(path).get("code") if path.is_file() else None
-            if not code:
+            if not isinstance(code, dict) or not isinstance(code.get("digest"), str) or not (
+                    isinstance(code.get("modules"), list)
+                    and all(isinstance(one, str) for one in code["modules"])):
                 raise ValueError(f"{path}: holds no digest of code; it was made by an earlier "
-                                 "version, or is not there")
+                                 "version, was edited, or is not there")
             yield path.as_posix(), code["digest"], code["modules"]
     elif re.fullmatch(f"[0-9a-f]{{{SHORTEST},64}}", wanted):
         for title, modules in steps.CODE.items():

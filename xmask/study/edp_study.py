@@ -63,6 +63,7 @@ from xmask.segmenters import POSITIVE, Prompts, Segmenter, describe, open_segmen
 from xmask.segmenting.sam_segmenter import SamSegmenter
 from xmask.synthetic import draw_scene
 
+RESULTS = Path("results") / "edp_sam"  # in the repository
 SEED = 3_700_000  # of the first scene; nothing else uses seeds from here to 3.8 million
 RADII = (3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20)  # px, tried for fixed discs
 NEIGHBOURS = (1, 2, 4, 8), (1.5, 3.0, 6.0)  # tried: at most so many negatives, within so many r_i

@@ -489,11 +489,15 @@ def _history(run: Path) -> pd.DataFrame:
     if not file.exists():
         raise FileNotFoundError(f"{file}: missing, so there is no learning curve. Restore it, or "
                                 "train the run again.")
-    history = pd.read_csv(file)
-    missing = sorted({"step", "phase", "labelled", "unlabelled", *TERMS} - set(history))
-    if missing:
-        raise ValueError(f"{file}: columns {', '.join(missing)} are missing. Train the run again.")
-    return history
+    needed = ["step", "phase", "labelled", "unlabelled", *TERMS]
+    try:
+        history = pd.read_csv(file)
+        missing = sorted(set(needed) - set(history))
+        if missing:
+            raise ValueError(f"columns {', '.join(missing)} are missing")
+        return history.assign(**history[needed].astype(float))
+    except ValueError as error:  # pandas' own errors, too
+        raise ValueError(f"{file}: {error}. Train the run again.") from None
 
 
 def _draw_history(axes: Sequence[Axes], history: pd.DataFrame, *, label: bool = True) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import warnings
 from collections.abc import Sequence
 from functools import partial
@@ -66,7 +67,7 @@ def load_runs(folder: str | Path, only: Sequence[str] = ()) -> pd.DataFrame:
     if skipped:
         warnings.warn(f"{folder / 'runs'}: not yet evaluated, left out: {', '.join(skipped)}",
                       stacklevel=2)
-    rows = [_read_run(path) for path in found if path.name not in skipped]
+    rows = [_read_checked(path) for path in found if path.name not in skipped]
     if not rows:
         raise FileNotFoundError(f"{folder / 'runs'}: no run has a metrics.json. "
                                 "Evaluate one first (`xmask evaluate`, or `make reproduce`).")
@@ -110,6 +111,15 @@ _OF_MASKS = {  # column -> field of metrics.json, whose section is null without 
     "exclusive_disc_mean_iou": "baselines.exclusive_disc.mean_iou"}
 
 
+def _read_checked(path: Path) -> dict[str, Any]:
+    """A run, whatever hands its files went through."""
+    try:
+        return _read_run(path)
+    except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
+        raise ValueError(f"{path}: config.json or metrics.json is not as a run leaves it "
+                         f"({type(error).__name__}: {error}). {AGAIN}") from None
+
+
 def _read_run(path: Path) -> dict[str, Any]:
     file, config_file = path / "metrics.json", path / "config.json"
     if not config_file.exists():
@@ -125,12 +135,19 @@ def _read_run(path: Path) -> dict[str, Any]:
         if _field(config, config_file, name, kind) != row[name]:
             raise ValueError(f"{file}: field '{name}' is {row[name]!r}, but config.json beside it "
                              f"says {config[name]!r}. {AGAIN}")
+    for name in ("dataset", "variant", "profile"):  # they become names of files
+        if not re.fullmatch(r"[A-Za-z0-9_.-]{1,80}", row[name]) or row[name].startswith("."):
+            raise ValueError(f"{file}: field '{name}' is {row[name]!r}, which is no name. {AGAIN}")
     if row["selection"] not in SELECTIONS:
         raise ValueError(f"{file}: field 'selection' is {row['selection']!r}, and must be one of "
                          f"{', '.join(SELECTIONS)}. {AGAIN}")
     row |= {"images": known("images", int), "mae": known("counting.mae", float),
             "rmse": known("counting.rmse", float)}
-    for sigma in sorted(known("localization", dict), key=float):
+    distances = known("localization", dict)
+    if not all(re.fullmatch(r"[0-9]{1,4}(\.[0-9]{1,4})?", one) for one in distances):
+        raise ValueError(f"{file}: field 'localization' has {', '.join(distances)[:80]}, which are "
+                         f"no distances in pixels. {AGAIN}")
+    for sigma in sorted(distances, key=float):
         for name in ("precision", "recall", "f1"):
             row[f"{name}_{sigma}"] = share(f"localization.{sigma}.{name}")
     row["constant_mae"] = known("baselines.constant_count.mae", float)
@@ -144,8 +161,11 @@ def _read_run(path: Path) -> dict[str, Any]:
         unknown = untrained or known(name.rpartition(".")[0], (dict, type(None))) is None
         row[column] = math.nan if unknown else share(name)
     for image in known("per_image", list):
+        _field(image, file, "name", str)
         for name in ("true_count", "count"):
             _field(image, file, name, float)
+    if not metrics["per_image"]:
+        raise ValueError(f"{file}: field 'per_image' is empty. {AGAIN}")
     return row | _conditions(config, config_file)
 
 

@@ -154,7 +154,11 @@ def open_test(config: Config, data: str = ""):
 def test_images_of(run: str | Path, data: str = ""):
     """The test images that a run was evaluated on, at the size it saw them, by the run's folder;
     None for photographs without `data`, the folder that holds them."""
-    config = from_dict(files.read_json(Path(run) / "config.json")["config"])
+    file = Path(run) / "config.json"
+    try:
+        config = from_dict(files.read_json(file)["config"])
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{file}: field 'config': {error}. Train the run again.") from None
     if config.profile not in DRAWN and not data:
         return None
     return open_test(config, data)

@@ -140,6 +140,8 @@ def _resume(
     Returns the best score so far and its network, None without one.
     """
     shared = [(path, path.stem) for _, path in sorted(states.items(), reverse=True)]
+    if (folder := files.OutputFolder.around(checkpoint)) and not folder.is_listed(checkpoint):
+        folder.make_way(checkpoint)  # the user's own file stays, and is named
     for path, wanted in [(checkpoint, key), *shared]:
         if not path.is_file():
             continue
@@ -165,9 +167,11 @@ def _resume(
 
 
 def _set_aside(path: Path, error: Exception) -> None:
-    damaged = path.with_name(f"{path.name}.damaged")
+    damaged, number = path.with_name(f"{path.name}.damaged"), 1
+    while damaged.exists():
+        damaged, number = path.with_name(f"{path.name}.damaged-{number}"), number + 1
     try:
-        path.replace(damaged)
+        path.rename(damaged)
     except FileNotFoundError:  # another run that shares it was faster
         pass
     warnings.warn(

@@ -22,13 +22,13 @@ TILE, LINE = (360, 270), 30  # (width, height) of a picture, and of the text abo
 def confidence(folder: str | os.PathLike) -> pd.DataFrame:
     """Images of a folder of masks, the least confident first: image, confidence, heads, failed.
 
-    Reads the tables of the complete images; images without heads are left out. failed: heads
-    that got a disc, because no candidate was good enough.
+    Reads the tables of the images that the manifest lists; images without heads are left out.
+    failed: heads that got a disc, because no candidate was good enough.
     """
+    from xmask.data.masks import masked
+
     rows = []
-    for path in sorted(Path(folder).glob("*.csv")):
-        if not path.with_suffix(".png").is_file():
-            continue
+    for path in (Path(folder) / f"{name}.csv" for name in sorted(masked(folder))):
         table = pd.read_csv(path, keep_default_na=False)
         if len(table):
             failed = (table["source"] == "disc") | (table["area"] == 0)

@@ -64,7 +64,8 @@ def learn(dotted: OwnPhotos, bare: OwnPhotos, out: str | os.PathLike, settings: 
     """
     if not len(dotted) or not dotted.counts().sum():
         raise ValueError("no dots: training needs at least one photo with dots beside it")
-    with files.OutputFolder(out, overwrite=overwrite) as folder:
+    with files.OutputFolder(out, overwrite=overwrite,
+                            kept=[*dotted.files, *bare.files]) as folder:
         return _learn(dotted, bare, folder, settings, segmenter, start, progress)
 
 

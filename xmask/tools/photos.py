@@ -92,9 +92,7 @@ def find(arguments: Sequence[str | os.PathLike]) -> list[Photo]:
 
 def _images(paths: Iterable[Path]) -> list[Path]:
     """The images among paths, in order, without those that this package has written."""
-    found = sorted(filter(is_image, paths))
-    ours = {folder: set(files.read_record(folder)) for folder in {p.parent for p in found}}
-    return [p for p in found if p.name not in ours[p.parent]]
+    return files.without_ours(filter(is_image, paths))
 
 
 def _names(paths: list[Path]) -> list[str]:
@@ -139,7 +137,8 @@ def run(photos: Sequence[Photo], model: Predictor, out: str | os.PathLike, *,
     Raises ValueError for a max_side that no image can have, and what `files.OutputFolder` does.
     """
     check_side(max_side)
-    with files.OutputFolder(out, overwrite=overwrite) as folder:
+    with files.OutputFolder(out, overwrite=overwrite,
+                            kept=[photo.path for photo in photos]) as folder:
         for name in ("counts.csv", "coco.json", "model.json"):
             folder.make_way(folder.path / name)
         results, rows = _Results(folder, model, max_side), []
@@ -180,8 +179,10 @@ class _Results:
             row = Row(**note["row"])
             good = row.name == name and all(isinstance(text, str) for text in (
                 row.image, row.repairs, *(note[k] for k in ("source", "image", "made_from"))))
-            good = good and all(isinstance(n, int) for n in (row.count, row.width, row.height))
-            good = good and all(n is None or isinstance(n, int) for n in (row.low, row.high))
+            good = good and row.error in ("", None) and all(
+                isinstance(n, int) and 0 <= n < 2**31 for n in (row.count, row.width, row.height))
+            good = good and all(n is None or isinstance(n, int) and 0 <= n < 2**31
+                                for n in (row.low, row.high))
             return note if good and isinstance(note["files"], dict) else None
         except (OSError, ValueError, KeyError, TypeError):
             return None

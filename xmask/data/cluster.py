@@ -1,0 +1,148 @@
+"""Processes that work for this one, by Dask: of this machine, or of any cluster of machines.
+
+All machines see the same folders under the same paths; what travels are names and numbers.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import pickle
+import secrets
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import dask
+from distributed import (
+    Client,
+    KilledWorker,
+    LocalCluster,
+    Worker,
+    WorkerPlugin,
+    as_completed,
+    get_worker,
+)
+
+_MOST = 25  # items of one task: enough that a task costs little, and few enough to show progress
+_TASKS = 20  # of each worker, where there are few items
+_ANSWER = "10s"  # after which a scheduler is not there
+_DIED = (
+    "workers died one after the other before they did anything, for want of memory or because the "
+    "calling script lacks `if __name__ == \"__main__\":`. What is done is kept: run again with "
+    "one worker")
+_log = logging.getLogger("xmask")
+
+
+@contextmanager
+def open_client(workers: int = 2, scheduler: str = "", cluster: str = "") -> Iterator[Client]:
+    """A Dask client; what it needed is ended with it.
+
+    workers: processes of this machine, or jobs of a cluster.
+    scheduler: the address of a Dask scheduler that runs already ("tcp://host:8786"), whose workers
+    are taken as they are. cluster: "slurm" submits `workers` jobs, as Dask's configuration says
+    (`jobqueue.slurm`). With neither, processes of this machine, which listen on loopback only.
+    Raises ValueError, one line, for a scheduler that does not answer or a cluster that is unknown.
+    """
+    for name in ("distributed", "bokeh"):  # a worker that died is our message, not their traceback
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    with ExitStack() as stack:
+        if scheduler:
+            try:
+                client = stack.enter_context(Client(scheduler, timeout=_ANSWER))
+            except (OSError, ValueError) as error:
+                raise ValueError(f"--scheduler {scheduler}: no Dask scheduler answers there "
+                                 f"({str(error)[:100]}). Start one with `dask scheduler`, or leave "
+                                 "the option out to use this machine") from None
+        elif cluster:
+            made = stack.enter_context(_jobs(cluster))
+            made.scale(jobs=workers)
+            client = stack.enter_context(Client(made))
+        else:
+            shown = "127.0.0.1:0" if importlib.util.find_spec("bokeh") else None
+            stack.enter_context(dask.config.set({"logging.distributed": "critical"}))
+            made = stack.enter_context(LocalCluster(
+                n_workers=workers, threads_per_worker=1, memory_limit=0, host="127.0.0.1",
+                dashboard_address=shown, silence_logs=logging.CRITICAL))
+            if shown:
+                _log.warning("Dask shows the work at %s", made.dashboard_link)
+            client = stack.enter_context(Client(made))
+        if not client.nthreads():
+            _log.warning("%s: no worker yet; the work begins with the first one",
+                         client.scheduler.address)
+        yield client
+
+
+def _jobs(cluster: str) -> Any:
+    if cluster != "slurm":
+        raise ValueError(f"--cluster {cluster}: unknown; known: slurm")
+    if not importlib.util.find_spec("dask_jobqueue"):
+        raise ValueError('--cluster slurm needs dask-jobqueue: pip install "xmask[slurm]"')
+    from dask_jobqueue import SLURMCluster
+    return SLURMCluster()
+
+
+def work(client: Client, job: Any, items: Sequence[Any], state: Callable[[], object]
+         ) -> Iterator[Any]:
+    """What `job.run_in_worker(item)` returns for every item, as they are finished.
+
+    job: travels to each worker once, and `job.begin()` is called there before its first item.
+    Where a worker dies, its items are tried again by another. state: what changes whenever some
+    work was done or tried; RuntimeError if workers die again and again and it stays as it is.
+    """
+    threads = sum(client.nthreads().values()) or 1
+    each = max(1, min(_MOST, len(items) // (_TASKS * threads)))
+    parts = [list(items[k:k + each]) for k in range(0, len(items), each)]
+    name, running = f"xmask-{secrets.token_hex(4)}", {}
+    client.register_plugin(_Carrier(job), name=name)
+    try:
+        try:
+            client.run(_open, name)  # what cannot begin is known before anything is tried
+        except OSError:
+            raise RuntimeError(_DIED) from None
+        while parts:
+            before, lost = state(), []
+            running = {client.submit(_run, name, part, pure=False): part for part in parts}
+            for future in as_completed(list(running)):
+                part = running.pop(future)
+                try:
+                    yield from future.result()
+                except KilledWorker:
+                    lost.append(part)
+            if lost and state() == before:
+                raise RuntimeError(_DIED)
+            parts = lost
+    finally:
+        client.cancel(list(running))
+        client.unregister_worker_plugin(name)
+
+
+class _Carrier(WorkerPlugin):
+    """Brings the job to every worker, also to those that come later."""
+
+    def __init__(self, job: Any) -> None:
+        self.packed, self.opened = pickle.dumps(job), None
+
+    def setup(self, worker: Worker) -> None:
+        self.alone = threading.Lock()  # a worker may have several threads, and a job has one image
+        if worker.nanny and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the nanny, which ends it
+
+    def job(self) -> Any:
+        if self.opened is None:  # within a task, so that an error is told
+            self.opened = pickle.loads(self.packed)
+            self.opened.begin()
+        return self.opened
+
+
+def _open(name: str, dask_worker: Worker) -> None:  # Dask gives it by this name
+    with dask_worker.plugins[name].alone:
+        dask_worker.plugins[name].job()
+
+
+def _run(name: str, part: list[Any]) -> list[Any]:
+    carrier = get_worker().plugins[name]
+    with carrier.alone:
+        return [carrier.job().run_in_worker(item) for item in part]

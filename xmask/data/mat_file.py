@@ -1,0 +1,97 @@
+"""MATLAB files of any hands: how much is in one is known before it is unpacked and built.
+
+scipy builds what a file claims to hold, level by level, and a file of 300 bytes can claim
+gigabytes. So the claims are read first (format 5, "MAT-File Format", MathWorks).
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import struct
+import zlib
+
+import numpy as np
+from scipy.io import loadmat, whosmat
+
+MOST_BYTES = 16 << 20  # unpacked; 65,535 heads have 1 MB
+_MOST_VALUES = 4 << 20  # of all arrays together, at all levels
+_DEEPEST = 16  # arrays within arrays; the benchmarks have four levels
+_MATRIX, _PACKED = 14, 15  # the format's numbers of an array, and of a part that is packed
+_HOLDERS = 1, 2, 3, 16, 17  # classes of arrays that hold arrays: cells, structures, objects,
+_STRUCTURES = 2, 3
+_OPAQUE = 17  # functions, and those that have no shape
+
+
+def read(content: bytes, path: str | os.PathLike) -> dict:
+    """The fields of a MATLAB file, up to version 7; ValueError, naming `path`, if it is none or
+    claims to hold more than dots need."""
+    try:
+        _check(content)
+        for name, shape, _ in whosmat(io.BytesIO(content)):  # format 4, too
+            if math.prod(shape) > _MOST_VALUES:
+                raise ValueError(f"field {name} has shape {tuple(shape)}")
+        return loadmat(io.BytesIO(content))
+    except NotImplementedError:
+        raise ValueError(f"{path}: a MATLAB 7.3 (HDF5) file, which is not how the data set is "
+                         "distributed. Download it again, or save it with MATLAB's -v7.") from None
+    except Exception as error:  # scipy's parser raises nearly anything on damaged bytes
+        raise ValueError(f"{path}: cannot be read as a MATLAB file ({type(error).__name__}: "
+                         f"{error}). It is cut short or damaged: download it again.") from None
+
+
+def _check(content: bytes) -> None:
+    """Raises ValueError where a file of format 5 holds or claims too much."""
+    if len(content) > MOST_BYTES:
+        raise ValueError(f"it has {len(content) >> 20} MB")
+    order = {b"IM": "<", b"MI": ">"}.get(content[126:128])
+    if order is None:
+        return
+    left, values = MOST_BYTES, 0
+    parts = [(128, len(content), 0, memoryview(content))]
+    while parts:
+        at, end, depth, data = parts.pop()
+        if depth > _DEEPEST:
+            raise ValueError(f"it has arrays within arrays, more than {_DEEPEST} levels of them")
+        while at + 8 <= end:
+            kind, begin, size, at = _element(data, at, order)
+            stop = min(begin + size, end)
+            if kind == _PACKED and depth == 0:
+                unpacked = zlib.decompressobj().decompress(data[begin:stop], left + 1)
+                left -= len(unpacked)
+                if left < 0:
+                    raise ValueError(f"it unpacks to more than {MOST_BYTES >> 20} MB")
+                parts.append((0, len(unpacked), 1, memoryview(unpacked)))
+            elif kind == _MATRIX and size:
+                holds = data[begin + (8 if order == "<" else 11)]
+                values += _claimed(data, begin, holds, order)
+                if values > _MOST_VALUES:
+                    raise ValueError(f"it claims to hold more than {_MOST_VALUES >> 20} million "
+                                     "values")
+                if holds in _HOLDERS:
+                    parts.append((begin, stop, depth + 1, data))
+
+
+def _element(data: memoryview, at: int, order: str) -> tuple[int, int, int, int]:
+    """Kind of the part at a place, where its value begins, its bytes, where the next part is."""
+    kind, size = struct.unpack_from(order + "II", data, at)
+    if kind >> 16:  # a small one: kind, size and value in eight bytes
+        return kind & 0xffff, at + 4, kind >> 16, at + 8
+    return kind, at + 8, size, at + 8 + size + (-size % 8 if kind != _PACKED else 0)
+
+
+def _claimed(data: memoryview, begin: int, holds: int, order: str) -> int:
+    """How many values an array of a class says it has, by its shape and its number of fields."""
+    if holds == _OPAQUE:
+        return 0
+    _, at, size, place = _element(data, begin + 16, order)
+    shape = np.frombuffer(data[at:at + size], order + "i4")
+    fields = 1
+    if holds in _STRUCTURES:
+        for _ in range(holds - 1):  # the array's name, and an object's class
+            place = _element(data, place, order)[3]
+        _, at, _, place = _element(data, place, order)
+        each = struct.unpack_from(order + "i", data, at)[0]  # bytes of a field's name
+        fields = max(1, _element(data, place, order)[2] // max(1, each))
+    return int(min(fields * np.prod(np.maximum(shape, 0), dtype=float), 2.0**62))
