@@ -177,7 +177,7 @@ def _own_photo_commands(command: Callable) -> None:
 
 
 def _training_commands(command: Callable) -> None:
-    made = command("train-sam", _train_sam, "train the bundled SAM on synthetic crowds")
+    made = command("train-sam", _train_sam, "train the bundled SAM on drawn crowds")
     made.add_argument("--out", type=Path, help="weights file; default: the one in the package")
     made.add_argument("--seed", type=_number, help="of the first training scene")
     made.add_argument("--scenes", type=_positive, help="drawn scenes")

@@ -96,9 +96,11 @@ def mask_dataset(
         "options": {**_DEFAULTS, **options}, "dataset": dataset.settings,
         **({} if depends is None else {"depends": depends})}))
     with files.OutputFolder(out, overwrite=overwrite, shard=shard, wait=wait) as folder:
+        # reading all images takes a while, and the others need not wait for it
+        known = {dataset.ids[i]: dataset.image_checksum(i) for i in indices} if shard else {}
         with folder.alone():
             manifest = _Manifest(folder, request, dataset, segmenter, anew and not shard,
-                                 indices)
+                                 indices, known)
             todo = [i for i in indices if manifest.begins(i)]
             manifest.write()
         job = _Job(dataset, segmenter, request["segmenter"], out, threads, options, overwrite)
@@ -179,7 +181,8 @@ class _Manifest:
     have finished without noting it."""
 
     def __init__(self, folder: files.OutputFolder, request: dict[str, Any], dataset: Any,
-                 segmenter: Segmenter, anew: bool, own: list[int]) -> None:
+                 segmenter: Segmenter, anew: bool, own: list[int], checksums: dict[str, str]
+                 ) -> None:
         self.folder, self.request = folder, request
         self.dataset, self.segmenter = dataset, segmenter
         # of a shard, its own images are all that it looks at
@@ -201,7 +204,7 @@ class _Manifest:
                 self._remove(name)
             self.images, self.failed, self.todo = {}, {}, {}
         self._written = 0.0
-        self._checksums: dict[str, str] = {}
+        self._checksums = checksums
         for i in self.seen:
             name = dataset.ids[i]
             if name in self.images and self.images[name]["checksum"] != self._checksum(i):

@@ -235,7 +235,7 @@ def run(out: str | os.PathLike, *, scenes: int = 18, seed: int = SEED,
     files.write_json(out / "study.json", {
         "command": f"xmask edp-study --scenes {scenes} --seed {seed} "
                    f"--segmenters {','.join(segmenters)}",
-        "data": "synthetic crowds", "segmenters": described, "versions": provenance.versions()})
+        "data": "drawn crowds", "segmenters": described, "versions": provenance.versions()})
     files.write_text(out / "table.md", markdown(table, scenes, seed))
     return table
 
