@@ -305,6 +305,15 @@ def test_a_disk_that_cannot_be_written_to_is_named_by_the_result(tmp_path, monke
     assert failed.value.filename == str(tmp_path / "a.json")
 
 
+def test_no_name_leads_out_of_a_folder(tmp_path):
+    (tmp_path / "victim.txt").write_text("mine")
+    with files.OutputFolder(tmp_path / "out", cloned=True):
+        with pytest.raises(ValueError, match="victim.txt: leads out of .*out"):
+            files.write_text(tmp_path / "out" / ".." / "victim.txt", "ours")
+    assert [path.name for path in tmp_path.iterdir()] == ["victim.txt"]
+    assert (tmp_path / "victim.txt").read_text() == "mine"
+
+
 def test_a_file_that_came_with_a_clone_is_ours_if_it_says_the_same_and_else_set_aside(tmp_path):
     for name, text in (("a.txt", "same"), ("b.txt", "edited"), ("c.txt", "mine")):
         (tmp_path / name).write_text(text)

@@ -367,6 +367,8 @@ class OutputFolder:
     def note(self, path: Path, checksum: str) -> None:
         """Put a file that is about to get its name on record."""
         name = self._name(path)
+        if not all(map(is_plain, name.split("/"))):
+            raise ValueError(f"{path}: leads out of {self.path}")
         if self.cloned and os.path.lexists(path) and not self.is_intact(path) and (
                 not path.is_file() or sha256(path) != checksum):
             self.set_aside(path, "not as xmask wrote it here")

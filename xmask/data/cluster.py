@@ -123,12 +123,15 @@ class _Carrier(WorkerPlugin):
     """Brings the job to every worker, also to those that come later."""
 
     def __init__(self, job: Any) -> None:
-        self.packed, self.opened = pickle.dumps(job), None
+        self.packed, self.opened, self.over = pickle.dumps(job), None, False
 
     def setup(self, worker: Worker) -> None:
         self.alone = threading.Lock()  # a worker may have several threads, and a job has one image
         if worker.nanny and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the nanny, which ends it
+
+    def teardown(self, worker: Worker) -> None:
+        self.over = True  # the one who asked is gone: what is left of a part is for nobody
 
     def job(self) -> Any:
         if self.opened is None:  # within a task, so that an error is told
@@ -145,4 +148,4 @@ def _open(name: str, dask_worker: Worker) -> None:  # Dask gives it by this name
 def _run(name: str, part: list[Any]) -> list[Any]:
     carrier = get_worker().plugins[name]
     with carrier.alone:
-        return [carrier.job().run_in_worker(item) for item in part]
+        return [carrier.job().run_in_worker(item) for item in part if not carrier.over]
