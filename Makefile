@@ -61,7 +61,7 @@ check: setup
 	$(BIN)/ruff check --quiet .
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
-# an hour or more: kills, hostile files and memory; writes its numbers into docs/reliability.md
+# a quarter of an hour or more: kills, hostile files and memory; writes its numbers into docs/reliability.md
 soak: setup
 	$(BIN)/python -m tests.soak
 
