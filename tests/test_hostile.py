@@ -305,6 +305,15 @@ def test_a_disk_that_cannot_be_written_to_is_named_by_the_result(tmp_path, monke
     assert failed.value.filename == str(tmp_path / "a.json")
 
 
+def test_half_a_line_of_a_killed_process_spoils_no_record(tmp_path):
+    with files.OutputFolder(tmp_path, shard="1/2"):
+        files.write_text(tmp_path / "a.txt", "a")
+        with open(tmp_path / ".xmask" / "record.jsonl", "ab") as record:
+            record.write(b'{"file": "b.tx')  # another shard, on a full disk
+        files.write_text(tmp_path / "c.txt", "c")
+    assert set(files.read_record(tmp_path)) == {"a.txt", "c.txt"}
+
+
 def test_no_name_leads_out_of_a_folder(tmp_path):
     (tmp_path / "victim.txt").write_text("mine")
     with files.OutputFolder(tmp_path / "out", cloned=True):
@@ -533,18 +542,23 @@ MAT_FILES = {
 }
 
 
-@pytest.mark.parametrize("kind", MAT_FILES)
-def test_a_small_mat_file_that_claims_a_lot_is_refused_at_once(kind, tmp_path):
-    path = tmp_path / "a.mat"
-    path.write_bytes(b"MATLAB 5.0 MAT-file".ljust(124) + struct.pack("<H", 0x0100) + b"IM"
-                     + MAT_FILES[kind])
+@pytest.mark.parametrize("order", ["IM", "MI", "XX"])  # scipy takes all but the first for MI
+def test_small_mat_files_that_claim_a_lot_are_refused_at_once(order, tmp_path):
+    for number, body in enumerate(MAT_FILES.values()):
+        if order != "IM":
+            body = np.frombuffer(body[:len(body) // 4 * 4], "<u4").byteswap().tobytes()
+        (tmp_path / f"{number}.mat").write_bytes(b"MATLAB 5.0 MAT-file".ljust(124) + struct.pack(
+            "<H" if order == "IM" else ">H", 0x0100) + order.encode() + body)
     code = ("import resource, sys; from xmask.data import annotations\n"
             "resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))\n"
-            "try: annotations.read_shanghaitech(sys.argv[1])\n"
-            "except ValueError as error: print(error)")
-    found = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True,
-                           timeout=60)
-    assert found.returncode == 0 and "a.mat: cannot be read as a MATLAB file" in found.stdout, found
+            "for path in sys.argv[1:]:\n"
+            "    try: annotations.read_shanghaitech(path)\n"
+            "    except ValueError as error: print(error)")
+    found = subprocess.run([sys.executable, "-c", code, *sorted(map(str, tmp_path.iterdir()))],
+                           capture_output=True, text=True, timeout=60)
+    lines = found.stdout.splitlines()
+    assert found.returncode == 0 and len(lines) == len(MAT_FILES), found
+    assert all(f"{number}.mat: " in line for number, line in enumerate(lines))
 
 
 @pytest.mark.parametrize("command,names", [
@@ -661,7 +675,7 @@ def test_runs_that_were_edited_by_hand_are_named(file, field, value, message, tm
         else:
             (run / name).write_text(value)
     monkeypatch.chdir(tmp_path)
-    for command in (["tables"], ["figures"], ["code", str(run)]):
+    for command in (["code", str(run)],) if field == "code" else (["tables"], ["figures"]):
         main(command)
     shown = capsys.readouterr().err
     assert message in shown and "not foreseen" not in shown

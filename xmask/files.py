@@ -21,7 +21,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -293,13 +293,17 @@ class OutputFolder:
         hidden.mkdir(parents=True, exist_ok=True)
         with ExitStack() as whole:
             whole.enter_context(lock(self.path, _PATIENCE if self.shard else self.wait))
-            for shard in [self.shard.replace("/", "-of-")] if self.shard else [
-                    one.name.removeprefix("shard-") for one in hidden.glob("shard-*")]:
+            own = self.shard.replace("/", "-of-")
+            # shards of as many are apart; a whole call, and shards of another number, are not
+            for shard in [name for name in (
+                    one.name.removeprefix("shard-") for one in hidden.glob("shard-*"))
+                    if not own or name.split("-")[-1] != own.split("-")[-1]] + [own][:bool(own)]:
                 held = whole.enter_context(ExitStack())
                 held.enter_context(_held(
                     hidden / f"shard-{shard}", self.wait, f"{self.path}: another process fills it "
                     f"as shard {shard}. Wait for it or end it, then run the same command again"))
-            _begin_record(self.path)
+            with _held(hidden / "record.lock", _PATIENCE):
+                _begin_record(self.path)
             for place in hidden.glob("**/"):
                 _remove_abandoned(place)
             self._stack = held.pop_all() if self.shard else whole.pop_all()
@@ -340,6 +344,9 @@ class OutputFolder:
         """Let `path` be written: raises FileExistsError if the user's file is there."""
         if self.cloned or not os.path.lexists(path) or self.is_intact(path):
             return
+        self._known = read_record(self.path)  # another process may have written it since
+        if self.is_intact(path):
+            return
         if self.is_listed(path):
             self.set_aside(path)
         elif any(path.exists() and one.exists() and os.path.samefile(one, path)
@@ -376,12 +383,11 @@ class OutputFolder:
             return
         line = json.dumps({"file": name, "sha256": checksum}) + "\n"
         with _held(self.path / HIDDEN / "record.lock", _PATIENCE):  # workers append to it, too
-            handle = os.open(_record(self.path), os.O_WRONLY | os.O_APPEND)
-            try:
-                os.write(handle, line.encode())
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            with open(_record(self.path), "rb+") as file:
+                _cut_half_a_line(file)
+                file.write(line.encode())
+                file.flush()
+                os.fsync(file.fileno())
         self._known.setdefault(name, set()).add(checksum)
 
     def is_listed(self, path: Path) -> bool:
@@ -474,9 +480,19 @@ def _begin_record(folder: Path) -> None:
     path = _record(folder)
     if not path.is_file() or not path.stat().st_size:
         write_text(path, json.dumps(_RECORD) + "\n")
-    content = path.read_bytes()
-    if not content.endswith(b"\n"):
-        os.truncate(path, content.rfind(b"\n") + 1)
+    with open(path, "rb+") as file:
+        _cut_half_a_line(file)
+
+
+def _cut_half_a_line(file: BinaryIO) -> None:
+    """Go to the end of an open record, without what a process left that was killed over it."""
+    end = file.seek(0, os.SEEK_END)
+    file.seek(max(0, end - 1))
+    if file.read(1) != b"\n":
+        file.seek(0)
+        end = file.read().rfind(b"\n") + 1
+        file.truncate(end)
+    file.seek(end)
 
 
 def _remove_abandoned(folder: Path) -> None:

@@ -177,12 +177,14 @@ def test_the_workers_of_a_scheduler_that_runs_give_the_same_folder(tmp_path):
     ({"scheduler": "nonsense://x"}, "--scheduler nonsense://x: no Dask scheduler answers there"),
     ({"cluster": "moon"}, "--cluster moon: unknown; known: slurm"),
     ({"shard": "0/3"}, "shard: '0/3'; 1/4 to 4/4 are the four shards"),
-    ({"shard": "4/3"}, "shard: '4/3'"), ({"shard": "second"}, "shard: 'second'"),
+    ({"shard": "4/3"}, "shard: '4/3'"), ({"shard": "01/3"}, "shard: '01/3'"),
+    ({"scheduler": "tcp://x:1", "cluster": "slurm"}, "scheduler, cluster: give one of them"), ({"shard": "second"}, "shard: 'second'"),
 ])
 def test_workers_and_shards_that_cannot_be_are_named(tmp_path, monkeypatch, options, message):
     monkeypatch.setattr(cluster, "_ANSWER", "1s")
     with pytest.raises(ValueError, match=message):
-        masks(tmp_path, ClassicalSegmenter(), **options)
+        masks(tmp_path / "out", ClassicalSegmenter(), **options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_shards_fill_one_folder_as_one_call_does(tmp_path):
@@ -200,10 +202,11 @@ def test_shards_fill_one_folder_as_one_call_does(tmp_path):
         masks(tmp_path / "parts", segmenter, shard="1/3", nnec=False)
     masks(tmp_path / "parts", segmenter)
     assert segmenter.images == 4  # the record of all shards is that of the folder
+    assert len(pd.read_csv(tmp_path / "parts" / "times.csv")) == 5  # nothing to do: nothing lost
 
 
 @pytest.mark.parametrize("holding,wanted,free", [
-    ("1/2", "1/2", "2/2"), ("1/2", "", "2/2"), ("", "1/2", None)])
+    ("1/2", "1/2", "2/2"), ("1/2", "", "2/2"), ("", "1/2", None), ("1/2", "1/4", "2/2")])
 def test_a_shard_and_a_whole_call_keep_out_of_each_others_way(
         tmp_path, holding, wanted, free, monkeypatch):
     monkeypatch.setattr(files, "_PATIENCE", 0.1)

@@ -14,6 +14,7 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,8 @@ def mask_dataset(
     manifest.json holds what all masks depend on (algorithm, segmenter, every option, settings of
     the data set), and for each image its checksum, statistics, and what was repaired in its
     annotation, or why it failed, or that it is still to do.
-    Images complete under the same manifest are skipped unless their own checksum changed or a
+    Images complete under the same manifest are skipped unless their own checksum changed (of a
+    data set: name, height, width, annotation; edited pixels go unseen) or a
     file of theirs was damaged; other files than the folder's own are left alone.
     times.csv tells how long the images of this call took, and the memory used.
 
@@ -90,12 +92,20 @@ def mask_dataset(
         raise ValueError(f"workers, threads: {workers}, {threads}; each has to be 1 or more, and "
                          "at most 1024")
     out, indices = Path(out), part_of(indices, shard)
+    if scheduler and cluster:
+        raise ValueError("scheduler, cluster: give one of them")
     _check_names([dataset.ids[i] for i in indices], out)
     request = json.loads(json.dumps({
         "algorithm": ALGORITHM, "segmenter": segmenter.describe(),
         "options": {**_DEFAULTS, **options}, "dataset": dataset.settings,
         **({} if depends is None else {"depends": depends})}))
-    with files.OutputFolder(out, overwrite=overwrite, shard=shard, wait=wait) as folder:
+    with ExitStack() as stack:
+        client = None
+        if scheduler or cluster:  # before anything is written
+            from xmask.data.cluster import open_client
+            client = stack.enter_context(open_client(workers, scheduler, cluster))
+        folder = stack.enter_context(files.OutputFolder(
+            out, overwrite=overwrite, shard=shard, wait=wait))
         # reading all images takes a while, and the others need not wait for it
         known = {dataset.ids[i]: dataset.image_checksum(i) for i in indices} if shard else {}
         with folder.alone():
@@ -104,12 +114,12 @@ def mask_dataset(
             todo = [i for i in indices if manifest.begins(i)]
             manifest.write()
         job = _Job(dataset, segmenter, request["segmenter"], out, threads, options, overwrite)
-        if workers == 1 and not scheduler and not cluster:
+        if not todo or workers == 1 and not client:
             _make(_in_order(job, todo), todo, manifest, progress)
-        elif todo:
+        else:
             from xmask.data.cluster import open_client, work
-            with open_client(min(workers, len(todo)), scheduler, cluster) as client:
-                _make(work(client, job, todo, job.state), todo, manifest, progress)
+            client = client or stack.enter_context(open_client(min(workers, len(todo))))
+            _make(work(client, job, todo, job.state), todo, manifest, progress)
     failed = [dataset.ids[i] for i in indices if dataset.ids[i] in manifest.failed]
     if failed:
         raise MasksFailed(
@@ -142,8 +152,8 @@ def part_of(indices: Iterable[int], shard: str = "") -> list[int]:
     """
     if not shard:
         return list(indices)
-    found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", shard)
-    if not found or not 1 <= int(found[1]) <= int(found[2]):
+    found = re.fullmatch(r"([1-9][0-9]{0,5})/([1-9][0-9]{0,5})", shard)
+    if not found or int(found[1]) > int(found[2]):
         raise ValueError(f"shard: {shard!r}; 1/4 to 4/4 are the four shards of a data set")
     return list(indices)[int(found[1]) - 1::int(found[2])]
 
@@ -168,7 +178,10 @@ def _make(results: Iterator[_Result], todo: list[int], manifest: _Manifest, prog
 
 def _write_times(folder: files.OutputFolder, times: list[dict[str, Any]]) -> None:
     """times.csv of this call; of all shards, which are one call in pieces."""
-    path, made = folder.path / "times.csv", pd.DataFrame(times)
+    path = folder.path / "times.csv"
+    if not times and folder.is_intact(path):
+        return
+    made = pd.DataFrame(times) if times else pd.DataFrame(columns=["image", "heads", "seconds"])
     if folder.shard and folder.is_intact(path) and path.stat().st_size > 1:
         before = pd.read_csv(path, dtype={"image": str}, keep_default_na=False)
         made = pd.concat([before[~before["image"].isin({one["image"] for one in times})], made])

@@ -7,21 +7,22 @@ gigabytes. So the claims are read first (format 5, "MAT-File Format", MathWorks)
 from __future__ import annotations
 
 import io
-import math
 import os
 import struct
 import zlib
 
 import numpy as np
-from scipy.io import loadmat, whosmat
+from scipy.io import loadmat
+from scipy.io.matlab import matfile_version
 
 MOST_BYTES = 16 << 20  # unpacked; 65,535 heads have 1 MB
-_MOST_VALUES = 4 << 20  # of all arrays together, at all levels
+_MOST_VALUES = 4 << 20  # of all arrays that hold arrays
 _DEEPEST = 16  # arrays within arrays; the benchmarks have four levels
 _MATRIX, _PACKED = 14, 15  # the format's numbers of an array, and of a part that is packed
 _HOLDERS = 1, 2, 3, 16, 17  # classes of arrays that hold arrays: cells, structures, objects,
 _STRUCTURES = 2, 3
 _OPAQUE = 17  # functions, and those that have no shape
+_SPARSE = 5
 
 
 def read(content: bytes, path: str | os.PathLike) -> dict:
@@ -29,31 +30,34 @@ def read(content: bytes, path: str | os.PathLike) -> dict:
     claims to hold more than dots need."""
     try:
         _check(content)
-        for name, shape, _ in whosmat(io.BytesIO(content)):  # format 4, too
-            if math.prod(shape) > _MOST_VALUES:
-                raise ValueError(f"field {name} has shape {tuple(shape)}")
         return loadmat(io.BytesIO(content))
     except NotImplementedError:
         raise ValueError(f"{path}: a MATLAB 7.3 (HDF5) file, which is not how the data set is "
                          "distributed. Download it again, or save it with MATLAB's -v7.") from None
+    except _TooMuch as error:
+        raise ValueError(f"{path}: {error}, and dots need far less. Save the dots alone") from None
     except Exception as error:  # scipy's parser raises nearly anything on damaged bytes
         raise ValueError(f"{path}: cannot be read as a MATLAB file ({type(error).__name__}: "
                          f"{error}). It is cut short or damaged: download it again.") from None
 
 
+class _TooMuch(ValueError):
+    """What a file holds or claims."""
+
+
 def _check(content: bytes) -> None:
-    """Raises ValueError where a file of format 5 holds or claims too much."""
+    """Raises _TooMuch where a file holds, or one of format 5 claims, too much."""
     if len(content) > MOST_BYTES:
-        raise ValueError(f"it has {len(content) >> 20} MB")
-    order = {b"IM": "<", b"MI": ">"}.get(content[126:128])
-    if order is None:
+        raise _TooMuch(f"it has {len(content) >> 20} MB")
+    if matfile_version(io.BytesIO(content))[0] != 1:  # the values of format 4 lie in the file
         return
+    order = "<" if content[126:128] == b"IM" else ">"  # as scipy reads it
     left, values = MOST_BYTES, 0
     parts = [(128, len(content), 0, memoryview(content))]
     while parts:
         at, end, depth, data = parts.pop()
         if depth > _DEEPEST:
-            raise ValueError(f"it has arrays within arrays, more than {_DEEPEST} levels of them")
+            raise _TooMuch(f"it has arrays within arrays, more than {_DEEPEST} levels of them")
         while at + 8 <= end:
             kind, begin, size, at = _element(data, at, order)
             stop = min(begin + size, end)
@@ -61,16 +65,19 @@ def _check(content: bytes) -> None:
                 unpacked = zlib.decompressobj().decompress(data[begin:stop], left + 1)
                 left -= len(unpacked)
                 if left < 0:
-                    raise ValueError(f"it unpacks to more than {MOST_BYTES >> 20} MB")
+                    raise _TooMuch(f"it unpacks to more than {MOST_BYTES >> 20} MB")
                 parts.append((0, len(unpacked), 1, memoryview(unpacked)))
             elif kind == _MATRIX and size:
                 holds = data[begin + (8 if order == "<" else 11)]
-                values += _claimed(data, begin, holds, order)
-                if values > _MOST_VALUES:
-                    raise ValueError(f"it claims to hold more than {_MOST_VALUES >> 20} million "
-                                     "values")
+                claimed = _claimed(data, begin, holds, order)
                 if holds in _HOLDERS:
+                    values += claimed
                     parts.append((begin, stop, depth + 1, data))
+                elif holds != _SPARSE and claimed > size:  # each takes a byte or more
+                    raise _TooMuch(f"it claims {claimed:,} values in {size:,} bytes")
+                if values > _MOST_VALUES:
+                    raise _TooMuch(f"it claims more than {_MOST_VALUES >> 20} million arrays "
+                                   "within arrays")
 
 
 def _element(data: memoryview, at: int, order: str) -> tuple[int, int, int, int]:
