@@ -346,17 +346,15 @@ def _train_sam(o: argparse.Namespace) -> int:
 
 
 def _edp_study(o: argparse.Namespace) -> int:
-    from xmask import files
     from xmask.study import edp_study
 
-    seeds = {} if o.seed is None else {"seed": o.seed}
-    with files.OutputFolder(o.out, cloned=o.out == edp_study.RESULTS, overwrite=o.overwrite):
-        if o.boxes or o.negatives:
-            o.goes_on = False  # unlike the comparison, they keep no finished scenes
-            measure = edp_study.run_boxes if o.boxes else edp_study.run_negatives
-            print(measure(o.out, scenes=o.scenes, segmenters=o.segmenters, **seeds))
-            return 0
-        edp_study.run(o.out, scenes=o.scenes, segmenters=o.segmenters, jobs=o.jobs, **seeds)
+    options = {"scenes": o.scenes, "segmenters": o.segmenters, "overwrite": o.overwrite}
+    options |= {} if o.seed is None else {"seed": o.seed}
+    if o.boxes or o.negatives:
+        o.goes_on = False  # unlike the comparison, they keep no finished scenes
+        print((edp_study.run_boxes if o.boxes else edp_study.run_negatives)(o.out, **options))
+        return 0
+    edp_study.run(o.out, jobs=o.jobs, **options)
     print((o.out / "table.md").read_text(encoding="utf-8"))
     return 0
 
@@ -526,10 +524,9 @@ def _report(o: argparse.Namespace) -> int:
     results = steps.results_folder(o.profile)
     if o.out:
         files.check_new(o.out, o.overwrite)
-    with files.OutputFolder(results, cloned=True):  # a page that was edited is set aside
-        print(report.write_report(
-            results, o.out or results / "report.html", figures_folder=Path("figures") / o.profile,
-            datasets=lambda run: steps.test_images_of(run, o.data), pictures=o.pictures))
+    print(report.write_report(
+        results, o.out or results / "report.html", figures_folder=Path("figures") / o.profile,
+        datasets=lambda run: steps.test_images_of(run, o.data), pictures=o.pictures))
     return 0
 
 

@@ -63,7 +63,6 @@ from xmask.segmenters import POSITIVE, Prompts, Segmenter, describe, open_segmen
 from xmask.segmenting.sam_segmenter import SamSegmenter
 from xmask.synthetic import draw_scene
 
-RESULTS = Path("results") / "edp_sam"  # in the repository
 SEED = 3_700_000  # of the first scene; nothing else uses seeds from here to 3.8 million
 RADII = (3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 20)  # px, tried for fixed discs
 NEIGHBOURS = (1, 2, 4, 8), (1.5, 3.0, 6.0)  # tried: at most so many negatives, within so many r_i
@@ -207,8 +206,11 @@ def one_scene(number: int, seed: int, segmenters: tuple[str, ...]) -> list[dict[
 
 def run(out: str | os.PathLike, *, scenes: int = 18, seed: int = SEED,
         segmenters: Iterable[str] = ("classical", "bundled"), jobs: int = 1,
-        progress: bool = True) -> pd.DataFrame:
+        overwrite: bool = False, progress: bool = True) -> pd.DataFrame:
     """The comparison; writes scenes.csv, thirds.csv, table.md and study.json into `out`.
+
+    overwrite: as of `files.OutputFolder`, which `out` is. In the repository's own folder
+    `results`, a file that was edited is set aside.
 
     Finished scenes are kept in work/edp_study until code, segmenters or versions change.
 
@@ -216,7 +218,7 @@ def run(out: str | os.PathLike, *, scenes: int = 18, seed: int = SEED,
     """
     if scenes < 3:
         raise ValueError(f"scenes: {scenes}; give 3 or more, one for each density third")
-    out, segmenters = Path(out), tuple(segmenters)
+    out, segmenters, folder = Path(out), tuple(segmenters), _folder(out, overwrite)
     described = {spec: describe(spec) for spec in segmenters}
     # Scenes are kept, so that a stopped comparison goes on, and a larger one starts from it.
     kept = Path("work") / "edp_study" / provenance.digest(
@@ -230,14 +232,23 @@ def run(out: str | os.PathLike, *, scenes: int = 18, seed: int = SEED,
             bar.update()
     rows = [row for path in paths for row in files.read_json(path)["rows"]]
     table = thirds(pd.DataFrame(rows))
-    _write_csv(out / "scenes.csv", pd.DataFrame(rows))
-    _write_csv(out / "thirds.csv", table)
-    files.write_json(out / "study.json", {
-        "command": f"xmask edp-study --scenes {scenes} --seed {seed} "
-                   f"--segmenters {','.join(segmenters)}",
-        "data": "drawn crowds", "segmenters": described, "versions": provenance.versions()})
-    files.write_text(out / "table.md", markdown(table, scenes, seed))
+    with folder:
+        _write_csv(out / "scenes.csv", pd.DataFrame(rows))
+        _write_csv(out / "thirds.csv", table)
+        files.write_json(out / "study.json", {
+            "command": f"xmask edp-study --scenes {scenes} --seed {seed} "
+                       f"--segmenters {','.join(segmenters)}",
+            "data": "drawn crowds", "segmenters": described, "versions": provenance.versions()})
+        files.write_text(out / "table.md", markdown(table, scenes, seed))
     return table
+
+
+def _folder(out: str | os.PathLike, overwrite: bool) -> files.OutputFolder:
+    """The folder of the results, checked before the work."""
+    ours = Path(out).parts[:1] == ("results",)
+    folder = files.OutputFolder(out, overwrite=overwrite, cloned=ours)
+    with folder:  # what cannot be is said now
+        return folder
 
 
 def _scenes(todo: list[int], seed: int, segmenters: tuple[str, ...], jobs: int
@@ -254,14 +265,16 @@ def _scenes(todo: list[int], seed: int, segmenters: tuple[str, ...], jobs: int
 
 
 def run_boxes(out: str | os.PathLike, *, scenes: int = 12, seed: int = SEED + 50_000,
-              segmenters: Iterable[str] = ("classical", "bundled"), progress: bool = True
+              segmenters: Iterable[str] = ("classical", "bundled"), overwrite: bool = False,
+              progress: bool = True
               ) -> pd.DataFrame:
     """What annotated head sizes add, on scenes like JHU-CROWD++: writes boxes.csv into `out`.
 
     Columns: segmenter, sizes ("none", "exact" or "off by 20%", a log-normal error of each side),
     heads, mean IoU. Drawn sizes are those of the visible head; JHU-CROWD++'s own are rougher.
+    overwrite: as of `run`.
     """
-    rows = []
+    rows, folder = [], _folder(out, overwrite)
     for number in tqdm(range(scenes), desc="head sizes", unit="scene", disable=not progress):
         rng = np.random.default_rng((seed + number, 4))
         people = int(round(math.exp(rng.uniform(math.log(20), math.log(300)))))
@@ -276,20 +289,22 @@ def run_boxes(out: str | os.PathLike, *, scenes: int = 12, seed: int = SEED + 50
     sums = pd.DataFrame(rows).groupby(["segmenter", "sizes"], sort=False, as_index=False)[
         ["heads", "iou_sum"]].sum()
     table = sums.assign(mean_iou=sums["iou_sum"] / sums["heads"]).drop(columns="iou_sum")
-    _write_csv(Path(out) / "boxes.csv", table)
+    with folder:
+        _write_csv(Path(out) / "boxes.csv", table)
     return table
 
 
 def run_negatives(out: str | os.PathLike, *, scenes: int = 6, seed: int = 5_600_000,
-                  segmenters: Iterable[str] = ("classical", "bundled"), progress: bool = True
+                  segmenters: Iterable[str] = ("classical", "bundled"), overwrite: bool = False,
+              progress: bool = True
                   ) -> pd.DataFrame:
     """How many neighbours, and how far away, serve as negative points: writes negatives.csv.
 
     Columns: segmenter, at most (neighbours), within (so many r_i), heads, mean IoU, on others
     (share of mask pixels on another person). The scenes are others than those of the comparison,
-    because this one decides what EDP-SAM does.
+    because this one decides what EDP-SAM does. overwrite: as of `run`.
     """
-    rows = []
+    rows, folder = [], _folder(out, overwrite)
     for number in tqdm(range(scenes), desc="negatives", unit="scene", disable=not progress):
         sample = draw_evaluation_scene(number, seed)
         for spec in segmenters:
@@ -303,7 +318,8 @@ def run_negatives(out: str | os.PathLike, *, scenes: int = 6, seed: int = 5_600_
     sums = pd.DataFrame(rows).groupby(keys, sort=False, as_index=False).sum()
     table = sums[[*keys, "heads"]].assign(
         mean_iou=sums["iou_sum"] / sums["heads"], on_others=sums["other_px"] / sums["mask_px"])
-    _write_csv(Path(out) / "negatives.csv", table)
+    with folder:
+        _write_csv(Path(out) / "negatives.csv", table)
     return table
 
 

@@ -16,6 +16,7 @@ import math
 import tempfile
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +67,17 @@ def write_report(results: str | Path, out: str | Path, *,
         loader=jinja2.PackageLoader("xmask.study", "page"), autoescape=True, trim_blocks=True,
         lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters["sorting_value"] = _sorting_value
-    files.write_text(out, environment.get_template("report.html").render(
+    page = environment.get_template("report.html").render(
         title=f"XMask, profile {runs['profile'].iloc[0]}: results",
         crowds=tables.crowds_of(runs["synthetic"]), drawn=runs["synthetic"].all(),
         any_drawn=runs["synthetic"].any(), skipped=runs.attrs.get("skipped"),
         tables=_tables(runs), figures=_figures(Path(results), runs, figures_folder, pictures),
         runs=sorted(shown, key=lambda run: not run["pictured"]), runs_by_name=shown,
         pictured=bool(splits), pictures=pictures, most_pictures=MOST_PICTURES,
-        image_columns=_IMAGE_COLUMNS, unknown=UNKNOWN, empty=_EMPTY) + "\n")
+        image_columns=_IMAGE_COLUMNS, unknown=UNKNOWN, empty=_EMPTY) + "\n"
+    usual = Path(out) == Path(results) / "report.html"  # there, a page that was edited is set aside
+    with files.OutputFolder(results, cloned=True) if usual else nullcontext():
+        files.write_text(out, page)
     return Path(out)
 
 
