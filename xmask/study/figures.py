@@ -495,7 +495,8 @@ def _history(run: Path) -> pd.DataFrame:
         missing = sorted(set(needed) - set(history))
         if missing:
             raise ValueError(f"columns {', '.join(missing)} are missing")
-        return history.assign(**history[needed].astype(float))
+        history[needed].astype(float)  # numbers, or it says what is none
+        return history
     except ValueError as error:  # pandas' own errors, too
         raise ValueError(f"{file}: {error}. Train the run again.") from None
 
