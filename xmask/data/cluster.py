@@ -12,7 +12,7 @@ import secrets
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import dask
@@ -115,8 +115,9 @@ def work(client: Client, job: Any, items: Sequence[Any], state: Callable[[], obj
                 raise RuntimeError(_DIED)
             parts = lost
     finally:
-        client.cancel(list(running))
-        client.unregister_worker_plugin(name)
+        with suppress(OSError):  # a worker that has just died cannot be told
+            client.cancel(list(running))
+            client.unregister_worker_plugin(name)
 
 
 class _Carrier(WorkerPlugin):
