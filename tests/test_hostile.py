@@ -305,6 +305,15 @@ def test_a_disk_that_cannot_be_written_to_is_named_by_the_result(tmp_path, monke
     assert failed.value.filename == str(tmp_path / "a.json")
 
 
+def test_a_record_lists_what_lies_at_most_one_folder_deep(tmp_path):
+    for _ in range(2):
+        with files.OutputFolder(tmp_path, overwrite=True) as folder:
+            for name in ("a.txt", "one/b.txt", "one/two/c.txt"):
+                files.write_text(tmp_path / name, name)
+    assert folder.names() == ["a.txt", "one/b.txt"]
+    assert set(files.read_record(tmp_path)) == {"a.txt", "one/b.txt"}
+
+
 def test_half_a_line_of_a_killed_process_spoils_no_record(tmp_path):
     with files.OutputFolder(tmp_path, shard="1/2"):
         files.write_text(tmp_path / "a.txt", "a")
@@ -422,7 +431,7 @@ def test_overwrite_does_not_mean_the_photo_and_the_dots_themselves(tmp_path, giv
     before = photo.read_bytes(), dots.read_bytes()
     status = main(["masks", "--image", str(photo), "--points", str(dots), "--out", str(folder),
                    "--segmenter", "classical", "--overwrite"])
-    assert status == 1 and "its masks would take its place" in capsys.readouterr().err
+    assert status == 1 and "is read by this command" in capsys.readouterr().err
     assert (photo.read_bytes(), dots.read_bytes()) == before
 
 

@@ -296,6 +296,7 @@ def _reproduce(o: argparse.Namespace) -> int:
 
 
 def _masks(o: argparse.Namespace) -> int:
+    from xmask import files
     from xmask.data import open_dataset
     from xmask.data.own_photos import OwnPhotos
     from xmask.segmenters import open_segmenter
@@ -310,12 +311,12 @@ def _masks(o: argparse.Namespace) -> int:
         raise ValueError("--points: give a CSV with columns x and y, one row per head")
     own = (o.image, o.points) if o.image else ()
     dataset = OwnPhotos([own]) if own else open_dataset(o.dataset, o.root, o.split)
-    mask_folder.check(dataset, o.out, own, overwrite=o.overwrite)
+    files.OutputFolder(o.out, overwrite=o.overwrite).check()
     segmenter = open_segmenter(str(o.checkpoint or o.segmenter), steps.device())
     options = {name: getattr(o, name) for name in (
         "shard", "overwrite", "workers", "threads", "scheduler", "cluster", "boxes")}
     told, failure = mask_folder.make(dataset, list(range(len(dataset)))[: o.limit], segmenter,
-                                     o.out, **options)
+                                     o.out, kept=own, **options)
     print("\n".join(told))
     if failure:
         raise failure

@@ -136,7 +136,7 @@ def write_safetensors(path: str | os.PathLike, tensors: dict[str, Tensor],
     content = save({name: one.contiguous().cpu() for name, one in tensors.items()}, metadata)
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:end])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text = text.ljust(-8 * (-len(text) // 8))  # the numbers begin at a multiple of 8 bytes
     with replacing(path) as temporary, open(temporary, "wb") as file:
@@ -272,10 +272,11 @@ class OutputFolder:
 
     @classmethod
     def around(cls, path: Path) -> OutputFolder | None:
-        """The innermost open folder that `path` lies in; None for its hidden part."""
+        """The innermost open folder that `path` lies in, or in a folder of it; None for its hidden
+        part."""
         if not cls._open:
             return None
-        for parent in path.absolute().parents:
+        for parent in path.absolute().parents[:2]:  # what a record lists, see `read_record`
             if parent.name == HIDDEN:
                 return None
             if found := cls._open.get(parent) or cls._open.get(parent.resolve()):
@@ -342,17 +343,16 @@ class OutputFolder:
 
     def make_way(self, path: Path) -> None:
         """Let `path` be written: raises FileExistsError if the user's file is there."""
-        if self.cloned or not os.path.lexists(path) or self.is_intact(path):
+        if self.cloned or not os.path.lexists(path):
+            return
+        self._check_kept(path)
+        if self.is_intact(path):
             return
         self._known = read_record(self.path)  # another process may have written it since
         if self.is_intact(path):
             return
         if self.is_listed(path):
             self.set_aside(path)
-        elif any(path.exists() and one.exists() and os.path.samefile(one, path)
-                 for one in self.kept.get(path.name.casefold(), ())):
-            raise FileExistsError(f"{path}: is read by this command, and stays as it is. Give "
-                                  "another folder (--out)")
         elif not self.overwrite:
             raise FileExistsError(
                 f"{path}: was not written by xmask, and stays as it is. Move or rename it, give "
@@ -401,10 +401,17 @@ class OutputFolder:
 
     def remove(self, path: Path) -> None:
         """Remove a file as we wrote it; set it aside if it was changed; leave the user's alone."""
+        self._check_kept(path)
         if self.is_intact(path):
             path.unlink()
         elif self.is_listed(path) and os.path.lexists(path):
             self.set_aside(path)
+
+    def _check_kept(self, path: Path) -> None:
+        if any(path.exists() and one.exists() and os.path.samefile(one, path)
+               for one in self.kept.get(path.name.casefold(), ())):
+            raise FileExistsError(f"{path}: is read by this command, and stays as it is. Give "
+                                  "another folder (--out)")
 
     def names(self) -> list[str]:
         """What was ever written, relative to the folder, in the order of first writing."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.test_trainer import CPU, images, same, tiny, trainer
-from xmask import model
+from xmask import files, model
 from xmask.config import override
 from xmask.study import training
 from xmask.study.training import NOT_READ_IN_PHASE_1, NOT_READ_IN_WARMUP, fit, read_part
@@ -62,6 +62,15 @@ def test_a_run_killed_ends_exactly_as_if_it_had_not_been(tmp_path, finished, epo
     again = run(tmp_path)
     assert same(again.teacher, finished[0].teacher) and same(again.student, finished[0].student)
     assert (tmp_path / "history.csv").read_bytes() == (finished[1] / "history.csv").read_bytes()
+
+
+def test_a_users_checkpoint_stops_a_training_and_stays(tmp_path):
+    with files.OutputFolder(tmp_path):
+        (tmp_path / "checkpoint.pt").write_text("mine")
+        with pytest.raises(FileExistsError, match="checkpoint.pt: was not written by xmask"):
+            run(tmp_path)
+    assert (tmp_path / "checkpoint.pt").read_text() == "mine"
+    assert not list(tmp_path.glob("*.damaged*"))
 
 
 def test_a_run_killed_before_its_model_is_written_writes_it(tmp_path, finished, monkeypatch):

@@ -11,7 +11,7 @@ import pickle
 import secrets
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -85,7 +85,7 @@ def _jobs(cluster: str) -> Any:
 
 
 def work(client: Client, job: Any, items: Sequence[Any], state: Callable[[], object]
-         ) -> Iterator[Any]:
+         ) -> Generator[Any]:
     """What `job.run_in_worker(item)` returns for every item, as they are finished.
 
     job: travels to each worker once, and `job.begin()` is called there before its first item.

@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,8 +80,8 @@ def mask_dataset(
     the data set), and for each image its checksum, statistics, and what was repaired in its
     annotation, or why it failed, or that it is still to do.
     Images complete under the same manifest are skipped unless their own checksum changed (of a
-    data set: name, height, width, annotation; edited pixels go unseen) or a
-    file of theirs was damaged; other files than the folder's own are left alone.
+    data set: name, height, width, annotation; edited pixels go unseen) or a file of theirs was
+    damaged; other files than the folder's own are left alone.
     times.csv tells how long the images of this call took, and the memory used.
 
     Returns `out`. An image that fails does not stop the others.
@@ -158,7 +158,7 @@ def part_of(indices: Iterable[int], shard: str = "") -> list[int]:
     return list(indices)[int(found[1]) - 1::int(found[2])]
 
 
-def _make(results: Iterator[_Result], todo: list[int], manifest: _Manifest, progress: bool
+def _make(results: Generator[_Result], todo: list[int], manifest: _Manifest, progress: bool
           ) -> None:
     """Note every image as its masks are made."""
     times: list[dict[str, Any]] = []
@@ -171,6 +171,7 @@ def _make(results: Iterator[_Result], todo: list[int], manifest: _Manifest, prog
             else:
                 times.append({"image": name, "heads": found["heads"], **took})
     finally:
+        results.close()  # before what it works with is closed
         with manifest.folder.alone():
             manifest.write()
             _write_times(manifest.folder, times)
@@ -434,7 +435,7 @@ class _Job:
         return name, found, "", {**took, "peak_mb": peak}
 
 
-def _in_order(job: _Job, todo: list[int]) -> Iterator[tuple]:
+def _in_order(job: _Job, todo: list[int]) -> Generator[_Result]:
     before = torch.get_num_threads()
     torch.set_num_threads(job.threads)
     try:

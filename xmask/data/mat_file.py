@@ -19,10 +19,9 @@ MOST_BYTES = 16 << 20  # unpacked; 65,535 heads have 1 MB
 _MOST_VALUES = 4 << 20  # of all arrays that hold arrays
 _DEEPEST = 16  # arrays within arrays; the benchmarks have four levels
 _MATRIX, _PACKED = 14, 15  # the format's numbers of an array, and of a part that is packed
-_HOLDERS = 1, 2, 3, 16, 17  # classes of arrays that hold arrays: cells, structures, objects,
-_STRUCTURES = 2, 3
-_OPAQUE = 17  # functions, and those that have no shape
-_SPARSE = 5
+# its numbers of classes of arrays; holders hold arrays: cells, structures and objects (these two
+# have fields), functions, and opaque ones, which have no shape
+_HOLDERS, _STRUCTURES, _OPAQUE, _SPARSE = (1, 2, 3, 16, 17), (2, 3), 17, 5
 
 
 def read(content: bytes, path: str | os.PathLike) -> dict:

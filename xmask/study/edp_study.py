@@ -266,8 +266,7 @@ def _scenes(todo: list[int], seed: int, segmenters: tuple[str, ...], jobs: int
 
 def run_boxes(out: str | os.PathLike, *, scenes: int = 12, seed: int = SEED + 50_000,
               segmenters: Iterable[str] = ("classical", "bundled"), overwrite: bool = False,
-              progress: bool = True
-              ) -> pd.DataFrame:
+              progress: bool = True) -> pd.DataFrame:
     """What annotated head sizes add, on scenes like JHU-CROWD++: writes boxes.csv into `out`.
 
     Columns: segmenter, sizes ("none", "exact" or "off by 20%", a log-normal error of each side),
@@ -296,8 +295,7 @@ def run_boxes(out: str | os.PathLike, *, scenes: int = 12, seed: int = SEED + 50
 
 def run_negatives(out: str | os.PathLike, *, scenes: int = 6, seed: int = 5_600_000,
                   segmenters: Iterable[str] = ("classical", "bundled"), overwrite: bool = False,
-              progress: bool = True
-                  ) -> pd.DataFrame:
+                  progress: bool = True) -> pd.DataFrame:
     """How many neighbours, and how far away, serve as negative points: writes negatives.csv.
 
     Columns: segmenter, at most (neighbours), within (so many r_i), heads, mean IoU, on others

@@ -4,7 +4,7 @@ of the least sure ones."""
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +14,18 @@ from xmask.segmenters import Segmenter
 from xmask.tools import coco, contact_sheet
 
 
-def check(dataset: Sequence, out: str | os.PathLike, given: Sequence[Path] = (), *,
-          overwrite: bool = False) -> None:
-    """Raises what `files.OutputFolder` does, and ValueError where the masks of an own photo would
-    take the place of the files `given`, it and its dots; --overwrite is not meant for these."""
-    files.OutputFolder(out, overwrite=overwrite).check()
-    for one in given:
-        for place in (Path(out) / f"{dataset.ids[0]}.{ending}" for ending in ("png", "csv")):
-            if place.exists() and os.path.samefile(place, one):
-                raise ValueError(f"{one}: its masks would take its place. Give another folder "
-                                 "(--out)")
-
-
 def make(dataset: Sequence, indices: list[int], segmenter: Segmenter, out: str | os.PathLike, *,
-         shard: str = "", overwrite: bool = False, **options: Any
+         shard: str = "", overwrite: bool = False, kept: Iterable[Path] = (), **options: Any
          ) -> tuple[list[str], masks.MasksFailed | None]:
     """Masks of the images `indices`, coco.json and worst.png, which has the least sure ones.
 
-    shard, options: as of `masks.mask_dataset`. Of shards, the last one to come to its end writes
-    the two files. Returns what to tell about it, line by line, and the error to end with if some
-    images got no masks.
+    shard, options: as of `masks.mask_dataset`. kept: as of `files.OutputFolder`. Of shards, the
+    last one to come to its end writes the two files. Returns what to tell about it, line by line,
+    and the error to end with if some images got no masks.
     """
     failure, written, out = None, [], Path(out)
     names = [dataset.ids[i] for i in masks.part_of(indices, shard)]
-    with files.OutputFolder(out, overwrite=overwrite, shard=shard) as folder:
+    with files.OutputFolder(out, overwrite=overwrite, shard=shard, kept=kept) as folder:
         try:
             masks.mask_dataset(dataset, indices, segmenter, out, shard=shard, anew=overwrite,
                                overwrite=overwrite, **options)
