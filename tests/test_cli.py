@@ -89,3 +89,9 @@ def test_a_stopped_command_says_whether_it_goes_on(command, module, found, monke
     monkeypatch.setattr(module, stop)
     assert main(command.split()) == 130
     assert capsys.readouterr().err == f"\nstopped; the same command {found}\n"
+
+
+def test_only_train_works_in_the_processes_of_torchrun(monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert main(["tables"]) == 1
+    assert "only `xmask train` works in the processes of torchrun" in capsys.readouterr().err

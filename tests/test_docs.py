@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 import yaml
 from PIL import Image
+from torch.distributed import run as torchrun
 
 import xmask
 from xmask import config, presets, segmenters
@@ -73,6 +74,13 @@ def test_examples_of_masks_do_not_share_a_folder():
     assert len(folders) >= 2 and len(set(folders)) == len(folders)
 
 
+def check_torchrun(words):
+    where = words.index("-m")
+    torchrun.get_args_parser().parse_args(words[:where + 2])  # torchrun's own options
+    assert words[where + 1:where + 3] == ["xmask", "train"]
+    check_xmask(words[where + 2:])
+
+
 def check_xmask(words):
     _parser().parse_args(words)  # a wrong word ends in SystemExit
     assert not any(word.startswith("--set") for word in words) or config.override(
@@ -124,7 +132,7 @@ def check_dask(words):
 
 
 CHECKS = {"xmask": check_xmask, "papermill": check_papermill, "make": check_make,
-          "pip": check_pip, "cat": check_files, "dask": check_dask}
+          "pip": check_pip, "cat": check_files, "dask": check_dask, "torchrun": check_torchrun}
 
 
 @pytest.mark.parametrize("text", blocks({"python"}))

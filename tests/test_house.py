@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "xmask"
 PAPER = ["nnec", "edp_sam", "segmenters", "model", "features", "decode", "losses", "trainer",
          "metrics", "predict"]
-METHOD = [*PAPER, "calibration", "config", "encoder", "presets", "pretrained"]
+METHOD = [*PAPER, "calibration", "config", "encoder", "presets", "pretrained", "processes"]
 # Which rooms a room must not know: the paper stands alone, the command line knows all.
 FORBIDDEN = {"": ("study", "tools", "bench", "cli"),
              "data": ("study", "tools", "bench", "cli"),

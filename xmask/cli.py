@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from xmask.presets import ABLATIONS, DATASETS, PERCENTS, PROFILES, VARIANTS
+from xmask.tools.arguments import names, number, numbers, positive, threads
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,6 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
     if getattr(options, "max_pixels", None):
         os.environ["XMASK_MAX_PIXELS"] = str(options.max_pixels)
     try:
+        if "TORCHELASTIC_RUN_ID" in os.environ and options.function is not _train:
+            raise ValueError("only `xmask train` works in the processes of torchrun; start this "
+                             "command without it")
         status = options.function(options)
         _flush()
         return status
@@ -100,11 +104,11 @@ def _reproduce_command(command: Callable) -> None:
     made.add_argument("--data", default="", help="folder of the real datasets")
     made.add_argument("--sam", default="", help="SAM checkpoint (.pth) or vit_b, vit_l, vit_h; "
                       "default: classical")
-    made.add_argument("--datasets", type=_names, default=DATASETS, help="e.g. sha,qnrf")
-    made.add_argument("--percents", type=_numbers, default=PERCENTS, help="e.g. 5,40")
-    made.add_argument("--seeds", type=_numbers, help="e.g. 1,2,3; default: 1, in "
+    made.add_argument("--datasets", type=names, default=DATASETS, help="e.g. sha,qnrf")
+    made.add_argument("--percents", type=numbers, default=PERCENTS, help="e.g. 5,40")
+    made.add_argument("--seeds", type=numbers, help="e.g. 1,2,3; default: 1, in "
                       "profile full 1 to 5")
-    made.add_argument("--jobs", type=_positive, help="steps at a time")
+    made.add_argument("--jobs", type=positive, help="steps at a time")
     made.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE",
                       help="change a field of every run, e.g. --set loss.tau=0.5")
     made.add_argument("--no-extras", action="store_true",
@@ -122,9 +126,9 @@ def _own_photo_commands(command: Callable) -> None:
     made.add_argument("--segmenter", choices=("bundled", "classical"), default="bundled")
     made.add_argument("--checkpoint", metavar="PATH_OR_NAME", help="SAM to use instead: a .pth, or "
                       "vit_b, vit_l, vit_h as `xmask sam-weights` stores them")
-    made.add_argument("--workers", type=_number, default=1, help="processes; masks do not depend "
+    made.add_argument("--workers", type=number, default=1, help="processes; masks do not depend "
                       "on how many")
-    made.add_argument("--threads", type=_number, default=1, help="of each process")
+    made.add_argument("--threads", type=number, default=1, help="of each process")
     made.add_argument("--scheduler", default="", metavar="ADDRESS",
                       help="workers of a Dask scheduler instead, tcp://host:8786")
     made.add_argument("--cluster", default="", help="slurm: --workers jobs, as Dask's "
@@ -133,7 +137,7 @@ def _own_photo_commands(command: Callable) -> None:
                       help="2/5: the second of five such calls that fill one --out together")
     made.add_argument("--boxes", action="store_true",
                       help="use the head sizes that the dataset has (JHU-CROWD++) as well")
-    made.add_argument("--limit", type=_positive, help="only the first images")
+    made.add_argument("--limit", type=positive, help="only the first images")
     _guards(made)
 
     made = command("sam-weights", _sam_weights, "download a checkpoint of the original SAM, its "
@@ -170,7 +174,7 @@ def _own_photo_commands(command: Callable) -> None:
     made.add_argument("--out", required=True, type=Path, help="a run folder, for predict --weights")
     made.add_argument("--segmenter", default="bundled", help="of the masks; or classical (faster), "
                       "a SAM checkpoint (.pth), or vit_b, vit_l, vit_h")
-    made.add_argument("--seed", type=_number, default=1)
+    made.add_argument("--seed", type=number, default=1)
     made.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE",
                       help="change a field, e.g. --set schedule.phase1=60")
     _guards(made)
@@ -179,25 +183,25 @@ def _own_photo_commands(command: Callable) -> None:
 def _training_commands(command: Callable) -> None:
     made = command("train-sam", _train_sam, "train the bundled SAM on drawn crowds")
     made.add_argument("--out", type=Path, help="weights file; default: the one in the package")
-    made.add_argument("--seed", type=_number, help="of the first training scene")
-    made.add_argument("--scenes", type=_positive, help="drawn scenes")
-    made.add_argument("--steps", type=_positive, help="over which the learning rate falls")
-    made.add_argument("--stop", type=_positive, help="end after so many of the steps")
-    made.add_argument("--threads", type=_threads, default=1)
+    made.add_argument("--seed", type=number, help="of the first training scene")
+    made.add_argument("--scenes", type=positive, help="drawn scenes")
+    made.add_argument("--steps", type=positive, help="over which the learning rate falls")
+    made.add_argument("--stop", type=positive, help="end after so many of the steps")
+    made.add_argument("--threads", type=threads, default=1)
     made.add_argument("--overwrite", action="store_true", help="replace the weights, and their "
                       ".json, if they are there")
 
     made = command("edp-study", _edp_study, "compare EDP-SAM with simpler masks on drawn scenes")
     made.add_argument("--out", type=Path, default=Path("results/edp_sam"))
     made.add_argument("--overwrite", action="store_true", help=_BESIDE)
-    made.add_argument("--scenes", type=_positive, default=18)
-    made.add_argument("--seed", type=_number, help="of the first scene")
+    made.add_argument("--scenes", type=positive, default=18)
+    made.add_argument("--seed", type=number, help="of the first scene")
     made.add_argument("--boxes", action="store_true",
                       help="instead: what annotated head sizes add (boxes.csv)")
     made.add_argument("--negatives", action="store_true",
                       help="instead: how many neighbours serve as negative points (negatives.csv)")
-    made.add_argument("--segmenters", type=_names, default=("classical", "bundled"))
-    made.add_argument("--jobs", type=_positive, default=1)
+    made.add_argument("--segmenters", type=names, default=("classical", "bundled"))
+    made.add_argument("--jobs", type=positive, default=1)
 
 
 def _run_commands(command: Callable) -> None:
@@ -209,7 +213,7 @@ def _run_commands(command: Callable) -> None:
         made.add_argument("--profile", choices=PROFILES, default="demo")
         made.add_argument("--dataset", choices=(*DATASETS, "shb"), default="sha")
         made.add_argument("--percent", type=int, default=10)
-        made.add_argument("--seed", type=_number, default=1)
+        made.add_argument("--seed", type=number, default=1)
         made.add_argument("--variant", choices=VARIANTS, default="xmask",
                           help="an ablation: " + ", ".join(ABLATIONS))
         made.add_argument("--data", default="", help="folder of the real datasets")
@@ -232,9 +236,9 @@ def _page_commands(command: Callable) -> None:
                       help="a run folder, or a digest of code from its config.json")
     made.add_argument("--limit", type=int, default=200, help="how many commits to look at")
     made = command("bench", _bench, "measure what the method costs beside dense code and libraries")
-    made.add_argument("--only", type=_names, default=(), metavar="GROUPS",
+    made.add_argument("--only", type=names, default=(), metavar="GROUPS",
                       help="e.g. decode,losses; default: all")
-    made.add_argument("--threads", type=_threads, default=2)
+    made.add_argument("--threads", type=threads, default=2)
     made = command("docs", _docs, "for maintainers: write README.md's results table anew")
     made.add_argument("--diagram", action="store_true",
                       help="instead, draw the method's picture (figures/method)")
@@ -267,15 +271,15 @@ def _data_commands(command: Callable, commands: argparse._SubParsersAction) -> N
     made = command("draw", _draw, "draw a synthetic dataset in an official layout", data)
     made.add_argument("--layout", required=True, choices=DATASETS)
     made.add_argument("--out", required=True, type=Path)
-    made.add_argument("--train", type=_number, default=40)
-    made.add_argument("--test", type=_number, default=16)
-    made.add_argument("--seed", type=_number, default=2024)
-    made.add_argument("--jobs", type=_positive, default=1)
+    made.add_argument("--train", type=number, default=40)
+    made.add_argument("--test", type=number, default=16)
+    made.add_argument("--seed", type=number, default=2024)
+    made.add_argument("--jobs", type=positive, default=1)
 
 
 def _guards(made: argparse.ArgumentParser) -> None:
     made.add_argument("--overwrite", action="store_true", help=_BESIDE)
-    made.add_argument("--max-pixels", type=_positive, metavar="N", help="refuse larger images; "
+    made.add_argument("--max-pixels", type=positive, metavar="N", help="refuse larger images; "
                       "default: 100 million")
 
 
@@ -447,7 +451,9 @@ def _changes(texts: list[str]) -> dict[str, object]:
 def _train(o: argparse.Namespace) -> int:
     from xmask.study import steps
 
-    print(steps.train(_configuration(o), o.data))
+    folder = steps.train(_configuration(o), o.data)
+    if os.environ.get("RANK", "0") == "0":  # of the processes of torchrun one speaks
+        print(folder)
     return 0
 
 
@@ -557,41 +563,6 @@ def _draw(o: argparse.Namespace) -> int:
 
     print(write_dataset(o.layout, o.out, train=o.train, test=o.test, seed=o.seed, jobs=o.jobs))
     return 0
-
-
-def _names(text: str) -> tuple[str, ...]:
-    if not (found := tuple(text.replace(",", " ").split())):
-        raise argparse.ArgumentTypeError("empty: expected names, e.g. sha,qnrf")
-    return found
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        found = tuple(int(part) for part in text.replace(",", " ").split())
-    except ValueError:
-        found = ()
-    if found:
-        return found
-    raise argparse.ArgumentTypeError(f"{text!r}: expected whole numbers, e.g. 5,40")
-
-
-def _number(text: str) -> int:
-    """A whole number that a computer of this size can have of anything: 0 to 100,000,000."""
-    if not text.isascii() or not text.isdecimal() or len(text) > 9:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 0 on")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if not (number := _number(text)):
-        raise argparse.ArgumentTypeError("0: expected a whole number from 1 on")
-    return number
-
-
-def _threads(text: str) -> int:
-    if (number := _positive(text)) > 1024:
-        raise argparse.ArgumentTypeError(f"{text}: expected at most 1024")
-    return number
 
 
 # Stopped, these go on where they were; the others begin anew.

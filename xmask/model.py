@@ -6,7 +6,7 @@ for CPUs; any other that gives maps of strides 8, 16 and 32.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,7 @@ STRIDE = 4  # px per output cell
 MULTIPLE = 32  # images are padded to a multiple of this many px
 
 
-@dataclass(frozen=True)
-class Output:
+class Output(NamedTuple):
     """Of a batch, at stride 4: the person logit of every cell (B, h, w), and the embedding
     (B, D, h, w), of unit length along D, or None where masks were not asked for."""
 

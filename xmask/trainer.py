@@ -3,7 +3,8 @@
 An epoch is one pass over all training images as unlabelled ones; a step is one batch of labelled
 crops and, once their weight is above zero, one of unlabelled crops whose labels the teacher makes.
 `Trainer.state` holds everything and crops are a function of their index, so a training that goes
-on from a state ends exactly as if it had not been interrupted.
+on from a state ends exactly as if it had not been interrupted. Several processes (`torchrun`) share
+each batch, and see the crops that one would see; see `xmask.processes`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from xmask import decode, losses, model, nnec
+from xmask import decode, losses, model, nnec, processes
 from xmask.config import Config, Schedule
 from xmask.data.sample import Sample
 from xmask.data.transforms import Batch, Crops, collate
@@ -70,16 +71,21 @@ class Trainer:
 
     labelled: samples whose `instances` are the masks of EDP-SAM. unlabelled: all training images,
     the labelled ones among them (their points and masks, if any, are never read).
-    student, teacher: the two networks. epoch: epochs done. history: one row a done epoch, `step`,
-    `epoch`, `phase`, `weight` and the mean of every term of the loss. steps: of an epoch.
-    initialisation: how the network started, in words.
+    device: where it runs, "cpu" or "cuda". student, teacher: the two networks. epoch: epochs done.
+    history: one row a done epoch, `step`, `epoch`, `phase`, `weight` and the mean of every term of
+    the loss. steps: of an epoch. initialisation: how the network started, in words.
     """
 
     def __init__(self, config: Config, labelled: Sequence[Sample], unlabelled: Sequence[Sample], *,
                  device: torch.device):
         if len(labelled) == 0:
             raise ValueError("no labelled image: training needs at least one")
-        self.config, self.device = config, device
+        o = config.optimisation
+        if o.batch % processes.count():
+            raise ValueError(f"optimisation.batch: {o.batch} crops cannot be shared equally by "
+                             f"{processes.count()} processes; choose a multiple of these")
+        self.config, self.fabric = config, processes.open_fabric(device)
+        self.device = self.fabric.device
         torch.manual_seed(config.seed)
         if config.machine.threads:
             torch.set_num_threads(config.machine.threads)
@@ -87,16 +93,14 @@ class Trainer:
             torch.use_deterministic_algorithms(True)
             torch.utils.deterministic.fill_uninitialized_memory = False  # 5% of a small step
         self.student, self.initialisation = model.build(config.network)
-        self.student.to(device, memory_format=torch.channels_last)
+        self.student.to(self.device).to(memory_format=torch.channels_last)
         self.teacher = copy.deepcopy(self.student).eval().requires_grad_(False)
+        if self.fabric.world_size > 1:
+            processes.join_norms(self.student)
         self.optimiser: torch.optim.Optimizer | None = None
-        # mixed precision on CUDA: bfloat16 where the device has it, else float16
-        self._amp = None if device.type != "cuda" else (
-            torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16)
-        self.scaler = torch.amp.GradScaler(enabled=self._amp == torch.float16)
+        self._learner: nn.Module = self.student
         self.epoch, self.history = 0, []
 
-        o = config.optimisation
         crops = {"size": o.crop, "scale": (o.scale_min, o.scale_max), "seed": config.seed,
                  "augmentation": config.augmentation}
         self.labelled = Crops(labelled, **crops, strong=False)
@@ -119,8 +123,8 @@ class Trainer:
         """Train for one epoch; return its row of the history.
 
         An exception in the middle, Ctrl-C too, leaves half an epoch done: go on from a `state`.
-        Raises RuntimeError, naming what to lower, when the device is out of memory, and
-        FloatingPointError when the loss is no longer finite.
+        Raises RuntimeError, naming what to lower, when the device is out of memory, and, in all
+        processes, FloatingPointError when the loss of one is no longer finite.
         """
         s = self.config.schedule
         phase, weight = phase_of(s, self.epoch), self._weight(self.epoch)
@@ -149,17 +153,21 @@ class Trainer:
         return unlabelled_weight(self.config.schedule, epoch) if self.unlabelled else 0.0
 
     def _draw(self, epoch: int) -> Iterator[tuple[Batch, Batch | None]]:
-        """(labelled, unlabelled or None) batches of all steps from an epoch on."""
+        """(labelled, unlabelled or None) batches of all steps from an epoch on; of several
+        processes each takes its part of every batch."""
         o, m = self.config.optimisation, self.config.machine
+        share = o.batch // self.fabric.world_size
+        first = self.fabric.global_rank * share
         epochs = range(epoch, self.config.schedule.phase3)
         weighted = [e for e in epochs if self._weight(e) > 0]
 
         def loader(crops: Crops | None, wanted: Sequence[int]):
             if not wanted:
                 return iter(())
-            per_epoch = self.steps * o.batch
-            indices = chain.from_iterable(range(e * per_epoch, (e + 1) * per_epoch) for e in wanted)
-            return iter(DataLoader(crops, o.batch, sampler=indices, num_workers=m.workers,
+            begin = ((e * self.steps + s) * o.batch + first for e in wanted
+                     for s in range(self.steps))
+            indices = chain.from_iterable(range(b, b + share) for b in begin)
+            return iter(DataLoader(crops, share, sampler=indices, num_workers=m.workers,
                                    collate_fn=collate, pin_memory=self.device.type == "cuda",
                                    persistent_workers=m.workers > 0))
 
@@ -175,7 +183,7 @@ class Trainer:
         if unlabelled is not None:
             unlabelled = unlabelled.to(self.device)
             images = torch.cat([images, unlabelled.strong])
-        logits, embedding = self._see(self.student, images, masks=phase == 2)
+        logits, embedding = self._see(self._learner, images, masks=phase == 2)
         n = len(labelled.images)
         mine, theirs = (None, None) if embedding is None else (embedding[:n], embedding[n:])
 
@@ -183,34 +191,35 @@ class Trainer:
         loss = own = sum(terms.values())
         other = torch.zeros((), device=self.device)
         if unlabelled is not None:
-            with torch.no_grad():
+            with torch.no_grad(), self.fabric.autocast():
                 seen = self._see(self.teacher, unlabelled.images, masks=phase > 1)
             other = sum(
                 self._unlabelled_terms(phase, logits[n:], theirs, *seen, unlabelled).values())
             loss = (own + weight * other) / (1 + weight)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"{self.config.run}: the loss is {loss.item()} in epoch {self.epoch} "
-                f"(phase {phase}); lower the learning rate of that phase")
-        self._learn(loss)
         row = {"loss": loss, "labelled": own, "unlabelled": other} | terms
-        return {name: float(value.detach()) for name, value in row.items()}
+        mine = torch.stack([value.detach() for value in row.values()])
+        means = torch.as_tensor(self.fabric.all_reduce(mine)).tolist()
+        if not math.isfinite(means[0]):
+            raise FloatingPointError(
+                f"{self.config.run}: the loss is {means[0]} in epoch {self.epoch} "
+                f"(phase {phase}); lower the learning rate of that phase")
+        if self.fabric.world_size > 1:  # the others wait for a gradient of every part, be it zero
+            loss = loss + sum(0 * out.sum() for out in (logits, embedding) if out is not None)
+        self._learn(loss)
+        return dict(zip(row, means))
 
     def _see(self, network: nn.Module, images: Tensor, masks: bool) -> tuple[Tensor, Tensor | None]:
         """Logits (B, h, w) and embedding (B, D, h, w), or None, of images."""
-        images = images.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, self._amp, enabled=self._amp is not None):
-            output = network(images, masks=masks)
+        output = network(images.contiguous(memory_format=torch.channels_last), masks=masks)
         return output.logits.float(), output.embedding
 
     def _learn(self, loss: Tensor) -> None:
-        self.optimiser.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
-        self.scaler.unscale_(self.optimiser)
-        parameters = [p for g in self.optimiser.param_groups for p in g["params"]]
-        nn.utils.clip_grad_norm_(parameters, self.config.optimisation.clip)
-        self.scaler.step(self.optimiser)
-        self.scaler.update()
+        assert self.optimiser is not None
+        self.student.zero_grad()
+        self.fabric.backward(loss)
+        self.fabric.clip_gradients(self.student, self.optimiser, error_if_nonfinite=False,
+                                   max_norm=self.config.optimisation.clip)
+        self.optimiser.step()
         keep = self.config.optimisation.ema
         with torch.no_grad():
             torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()),
@@ -319,7 +328,8 @@ class Trainer:
 
     def state(self) -> dict:
         """All that the training has learnt so far, for `restore`; not a copy."""
-        return {"epoch": self.epoch, "history": self.history, "scaler": self.scaler.state_dict(),
+        return {"epoch": self.epoch, "history": self.history,
+                "precision": self.fabric.strategy.precision.state_dict(),
                 "student": self.student.state_dict(), "teacher": self.teacher.state_dict(),
                 "optimiser": self.optimiser.state_dict() if self.optimiser else None}
 
@@ -338,7 +348,7 @@ class Trainer:
     def _take(self, state: dict) -> None:
         self.student.load_state_dict(state["student"])
         self.teacher.load_state_dict(state["teacher"])
-        self.scaler.load_state_dict(state["scaler"])
+        self.fabric.strategy.precision.load_state_dict(state["precision"])
         self.epoch, self.history = int(state["epoch"]), list(state["history"])
         self.optimiser, self._batches = None, None
         if state["optimiser"] is not None:
@@ -347,14 +357,18 @@ class Trainer:
 
     def _enter(self, phase: int) -> None:
         """Free the parts that learn in this phase, freeze the others, start its optimiser."""
-        rates, groups = learning_rates(self.config, phase), []
+        rates, groups, c = learning_rates(self.config, phase), [], self.config.loss
         for name, part in self.student.named_children():
-            part.requires_grad_(name in rates).train(name in rates)
+            # the decoder's rate in phase 2 is of use only if a term of the loss reads the logits
+            reached = name != "decoder" or phase != 2 or c.point_mask > 0 or c.phase2_p2r > 0
+            part.requires_grad_(name in rates and reached).train(name in rates)
             if name in rates:
                 lr = rates[name]
                 groups.append({"params": list(part.parameters()), "lr": lr, "initial_lr": lr})
-        self.optimiser = torch.optim.Adam(
+        optimiser = torch.optim.Adam(
             groups, weight_decay=self.config.optimisation.weight_decay, fused=True)
+        self._learner, self.optimiser = self.fabric.setup(
+            self.student, optimiser, move_to_device=False)
 
     def _set_rates(self, phase: int) -> None:
         """Rates of this epoch: times `decay` every `decay_every` epochs (paper), and with `cosine`

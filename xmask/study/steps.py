@@ -10,13 +10,13 @@ import ast
 import difflib
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 
 import torch
 
-from xmask import files, provenance, segmenters
+from xmask import files, processes, provenance, segmenters
 from xmask.config import Config, from_dict, preset
 from xmask.data import open_dataset
 from xmask.data.masks import mask_dataset
@@ -281,6 +281,7 @@ def stamp_of(step: str, config: Config) -> Path:
 # -- training and evaluation ---------------------------------------------------------------
 
 
+@processes.gone()
 def train(config: Config, data: str = "", *, progress: bool = True) -> Path:
     """Train one run into its folder (config.json, history.csv, model.safetensors).
 
@@ -289,15 +290,23 @@ def train(config: Config, data: str = "", *, progress: bool = True) -> Path:
     Raises ValueError, naming the other process, where one trains the same run, and
     FileExistsError where the folder holds files and is no run folder, or holds a file of the
     user's whose name is needed.
+    Several processes (`torchrun`) train together; the first one writes.
     """
     folder, stamp = run_folder(config), stamp_of("train", config)
-    fingerprint = train_fingerprint(config, data)
-    if provenance.is_done(stamp, fingerprint):
+    fabric = processes.open_fabric(device())
+    with fabric.rank_zero_first():  # where data are drawn, once
+        fingerprint = train_fingerprint(config, data)
+        done = provenance.is_done(stamp, fingerprint)
+    if done:
         return folder
-    with _held(folder) as held:
-        masks = make_masks(config, labelled(config, data), data, progress=progress)
+    with ExitStack() as stack:
+        held = stack.enter_context(_held(folder)) if fabric.is_global_zero else None
+        with fabric.rank_zero_first():
+            masks = make_masks(config, labelled(config, data), data,
+                               progress=progress and fabric.is_global_zero)
         _fit(config, data, masks, fingerprint, held, progress)
-        provenance.write_stamp(stamp, fingerprint, [folder / name for name in TRAINED])
+        if held:
+            provenance.write_stamp(stamp, fingerprint, [folder / name for name in TRAINED])
     return folder
 
 
@@ -332,9 +341,11 @@ def _is_run(folder: Path) -> bool:
         return False
 
 
-def _fit(config: Config, data: str, masks: Path, fingerprint: str, held: files.OutputFolder,
-         progress: bool) -> None:
-    dataset, chosen, folder = open_train(config, data), labelled(config, data), held.path
+def _fit(config: Config, data: str, masks: Path, fingerprint: str,
+         held: files.OutputFolder | None, progress: bool) -> None:
+    """held: the run folder; None in a process that does not write."""
+    dataset, chosen = open_train(config, data), labelled(config, data)
+    folder = run_folder(config)
     score = None
     if config.selection == "best-on-test":
         def score(network):
@@ -345,8 +356,6 @@ def _fit(config: Config, data: str, masks: Path, fingerprint: str, held: files.O
     trainer = Trainer(config, keep(MaskedImages(images, chosen, masks, dataset.ids)),
                       BareImages(images), device=device())
     calibrating = held_out(config, data)
-    for stale in ("metrics.json", "model.safetensors"):  # of an earlier configuration or code
-        held.remove(folder / stale)
     record = {
         **evaluation.identity(config, dataset.synthetic),
         "backbone": {"name": config.network.backbone, "initialisation": trainer.initialisation},
@@ -354,6 +363,7 @@ def _fit(config: Config, data: str, masks: Path, fingerprint: str, held: files.O
         "code": _code(_training(config)),
         "versions": provenance.versions(),
         "device": device().type,
+        "processes": processes.count(),
         "data": {
             "checksum": dataset.checksum(),
             "settings": dataset.settings,
@@ -364,7 +374,10 @@ def _fit(config: Config, data: str, masks: Path, fingerprint: str, held: files.O
         "calibration": None,
         "config": config.to_dict(),
     }
-    files.write_json(folder / "config.json", record)
+    if held:
+        for stale in ("metrics.json", "model.safetensors"):  # of an earlier configuration or code
+            held.remove(folder / stale)
+        files.write_json(folder / "config.json", record)
 
     def calibrate(network):
         seen = evaluation.look(network, [dataset[i] for i in calibrating], progress=progress)

@@ -60,7 +60,7 @@ def fit(
     """Train to the end and write history.csv and model.safetensors into `folder`.
 
     Goes on from the folder's checkpoint, else from a shared state. Ctrl-C loses at most
-    `machine.checkpoint_every` epochs.
+    `machine.checkpoint_every` epochs. Of several processes the first one reads and writes.
 
     fingerprint: identifies data and code; a checkpoint of another one is not resumed.
     shared: folder in which runs share what is the same in all of them, and a fingerprint of the
@@ -73,12 +73,16 @@ def fit(
     Returns the result, `trainer.network`. Raises what `Trainer.run_epoch` raises.
     """
     folder, config, schedule = Path(folder), trainer.config, trainer.config.schedule
+    leads = trainer.fabric.is_global_zero
     states = _shared_states(trainer, *shared) if shared else {}
     key = digest(config.to_dict(), fingerprint, trainer.device.type, trainer.initialisation)
     checkpoint = folder / "checkpoint.pt"
-    best = _resume(trainer, checkpoint, key, states)
-    with tqdm(total=schedule.phase3, initial=trainer.epoch, unit="epoch", disable=not progress,
-              desc=config.run, mininterval=1.0) as bar:
+    best = _resume(trainer, checkpoint, key, states) if leads else None
+    if trainer.fabric.world_size > 1:
+        state, best = trainer.fabric.broadcast((trainer.state(), best))
+        trainer.restore(state)
+    with tqdm(total=schedule.phase3, initial=trainer.epoch, unit="epoch", desc=config.run,
+              disable=not (progress and leads), mininterval=1.0) as bar:
         while not trainer.finished:
             row = trainer.run_epoch()
             epoch = trainer.epoch
@@ -87,15 +91,17 @@ def fit(
                 value = score(copy.deepcopy(trainer.network).eval())
                 if best is None or value < best[0]:
                     best = value, copy.deepcopy(trainer.network.state_dict())
-            if due or epoch in (schedule.phase1, schedule.phase2):
+            if leads and (due or epoch in (schedule.phase1, schedule.phase2)):
                 _save(checkpoint, trainer, key, best)
                 _write_history(folder, trainer)
-            if epoch in states and not states[epoch].exists():
+            if leads and epoch in states and not states[epoch].exists():
                 _save(states[epoch], trainer, states[epoch].stem, None)
             bar.set_postfix(phase=row["phase"], loss=f"{row['loss']:.4f}", refresh=False)
             bar.update()
     if best is not None:
         trainer.network.load_state_dict(best[1])
+    if not leads:
+        return trainer.network
     _write_history(folder, trainer)
     files.write_safetensors(folder / "model.safetensors", trainer.network.state_dict(), {
         "config": json.dumps(config.to_dict()), "backbone": trainer.initialisation})

@@ -1,0 +1,108 @@
+"""Several processes that train together learn what one learns, and end together."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from tests.test_trainer import CPU, images, tiny, trainer
+from tests.two_processes import EPOCHS, GENTLE
+from xmask import processes
+from xmask.trainer import Trainer
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+
+
+def start(*arguments, processes=2, module="tests.two_processes"):
+    """`torchrun` with so many processes; its exit code, what it said, and seconds."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "MKL_"))}
+    begun = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, *TORCHRUN, str(processes), "-m", module, *map(str, arguments)],
+        capture_output=True, text=True, timeout=300, env=clean | {"OMP_NUM_THREADS": "1"})
+    return done.returncode, done.stdout + done.stderr, time.monotonic() - begun
+
+
+def states(folder):
+    return {epoch: torch.load(folder / f"{epoch}.pt", weights_only=True) for epoch in (4, 8, 12)}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    subprocess.run([sys.executable, "-m", "tests.two_processes", folder], check=True)
+    return states(folder)
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("together")
+    code, said, _ = start(folder)
+    assert code == 0, said
+    return states(folder)
+
+
+@pytest.mark.parametrize("epoch", [4, 8, 12])  # the ends of the phases
+@pytest.mark.parametrize("network", ["student", "teacher"])
+def test_two_processes_learn_what_one_learns_batchnorm_included(alone, together, epoch, network):
+    one, two = alone[epoch][network], together[epoch][network]
+    assert one.keys() == two.keys() and any("running_mean" in name for name in one)
+    for name in one:
+        assert torch.allclose(one[name].float(), two[name].float(), rtol=1e-5, atol=1e-5), name
+
+
+def test_what_two_processes_saved_goes_on_in_one(together, monkeypatch):
+    monkeypatch.setattr(torch.optim, "Adam", GENTLE)
+    one = trainer(tiny(optimisation__batch=4, **EPOCHS))
+    one.restore(together[8])
+    assert one.epoch == 8 and len(one.history) == 8
+    row = one.run_epoch()
+    assert row["loss"] == pytest.approx(together[12]["history"][8]["loss"], rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_in_one_process_stops_all(tmp_path):
+    code, said, seconds = start(tmp_path, "nan")
+    assert code != 0 and said.count("FloatingPointError: sha-40-s3: the loss is nan") == 2
+    assert seconds < 60
+
+
+def test_a_killed_process_ends_the_other_within_a_minute(tmp_path):
+    """By hand, as torchrun would end the other before it can say why."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"TORCHELASTIC_RUN_ID": "by-hand", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GROUP_RANK": "0",
+              "OMP_NUM_THREADS": "1"}
+    left, killed = (subprocess.Popen(
+        [sys.executable, "-m", "tests.two_processes", tmp_path, "kill"], text=True,
+        env=os.environ | common | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE)
+        for rank in ("0", "1"))
+    assert killed.wait(120) == -signal.SIGKILL
+    begun = time.monotonic()
+    said = left.communicate(timeout=60)[1]
+    assert left.returncode == 1 and time.monotonic() - begun < 60
+    assert "RuntimeError: another process of this training has ended" in said
+    killed.stderr.close()
+
+
+def test_crops_that_cannot_be_shared_are_refused(monkeypatch):
+    monkeypatch.setattr(processes, "count", lambda: 3)
+    with pytest.raises(ValueError, match="batch: 2 crops cannot be shared equally by 3 processes"):
+        Trainer(tiny(), *images(), device=CPU)
+
+
+def test_only_the_loss_of_another_process_is_told_as_such(monkeypatch):
+    with pytest.raises(RuntimeError, match="closed by peer"), processes.gone():
+        raise RuntimeError("Connection closed by peer")  # there is no other
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    with pytest.raises(RuntimeError, match="another process of this training has ended"), \
+            processes.gone():
+        raise RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:1")
+    with pytest.raises(RuntimeError, match="^out of memory$"), processes.gone():
+        raise RuntimeError("out of memory")
