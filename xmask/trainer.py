@@ -26,6 +26,7 @@ from xmask.features import upsample
 
 # Weights, their moving means and mean squares below these are zero (ours; see _drop_the_tiny).
 _TINY = {"weight": 1e-12, "exp_avg": 1e-18, "exp_avg_sq": 1e-36}
+_TIDY = 5  # every so many epochs, as it takes a tenth of a short one
 OWN_POINTS = 0.5  # the student's own points: cells with a logit above 0 (paper)
 
 
@@ -99,6 +100,9 @@ class Trainer:
             processes.join_norms(self.student)
         self.optimiser: torch.optim.Optimizer | None = None
         self._learner: nn.Module = self.student
+        # listed once: to look through all modules in every step takes a twentieth of it
+        self._weights = [list(one.parameters()) for one in (self.teacher, self.student)]
+        self._buffers = list(zip(self.teacher.buffers(), self.student.buffers()))
         self.epoch, self.history = 0, []
 
         crops = {"size": o.crop, "scale": (o.scale_min, o.scale_max), "seed": config.seed,
@@ -140,7 +144,8 @@ class Trainer:
             raise RuntimeError(
                 f"{self.config.run}: out of GPU memory in epoch {self.epoch}; lower optimisation."
                 f"batch (now {o.batch}) or optimisation.crop (now {o.crop})") from error
-        self._drop_the_tiny()
+        if self.epoch % _TIDY == 0:
+            self._drop_the_tiny()
         row = {"step": (self.epoch + 1) * self.steps, "epoch": self.epoch, "phase": phase}
         row |= {name: sum(r[name] for r in rows) / len(rows) for name in rows[0]}
         self.history.append(row | {"weight": weight})
@@ -215,17 +220,16 @@ class Trainer:
 
     def _learn(self, loss: Tensor) -> None:
         assert self.optimiser is not None
-        self.student.zero_grad()
+        self.optimiser.zero_grad()
         self.fabric.backward(loss)
         self.fabric.clip_gradients(self.student, self.optimiser, error_if_nonfinite=False,
                                    max_norm=self.config.optimisation.clip)
         self.optimiser.step()
         keep = self.config.optimisation.ema
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()),
-                                 1 - keep)
+            torch._foreach_lerp_(*self._weights, 1 - keep)
             # buffers too: with frozen BatchNorm statistics the teacher would stay untrained
-            for mine, yours in zip(self.teacher.buffers(), self.student.buffers()):
+            for mine, yours in self._buffers:
                 if mine.is_floating_point():
                     mine.lerp_(yours, 1 - keep)
                 else:
@@ -241,7 +245,7 @@ class Trainer:
             for name, value in (("weight", weight), *moments.items()):
                 if name in _TINY:
                     value.masked_fill_(value.abs() < _TINY[name], 0)
-        for weight in self.teacher.parameters():
+        for weight in self._weights[0]:
             weight.masked_fill_(weight.abs() < _TINY["weight"], 0)
 
     def _labelled_terms(self, phase: int, logits: Tensor, embedding: Tensor | None, batch: Batch
@@ -358,6 +362,7 @@ class Trainer:
     def _enter(self, phase: int) -> None:
         """Free the parts that learn in this phase, freeze the others, start its optimiser."""
         rates, groups, c = learning_rates(self.config, phase), [], self.config.loss
+        self.student.zero_grad()
         for name, part in self.student.named_children():
             # the decoder's rate in phase 2 is of use only if a term of the loss reads the logits
             reached = name != "decoder" or phase != 2 or c.point_mask > 0 or c.phase2_p2r > 0
