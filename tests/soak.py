@@ -14,14 +14,20 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import psutil
 from PIL import Image
 
 from tests import hostile
 from xmask import files
+from xmask.data.masks import mask_dataset
+from xmask.data.sample import Sample
+from xmask.segmenting.classical import ClassicalSegmenter
 from xmask.synthetic import draw_scene, write_dataset
 
 PAGE = Path(__file__).parents[1] / "docs" / "reliability.md"
@@ -135,6 +141,53 @@ def peak(command: str, place: Path, images: int) -> float:
     return int(size) / 1024
 
 
+class TinyImages:
+    """So many images of 32 × 32 px with two heads, as far as masks need a dataset."""
+
+    settings = {"max_side": None}
+
+    def __init__(self, number: int) -> None:
+        self.ids = [f"{k:05d}" for k in range(number)]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, i: int) -> Sample:
+        image = np.full((32, 32, 3), i % 251, np.uint8)
+        image[8:16, 8:16], image[18:26, 18:26] = 255 - i % 251, i % 7 * 30
+        return Sample(image, np.array([[11, 11], [21, 21]], np.float32), None, self.ids[i])
+
+    def image_checksum(self, i: int) -> str:
+        return str(i)
+
+
+def many_images(place: Path, number: int) -> dict:
+    """Masks of so many tiny images by two workers: seconds, and memory in MB of this process and
+    of the largest worker, when a tenth is done and at the end."""
+    me, sizes, begun, over = psutil.Process(), [], time.monotonic(), threading.Event()
+
+    def watch() -> None:
+        while not over.wait(1):
+            done = sum(1 for _ in place.glob("*.csv")) / number
+            with suppress(psutil.Error):
+                workers = me.children(recursive=True)
+                sizes.append((done, *(max(p.memory_info().rss for p in some) / 2**20
+                                      for some in ([me], workers) if some)))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        mask_dataset(TinyImages(number), range(number), ClassicalSegmenter(), place, workers=2,
+                     progress=False)
+    finally:
+        over.set()
+        thread.join()
+    sizes = [one for one in sizes if len(one) == 3]
+    early = next(one for one in sizes if one[0] >= 0.1)
+    late = max((one for one in sizes if one[0] > 0.8), key=lambda one: one[1] + one[2])
+    return {"seconds": time.monotonic() - begun, "early": early[1:], "late": late[1:]}
+
+
 def hostile_images(place: Path, number: int) -> dict:
     """Hand so many hostile files to `predict` in one call: what came of them."""
     folder = place / "hostile"
@@ -156,6 +209,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--many", type=int, default=10000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     rows, faults = [], []
@@ -177,6 +231,12 @@ def main(arguments: list[str] | None = None) -> None:
             few, many = (peak(name, place / f"{name}{n}", n) for n in (50, options.images))
             rows.append((f"memory of `xmask {name}`", f"{options.images} images beside 50",
                          f"{many:.0f} MB beside {few:.0f} MB: {many / few:.3f} times"))
+        one = many_images(place / "many", options.many)
+        rows.append(("memory of `xmask masks` with two workers",
+                     f"{options.many} tiny images, 25 a task, {one['seconds']:.0f} s", ", ".join(
+                         f"{name} {late:.0f} MB, {early:.0f} MB when a tenth was done"
+                         for name, early, late in zip(("client", "largest worker"), one["early"],
+                                                      one["late"]))))
     table = "\n".join(["| tried | how often | what happened |", "| --- | --- | --- |",
                        *("| " + " | ".join(row) + " |" for row in rows)])
     page = PAGE.read_text(encoding="utf-8")
