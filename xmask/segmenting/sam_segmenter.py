@@ -16,6 +16,7 @@ from xmask.segmenters import NEGATIVE, PADDING, Prompts, check_image
 from xmask.segmenting import checkpoints, sam
 from xmask.segmenting.crops import View, plan_crops
 from xmask.segmenting.sam_decoder import HeadDecoder
+from xmask.segmenting.sam_encoder import encode
 
 _ENCODER_BATCH, _ENCODER_SIDE = 16, 256  # crops per encoder call, for inputs up to so many px
 # Where nobody says how large a head is, its radius is this share of its circle's diameter: in a
@@ -207,7 +208,7 @@ class SamSegmenter:
                     crop = crop[..., ::-1]
                 resized = torch.as_tensor(self._resize.apply_image(crop), device=self.device)
                 pixels.append(self.model.preprocess(resized.permute(2, 0, 1)))
-            for view, features in zip(part, self.model.image_encoder(torch.stack(pixels))):
+            for view, features in zip(part, encode(self.model.image_encoder, torch.stack(pixels))):
                 self._features[view] = features
         self.seconds["encoder"] += time.perf_counter() - began
 
