@@ -48,7 +48,6 @@ def _attend(attention: nn.Module, x: Tensor) -> Tensor:
         columns = get_rel_pos(width, width, attention.rel_pos_w)
         down = torch.matmul(grid, rows.transpose(1, 2))  # (B, heads, h, w, h)
         across = torch.einsum("bnhwc,wkc->bnhwk", grid, columns)
-        mask = (down[..., None] + across[..., None, :]).reshape(
-            batch, -1, height * width, height * width)
+        mask = (down[..., None] + across[..., None, :]).flatten(4).flatten(2, 3)
     found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     return attention.proj(found.transpose(1, 2).reshape(x.shape))

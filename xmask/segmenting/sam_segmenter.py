@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 
 from xmask.segmenters import NEGATIVE, PADDING, Prompts, check_image
 from xmask.segmenting import checkpoints, sam
@@ -197,17 +198,20 @@ class SamSegmenter:
         """SAM's image embeddings of crops, kept until the next image."""
         began = time.perf_counter()
         missing = [view for view in dict.fromkeys(views) if view not in self._features]
+        order = 1 if self.model.image_format == "RGB" else -1
+        image = Image.fromarray(np.ascontiguousarray(self._image[..., ::order]))
         batch = _ENCODER_BATCH if self._input_side <= _ENCODER_SIDE else 1
         for start in range(0, len(missing), batch):
             part = missing[start:start + batch]
             pixels = []
             for view in part:
-                crop = self._image[view.top:view.top + view.height,
-                                   view.left:view.left + view.width]
-                if self.model.image_format != "RGB":
-                    crop = crop[..., ::-1]
-                resized = torch.as_tensor(self._resize.apply_image(crop), device=self.device)
-                pixels.append(self.model.preprocess(resized.permute(2, 0, 1)))
+                size = self._resize.get_preprocess_shape(view.height, view.width, self._input_side)
+                crop = image.crop((view.left, view.top, view.left + view.width,
+                                   view.top + view.height))
+                # as SAM's own `apply_image` does it, without its checks and copies
+                resized = np.array(crop.resize(size[::-1], Image.Resampling.BILINEAR))
+                pixels.append(self.model.preprocess(
+                    torch.as_tensor(resized, device=self.device).permute(2, 0, 1)))
             for view, features in zip(part, encode(self.model.image_encoder, torch.stack(pixels))):
                 self._features[view] = features
         self.seconds["encoder"] += time.perf_counter() - began
