@@ -87,7 +87,7 @@ class HeadDecoder:
                 keys = keys.index_select(0, view)
             else:
                 weight = _asked(back, queries + tokens, seen)
-            keys = _write(back, weight, queries, keys)
+            _write(back, weight, queries, keys)
             norm = layer.norm4
             keys = F.layer_norm(keys, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
             seen = keys + self._position
@@ -172,15 +172,15 @@ def _asked(attention: nn.Module, asked: Tensor, seen: Tensor) -> Tensor:
     return torch.softmax(score.unflatten(1, (number, -1)), dim=2).flatten(1, 2)
 
 
-def _write(attention: nn.Module, weight: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
-    """Image cells (B, P, C), plus what they take from the tokens (B, T, C) by weight
+def _write(attention: nn.Module, weight: Tensor, queries: Tensor, keys: Tensor) -> None:
+    """Add to image cells (B, P, C), in place, what they take from the tokens (B, T, C) by weight
     (B, heads * T, P)."""
     number = attention.num_heads
     value = _heads(attention.v_proj(queries), number)  # (B, heads, T, c)
     out = attention.out_proj.weight.t().reshape(number, value.shape[-1], -1)
     told = torch.matmul(value, out).flatten(1, 2)  # (B, heads * T, C)
     told = told + attention.out_proj.bias / number  # each head's weights add up to 1
-    return torch.baddbmm(keys, weight.transpose(1, 2), told)
+    keys.baddbmm_(weight.transpose(1, 2), told)
 
 
 def _double(up: nn.ConvTranspose2d, x: Tensor) -> Tensor:
