@@ -19,7 +19,7 @@ from xmask.segmenting.crops import View, plan_crops
 from xmask.segmenting.sam_decoder import HeadDecoder
 from xmask.segmenting.sam_encoder import encode
 
-_ENCODER_BATCH, _ENCODER_SIDE = 16, 256  # crops per encoder call, for inputs up to so many px
+_ENCODER_BATCH, _ENCODER_SIDE = 4, 256  # crops per encoder call, for inputs up to so many px
 # Where nobody says how large a head is, its radius is this share of its circle's diameter: in a
 # crowd, circles are 2.3 heads wide.
 _OF_CIRCLE = 7 / 32
@@ -133,7 +133,7 @@ class SamSegmenter:
         self._forget()
         self._image = np.array(image)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def predict(
         self, prompts: Prompts, head: np.ndarray, pixel: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
