@@ -3,7 +3,6 @@
 The same function as `segment_anything.modeling.MaskDecoder`, up to rounding, with the sums in
 another order. What that decoder does for every prompt and this one does not:
 
-- In the first layer all prompts of a crop see the same cells: their projections are made once.
 - Between T tokens and P image cells, a projection of the cells costs P * C * C / 2 operations;
   projecting the few tokens instead, (W k) . q = k . (W' q), costs P * C * T * heads of them, which
   is less, as T is about 7. The other way round likewise: the sum over tokens of attention times
@@ -65,8 +64,9 @@ class HeadDecoder:
         """The two-way transformer: tokens (B, T, C) -> queries (B, T, C), keys (B, P, C)."""
         transformer = self._decoder.transformer
         keys = features.flatten(2).transpose(1, 2) + self._dense  # (V, P, C)
+        keys = keys.index_select(0, view)  # each prompt writes into its own
         seen, queries = keys + self._position, tokens
-        for number, layer in enumerate(transformer.layers):
+        for layer in transformer.layers:
             if layer.skip_first_layer_pe:
                 queries = layer.self_attn(q=queries, k=queries, v=queries)
             else:
@@ -74,20 +74,10 @@ class HeadDecoder:
                 queries = queries + layer.self_attn(q=asking, k=asking, v=queries)
             queries = layer.norm1(queries)
 
-            attention, back = layer.cross_attn_token_to_image, layer.cross_attn_image_to_token
-            if number == 0:
-                found = _read_shared(attention, queries + tokens, seen, keys, view)
-            else:
-                found = _read(attention, queries + tokens, seen, keys)
-            queries = layer.norm2(queries + found)
+            queries = layer.norm2(queries + _read(
+                layer.cross_attn_token_to_image, queries + tokens, seen, keys))
             queries = layer.norm3(queries + layer.mlp(queries))
-
-            if number == 0:
-                weight = _asked_shared(back, queries + tokens, seen, view)
-                keys = keys.index_select(0, view)
-            else:
-                weight = _asked(back, queries + tokens, seen)
-            _write(back, weight, queries, keys)
+            _write(layer.cross_attn_image_to_token, queries + tokens, queries, seen, keys)
             norm = layer.norm4
             keys = F.layer_norm(keys, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
             seen = keys + self._position
@@ -122,19 +112,6 @@ def _join(x: Tensor) -> Tensor:
     return x.transpose(-3, -2).flatten(-2)
 
 
-def _read_shared(
-    attention: nn.Module, asking: Tensor, seen: Tensor, keys: Tensor, view: Tensor
-) -> Tensor:
-    """Tokens (B, T, C) read image cells (V, P, C) that prompts of one crop `view` (B,) share."""
-    number = attention.num_heads
-    query = _heads(attention.q_proj(asking), number)
-    key = _heads(attention.k_proj(seen), number).index_select(0, view)  # (B, heads, P, c)
-    value = _heads(attention.v_proj(keys), number).index_select(0, view)
-    query = query / math.sqrt(query.shape[-1])
-    weight = torch.softmax(torch.matmul(query, key.transpose(2, 3)), dim=-1)
-    return attention.out_proj(_join(torch.matmul(weight, value)))
-
-
 def _read(attention: nn.Module, asking: Tensor, seen: Tensor, keys: Tensor) -> Tensor:
     """Tokens (B, T, C) read the image cells of their own prompt, `seen` and `keys` (B, P, C)."""
     number = attention.num_heads
@@ -150,37 +127,23 @@ def _read(attention: nn.Module, asking: Tensor, seen: Tensor, keys: Tensor) -> T
     return attention.out_proj(_join(read))
 
 
-def _asked_shared(attention: nn.Module, asked: Tensor, seen: Tensor, view: Tensor) -> Tensor:
-    """`_asked` where prompts of one crop `view` (B,) share their cells `seen` (V, P, C)."""
+def _write(
+    attention: nn.Module, asked: Tensor, queries: Tensor, seen: Tensor, keys: Tensor
+) -> None:
+    """Add to image cells `keys` (B, P, C), in place, what they, as `seen`, read from the tokens
+    `asked` and `queries` (B, T, C)."""
     number = attention.num_heads
-    key = _heads(attention.k_proj(asked), number)  # (B, heads, T, c)
-    cell = _heads(attention.q_proj(seen), number).index_select(0, view)
-    score = torch.matmul(key / math.sqrt(key.shape[-1]), cell.transpose(2, 3))
-    return torch.softmax(score, dim=2).flatten(1, 2)
-
-
-def _asked(attention: nn.Module, asked: Tensor, seen: Tensor) -> Tensor:
-    """How much image cells `seen` (B, P, C) take from tokens `asked` (B, T, C):
-    (B, heads * T, P), which adds up to 1 over T. Cells come last: softmax is fast along them."""
-    number = attention.num_heads
-    key = _heads(attention.k_proj(asked), number)  # (B, heads, T, c)
-    key = key / math.sqrt(key.shape[-1])
-    weights = attention.q_proj.weight.view(number, key.shape[-1], -1)
-    folded = torch.matmul(key, weights).flatten(1, 2)  # (B, heads * T, C)
-    offset = torch.matmul(key, attention.q_proj.bias.view(number, -1, 1)).flatten(1, 2)
-    score = torch.baddbmm(offset, folded, seen.transpose(1, 2))
-    return torch.softmax(score.unflatten(1, (number, -1)), dim=2).flatten(1, 2)
-
-
-def _write(attention: nn.Module, weight: Tensor, queries: Tensor, keys: Tensor) -> None:
-    """Add to image cells (B, P, C), in place, what they take from the tokens (B, T, C) by weight
-    (B, heads * T, P)."""
-    number = attention.num_heads
-    value = _heads(attention.v_proj(queries), number)  # (B, heads, T, c)
-    out = attention.out_proj.weight.t().reshape(number, value.shape[-1], -1)
-    told = torch.matmul(value, out).flatten(1, 2)  # (B, heads * T, C)
+    key, value = _heads(attention.k_proj(asked), number), _heads(attention.v_proj(queries), number)
+    each = key.shape[-1]
+    key = key / math.sqrt(each)  # (B, heads, T, c)
+    folded = torch.matmul(key, attention.q_proj.weight.view(number, each, -1)).flatten(1, 2)
+    offset = torch.matmul(key, attention.q_proj.bias.view(number, each, 1)).flatten(1, 2)
+    score = torch.baddbmm(offset, folded, seen.transpose(1, 2))  # (B, heads * T, P)
+    # Softmax over the tokens with the cells last: it is slow along so short an axis.
+    weight = torch.softmax(score.unflatten(1, (number, -1)), dim=2).flatten(1, 2)
+    told = torch.matmul(value, attention.out_proj.weight.t().reshape(number, each, -1))
     told = told + attention.out_proj.bias / number  # each head's weights add up to 1
-    keys.baddbmm_(weight.transpose(1, 2), told)
+    keys.baddbmm_(weight.transpose(1, 2), told.flatten(1, 2))
 
 
 def _double(up: nn.ConvTranspose2d, x: Tensor) -> Tensor:
