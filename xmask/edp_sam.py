@@ -43,7 +43,7 @@ SOURCES = ("point", "superpixel", "merged", "disc")
 COLUMNS = ["head", "x", "y", "radius", "score", "source", "area", "flags"]
 
 # Raised whenever masks or their records change for the same input: stored ones are made anew.
-ALGORITHM = 5
+ALGORITHM = 6
 
 # All constants are ours unless said otherwise, set on drawn scenes (seeds 1000 to 1005).
 _WINDOW = 25  # heads at similar image height that tell each other their size
@@ -263,39 +263,39 @@ def superpixel_regions(
 
     image: (H, W, 3) uint8. points: (N, 2) px. scale: (N,) px, local head radii.
     A head's superpixels are the one that holds it and those whose middle is within its local
-    radius. Heads are grouped by octave of that radius, at most three groups, and each group reads
-    its own SLIC, with superpixels a little smaller than its heads. Coarse superpixels are computed
-    on a smaller image: cost does not grow with their size.
+    radius. Heads form groups by octave of that radius, at most three, and each group reads a SLIC
+    of its own part of the image, with superpixels a little smaller than its heads; coarse ones are
+    computed on a smaller image.
     """
-    height, width = image.shape[:2]
-    lab = rgb2lab(image).astype(np.float32)
+    lab = rgb2lab(image.astype(np.float32) / 255)
     octave = np.floor(np.log2(scale))
     octave = np.maximum(octave, octave.max() - _SLIC_SCALES + 1)
-    home = _home(points, (height, width))
+    places, heads = np.stack(np.divmod(near.pixel, near.shape[1])), points.T[::-1]  # rows, columns
     region = np.zeros(len(near), dtype=bool)
-    for one in np.unique(octave):
-        members = octave == one
-        spacing = _SLIC_SPACING * float(np.median(scale[members]))
+    for one in np.unique(octave[near.head]):
+        mine = (octave == one)[near.head]
+        head, place = near.head[mine], places[:, mine]
+        first, last = place.min(axis=1), place.max(axis=1)
+        part = lab[first[0]:last[0] + 1, first[1]:last[1] + 1]
+        spacing = _SLIC_SPACING * float(np.median(scale[octave == one]))
         shrink = max(1, int(spacing // _SLIC_PIXELS))
-        small = gaussian_filter(lab, (shrink / 2, shrink / 2, 0)) if shrink > 1 else lab
-        small = np.ascontiguousarray(small[shrink // 2::shrink, shrink // 2::shrink])
-        if small.size == 0:
-            small = lab[:1, :1]
+        small = gaussian_filter(part, (shrink / 2, shrink / 2, 0)) if shrink > 1 else part
+        row, column = np.minimum(shrink // 2, last - first)
+        small = np.ascontiguousarray(small[row::shrink, column::shrink])
         # scikit-image stretches its input to 0..1: the compactness stays in units of Lab
-        stretch = max(float(np.ptp(small)), 1e-6)
         regions = slic(
-            small, n_segments=max(1, round(height * width / spacing**2)),
-            compactness=compactness / stretch, max_num_iter=_SLIC_STEPS, convert2lab=False)
-        everywhere = regions[np.ix_(*(np.minimum(np.arange(side) // shrink, cells - 1)
-                                      for side, cells in zip((height, width), regions.shape)))]
-        mine = members[near.head]
-        head, own = near.head[mine], everywhere.ravel()[near.pixel[mine]]
+            small, n_segments=max(1, round(part[..., 0].size / spacing**2)), convert2lab=False,
+            compactness=compactness / max(float(np.ptp(small)), 1e-6), max_num_iter=_SLIC_STEPS)
+        own, home = (
+            regions[tuple(((at - start) // shrink).clip(0, cells - 1)
+                          for at, start, cells in zip(where, first, regions.shape))]
+            for where in (place, np.rint(heads).astype(int)))
         # Middle of every superpixel, in pixels of the image.
-        size = np.bincount(regions.ravel())
-        middle = [(np.bincount(regions.ravel(), grid.ravel()) / size.clip(1) + 0.5) * shrink - 0.5
-                  for grid in np.indices(regions.shape)[::-1]]
-        away = np.hypot(*(middle[axis][own] - points[head, axis] for axis in (0, 1)))
-        region[mine] = (own == everywhere.ravel()[home][head]) | (away <= _SLIC_NEAR * scale[head])
+        size = np.bincount(regions.ravel()).clip(1)
+        middle = [(np.bincount(regions.ravel(), grid.ravel()) / size + 0.5) * shrink - 0.5 + start
+                  for grid, start in zip(np.indices(regions.shape), first)]
+        away = np.hypot(*(there[own] - at[head] for there, at in zip(middle, heads)))
+        region[mine] = (own == home[head]) | (away <= _SLIC_NEAR * scale[head])
     return region
 
 

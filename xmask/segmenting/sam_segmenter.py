@@ -5,19 +5,21 @@ from __future__ import annotations
 import copyreg
 import hashlib
 import time
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 
 from xmask.segmenters import NEGATIVE, PADDING, Prompts, check_image
 from xmask.segmenting import checkpoints, sam
 from xmask.segmenting.crops import View, plan_crops
 from xmask.segmenting.sam_decoder import HeadDecoder
+from xmask.segmenting.sam_encoder import encode
 
-_DECODER_BATCH = 64  # heads per decoder call, SAM's own habit for grids of points
-_ENCODER_BATCH, _ENCODER_SIDE = 16, 256  # crops per encoder call, for inputs up to so many px
+_ENCODER_BATCH, _ENCODER_SIDE = 4, 256  # crops per encoder call, for inputs up to so many px
 # Where nobody says how large a head is, its radius is this share of its circle's diameter: in a
 # crowd, circles are 2.3 heads wide.
 _OF_CIRCLE = 7 / 32
@@ -131,6 +133,7 @@ class SamSegmenter:
         self._forget()
         self._image = np.array(image)
 
+    @torch.inference_mode()
     def predict(
         self, prompts: Prompts, head: np.ndarray, pixel: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -148,22 +151,31 @@ class SamSegmenter:
             max_zoom=self._max_zoom)
         self._encode(views)
         began = time.perf_counter()
-        for number in np.unique(view_of):
-            view, members = views[number], np.flatnonzero(view_of == number)
-            decoder = self._decoder(view)
-            for start in range(0, len(members), _DECODER_BATCH):
-                rows = members[start:start + _DECODER_BATCH]
+        decoder = self._decoder()
+        corner = np.array([(view.left, view.top) for view in views])[view_of]
+        size_of = np.array([(view.height, view.width) for view in views])[view_of]
+        # Heads go together whose crops are of one size: there are few in one crop.
+        for size in np.unique(size_of, axis=0):
+            members = np.flatnonzero((size_of == size).all(axis=1))
+            members = members[np.argsort(view_of[members], kind="stable")]
+            for start in range(0, len(members), decoder.at_once):
+                rows = members[start:start + decoder.at_once]
                 lengths = first[rows + 1] - first[rows]
                 local = np.repeat(np.arange(len(rows)), lengths)
                 where = np.arange(lengths.sum()) + np.repeat(
                     first[rows] - np.cumsum(lengths) + lengths, lengths)
                 y, x = np.divmod(pixel[where], self._image.shape[1])
-                y, x = y - view.top, x - view.left
-                shown = (y >= 0) & (y < view.height) & (x >= 0) & (x < view.width)
-                local, y, x = local[shown], y[shown], x[shown]
-                low, quality = self._decode(decoder, prompts, rows, view, local, y, x)
+                x, y = x - corner[rows, 0][local], y - corner[rows, 1][local]
+                shown = (y >= 0) & (y < size[0]) & (x >= 0) & (x < size[1])
+                taps = self._taps(local[shown], y[shown], x[shown], size)
+                seen, view = np.unique(view_of[rows], return_inverse=True)
+                features = torch.stack([self._features[views[number]] for number in seen])
+                low, quality = decoder(
+                    features, torch.as_tensor(view, device=self.device),
+                    self._embed(prompts, rows, corner[rows], size), prompts.multimask,
+                    self._wanted(len(rows), taps))
                 scores[rows] = quality.clamp(0, 1).cpu().numpy()
-                logits[:, where[shown]] = self._read(low, local, y, x, view).cpu().numpy()
+                logits[:, where[shown]] = self._read(low, taps).cpu().numpy()
         self.seconds["prompts"] += time.perf_counter() - began
         return logits, scores
 
@@ -182,100 +194,100 @@ class SamSegmenter:
                 for one in np.divmod(pixel, self._image.shape[1])]))
         return sizes
 
-    @torch.no_grad()
     def _encode(self, views: list[View]) -> None:
         """SAM's image embeddings of crops, kept until the next image."""
         began = time.perf_counter()
         missing = [view for view in dict.fromkeys(views) if view not in self._features]
+        order = 1 if self.model.image_format == "RGB" else -1
+        image = Image.fromarray(np.ascontiguousarray(self._image[..., ::order]))
         batch = _ENCODER_BATCH if self._input_side <= _ENCODER_SIDE else 1
         for start in range(0, len(missing), batch):
             part = missing[start:start + batch]
             pixels = []
             for view in part:
-                crop = self._image[view.top:view.top + view.height,
-                                   view.left:view.left + view.width]
-                if self.model.image_format != "RGB":
-                    crop = crop[..., ::-1]
-                resized = torch.as_tensor(self._resize.apply_image(crop), device=self.device)
-                pixels.append(self.model.preprocess(resized.permute(2, 0, 1)))
-            for view, features in zip(part, self.model.image_encoder(torch.stack(pixels))):
+                size = self._resize.get_preprocess_shape(view.height, view.width, self._input_side)
+                crop = image.crop((view.left, view.top, view.left + view.width,
+                                   view.top + view.height))
+                # as SAM's own `apply_image` does it, without its checks and copies
+                resized = np.array(crop.resize(size[::-1], Image.Resampling.BILINEAR))
+                pixels.append(self.model.preprocess(
+                    torch.as_tensor(resized, device=self.device).permute(2, 0, 1)))
+            for view, features in zip(part, encode(self.model.image_encoder, torch.stack(pixels))):
                 self._features[view] = features
         self.seconds["encoder"] += time.perf_counter() - began
 
-    @torch.no_grad()
-    def _decoder(self, view: View) -> HeadDecoder:
+    def _decoder(self) -> HeadDecoder:
         prompt_encoder = self.model.prompt_encoder
-        return HeadDecoder(
-            self.model.mask_decoder, self._features[view][None], prompt_encoder.get_dense_pe(),
-            prompt_encoder.no_mask_embed.weight[0])
+        return HeadDecoder(self.model.mask_decoder, prompt_encoder.get_dense_pe(),
+                           prompt_encoder.no_mask_embed.weight[0])
 
-    @torch.no_grad()
-    def _decode(
-        self, decoder: HeadDecoder, prompts: Prompts, rows: np.ndarray, view: View,
-        local: np.ndarray, y: np.ndarray, x: np.ndarray,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """SAM's decoder on some heads: low-resolution logits (b, C, h, w), predicted IoU (b, C).
-
-        Logits are made where `_read` reads them for pixels (y, x) of heads `local` only.
-        """
-        size = (view.height, view.width)
-        offset = np.array([view.left, view.top])
-        points = prompts.points[rows] - offset
+    def _embed(
+        self, prompts: Prompts, rows: np.ndarray, corner: np.ndarray, size: np.ndarray
+    ) -> torch.Tensor:
+        """SAM's tokens (b, K, D) of some prompts; corner: (b, 2) x, y of their crops; size: of the
+        crops, height and width."""
+        points = prompts.points[rows] - corner[:, None]
         labels = prompts.labels[rows].copy()
-        seen = ((points > -1) & (points < (view.width, view.height))).all(-1)
+        seen = ((points > -1) & (points < size[::-1])).all(-1)
         labels[~seen & (labels == NEGATIVE)] = PADDING
         points = self._to_device(self._resize.apply_coords(points, size))
-        labels = torch.as_tensor(labels, device=self.device)
         boxes = None
         if prompts.boxes is not None:
-            corners = (prompts.boxes[rows].reshape(-1, 2, 2) - offset).clip(
-                0, (view.width - 1, view.height - 1))
+            corners = (prompts.boxes[rows].reshape(-1, 2, 2) - corner[:, None]).clip(
+                0, size[::-1] - 1)
             boxes = self._to_device(self._resize.apply_coords(corners, size)).reshape(-1, 4)
-        sparse, _ = self.model.prompt_encoder(
-            points=(points, labels), boxes=boxes, masks=None)
-        cells = self.model.prompt_encoder.image_embedding_size
-        side = self._resize.get_preprocess_shape(view.height, view.width, self._input_side)
-        taken = []
-        for axis, place in enumerate((y, x)):
-            tap, weight = resize_taps(4 * cells[axis], self._input_side, side[axis], size[axis])
-            last = np.minimum(tap[place] + weight.shape[1] - 1, 4 * cells[axis] - 1)
-            taken.append((tap[place] // 4, last // 4))
-        (top, bottom), (left, right) = taken
-        # the taps of a pixel lie in at most two cells along each axis
-        wanted = np.unique(np.concatenate([
-            (local * cells[0] + row) * cells[1] + column
-            for row in (top, bottom) for column in (left, right)]))
-        head, row, column = np.unravel_index(wanted, (len(rows), *cells))
-        return decoder(sparse, prompts.multimask, *(
-            torch.as_tensor(index, device=self.device) for index in (head, row, column)))
+        return self.model.prompt_encoder(
+            points=(points, torch.as_tensor(labels, device=self.device)), boxes=boxes,
+            masks=None)[0]
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         return torch.as_tensor(array, dtype=torch.float32, device=self.device)
 
-    def _read(
-        self, low: torch.Tensor, local: np.ndarray, y: np.ndarray, x: np.ndarray, view: View
-    ) -> torch.Tensor:
-        """Logits (C, m) at pixels (y, x) of a crop, as if the masks had been fully upsampled."""
-        count, candidates, rows, columns = low.shape
-        new_height, new_width = self._resize.get_preprocess_shape(
-            view.height, view.width, self._input_side)
-        first_row, row_weight = resize_taps(rows, self._input_side, new_height, view.height)
-        first_column, column_weight = resize_taps(
-            columns, self._input_side, new_width, view.width)
-        row = torch.as_tensor(first_row[y], device=self.device)
-        column = torch.as_tensor(first_column[x], device=self.device)
-        row_weight = self._to_device(row_weight[y])
-        column_weight = self._to_device(column_weight[x])
-        local = torch.as_tensor(local, device=self.device)
-        flat = low.transpose(0, 1).reshape(candidates, -1)
-        value = torch.zeros((candidates, len(local)), device=self.device)
-        for i in range(row_weight.shape[1]):
-            for j in range(column_weight.shape[1]):
-                # A tap beyond the last cell has weight 0; the clamp only keeps it readable.
-                at = (local * rows + (row + i).clamp(max=rows - 1)) * columns
-                at = at + (column + j).clamp(max=columns - 1)
-                value += flat[:, at] * (row_weight[:, i] * column_weight[:, j])
+    def _taps(self, local: np.ndarray, y: np.ndarray, x: np.ndarray, size: np.ndarray) -> _Taps:
+        """Where the logits of pixels (y, x) in the crops of heads `local` come from."""
+        side = self._resize.get_preprocess_shape(*size, self._input_side)
+        row, row_weight, column, column_weight = (
+            table[place] for axis, place in enumerate((y, x))
+            for table in resize_taps(self._cells, self._input_side, side[axis], int(size[axis])))
+        return _Taps(local, row, column, row_weight, column_weight)
+
+    def _wanted(self, count: int, taps: _Taps) -> torch.Tensor:
+        """The cells of the image embedding that logits are read from, (n,) int64, in order: flat
+        indices of (heads, rows, columns)."""
+        side = self._cells // 4
+        wanted = np.zeros(count * side * side, dtype=bool)
+        # the taps of a pixel lie in at most two cells along each axis
+        for row in (taps.row, taps.row + taps.row_weight.shape[1] - 1):
+            for column in (taps.column, taps.column + taps.column_weight.shape[1] - 1):
+                wanted[(taps.head * side + row // 4) * side + column // 4] = True
+        return torch.as_tensor(np.flatnonzero(wanted), device=self.device)
+
+    def _read(self, low: torch.Tensor, taps: _Taps) -> torch.Tensor:
+        """Logits (C, m), as if the low-resolution masks (C, b, h, w) had been fully upsampled."""
+        flat = low.flatten(1)
+        corner = (taps.head * self._cells + taps.row) * self._cells + taps.column
+        corner = torch.as_tensor(corner, device=self.device)
+        row_weight = self._to_device(taps.row_weight.T)
+        column_weight = self._to_device(taps.column_weight.T)
+        value = low.new_zeros(len(flat), len(corner))
+        for i, down in enumerate(row_weight):
+            for j, across in enumerate(column_weight):
+                value.addcmul_(flat.index_select(1, corner + (i * self._cells + j)), down * across)
         return value
+
+
+class _Taps(NamedTuple):
+    """Pixel by pixel, the cells of a low-resolution mask that its logit is a weighted sum of.
+
+    head, row, column: (m,) int64, of the mask's cell up left; row_weight, column_weight:
+    (m, taps) of this and the next cells.
+    """
+
+    head: np.ndarray
+    row: np.ndarray
+    column: np.ndarray
+    row_weight: np.ndarray
+    column_weight: np.ndarray
 
 
 def describe(name: str) -> dict[str, Any]:
@@ -302,6 +314,7 @@ def _checksum(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
+@lru_cache(maxsize=64)  # there are two for each octave of crops
 def resize_taps(
     low: int, side: int, kept: int, size: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -324,8 +337,8 @@ def resize_taps(
                       inner_below[above], inner_above[above]], axis=1)
     weights = np.stack([(1 - part) * (1 - inner_part[below]), (1 - part) * inner_part[below],
                         part * (1 - inner_part[above]), part * inner_part[above]], axis=1)
-    first = cells.min(axis=1)
-    taps = int((cells - first[:, None]).max()) + 1
+    taps = int(np.ptp(cells, axis=1).max()) + 1
+    first = np.minimum(cells.min(axis=1), low - taps)  # cells beyond the last are not there
     weight = np.zeros((size, taps))
     np.add.at(weight, (np.arange(size)[:, None], cells - first[:, None]), weights)
     return first, weight
