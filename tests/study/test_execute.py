@@ -171,7 +171,8 @@ def test_each_notebook_has_a_kernel_of_its_own_and_what_forks_has_no_threads(tmp
         assert len(os.listdir(f"/proc/{job.process.pid}/task")) == 1
     assert "ZeroDivisionError" in found[0] and found[1:] == ["", ""]
     job.end()
-    assert job.process.wait(timeout=10) == 0
+    assert job.execute(path, Path("out.ipynb"), {"n": 1}, log), "what was not executed is not done"
+    assert job.process.wait(timeout=10) == 1
 
 
 def test_where_python_cannot_fork_a_process_executes_one_notebook(tmp_path):

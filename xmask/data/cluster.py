@@ -158,8 +158,8 @@ class _Carrier(WorkerPlugin):
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the nanny, which ends it
 
     def transition(self, key: Any, start: str, finish: str, **_: Any) -> None:
-        if finish == "cancelled" and str(key).endswith(self.name):
-            self.teardown()
+        if (start, finish) == ("executing", "released") and str(key).endswith(self.name):
+            self.teardown()  # nobody waits for it any more
 
     def teardown(self, worker: Worker | None = None) -> None:
         self.over = True  # the one who asked is gone: what is left of a task is for nobody

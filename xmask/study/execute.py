@@ -45,6 +45,7 @@ class Notebooks:
     root: str
     environment: dict[str, str] = field(default_factory=dict)
     process: subprocess.Popen | None = None
+    ended: bool = False
 
     def begin(self) -> None:
         """Raises ValueError where this worker does not see the folder."""
@@ -53,7 +54,8 @@ class Notebooks:
                              "All machines have to see it under the same path")
 
     def end(self) -> None:
-        """End the notebook that runs, if one does."""
+        """End the notebook that runs, if one does; no other will."""
+        self.ended = True
         if self.process:
             self.process.stdin.close()
 
@@ -76,14 +78,16 @@ class Notebooks:
                     [sys.executable, "-m", "xmask.study.execute"], stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE, stderr=file, cwd=self.root, text=True,
                     env=os.environ | self.environment, start_new_session=True)
-        with suppress(OSError, ValueError):  # it has ended
+        if self.ended:
+            self.process.stdin.close()
+        with suppress(OSError, ValueError):  # it has ended, as `wait` will tell
             self.process.stdin.write(json.dumps([*map(str, (source, target, log)), parameters]))
             self.process.stdin.write("\n")
             self.process.stdin.flush()
         code = int(self.process.stdout.readline() or self.process.wait())
         where = f"  log: {log}\n  notebook as far as it came: {target}"
         if code < 0:
-            self.end()  # what it forked has not, maybe
+            self.process.stdin.close()  # what it forked has not died, maybe
             raise ChildProcessError(f"  the process of the notebook died ({-code})\n{where}")
         tail = "\n".join(output.read_text(encoding="utf-8").splitlines()[-12:])
         return f"{tail}\n{where}" if code else ""
@@ -176,7 +180,7 @@ def main() -> None:
         child.join()
         with suppress(OSError):  # the worker is gone
             os.write(1, f"{child.exitcode}\n".encode())
-    os._exit(0)  # tidying all modules away takes seconds
+    os._exit(1)  # whoever still waits waits in vain; tidying all modules away would take seconds
 
 
 if __name__ == "__main__":

@@ -294,7 +294,8 @@ def run_steps(profile: str, planned: list[Step], *, threads: int = 0, **where) -
     planned: inputs before what needs them; the first ones are begun first. threads: of each step.
     where: as of `open_client`.
     """
-    environment = dict(_KEEP_MEMORY, PYDEVD_DISABLE_FILE_VALIDATION="1", MPLBACKEND="agg")
+    environment = {name: os.environ.get(name, value) for name, value in _KEEP_MEMORY.items()}
+    environment |= {"PYDEVD_DISABLE_FILE_VALIDATION": "1", "MPLBACKEND": "agg"}
     if threads:
         environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     failed = []
