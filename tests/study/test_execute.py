@@ -14,7 +14,7 @@ import pytest
 from distributed import LocalCluster
 
 from xmask.data.cluster import open_client, work_in_order
-from xmask.study import reproduce
+from xmask.study import reproduce, sweeps
 from xmask.study.execute import Notebooks
 
 ROOT = Path(__file__).parents[2]
@@ -160,6 +160,21 @@ def test_the_steps_of_a_study_on_a_cluster_write_into_the_shared_folder(
         list(work_in_order(client, Notebooks("/nowhere"), {"a": ((), ())}))
 
 
+def test_a_sweep_executes_a_notebook_for_every_change_and_names_what_failed(tmp_path, scheduler):
+    (tmp_path / "notebooks").mkdir()
+    write(tmp_path / "notebooks" / "n.ipynb", [
+        "seed, profile, overrides = 0, '', {}",
+        "name = f'{profile}-{seed}-{overrides}'", "print(name, 1 / seed)"])
+    changes = list(sweeps.grid(seed=[2, 1], loss__tau=[0.5]))
+    given = {"root": tmp_path, "profile": "demo", "overrides": {"loss.margin": 0.1}}
+    paths = sweeps.run(changes, "n.ipynb", **given)
+    printed = [nbformat.read(path, 4).cells[-1].outputs[0].text for path in paths]
+    assert printed == [f"demo-{seed}-{{'loss.margin': 0.1, 'loss.tau': 0.5}} {1 / seed}\n"
+                       for seed in (2, 1)]
+    with pytest.raises(RuntimeError, match="(?s)1 of 2 failed:.*ZeroDivisionError.*log: work/sweeps"):
+        sweeps.run([*changes[1:], {"seed": 0}], "n.ipynb", scheduler=scheduler, **given)
+
+
 def test_each_notebook_has_a_kernel_of_its_own_and_what_forks_has_no_threads(tmp_path):
     path = write(tmp_path / "n.ipynb", ["n = 0", "print(n, 'seen' in globals(), flush=True)",
                                         "seen, n = 1, 1 / n"])
@@ -178,7 +193,7 @@ def test_each_notebook_has_a_kernel_of_its_own_and_what_forks_has_no_threads(tmp
 def test_where_python_cannot_fork_a_process_executes_one_notebook(tmp_path):
     for code, status in (("1 / 0", 1), ("1 / 1", 0)):
         source, log = write(tmp_path / "n.ipynb", [code]), tmp_path / "log"
-        log.touch()
+        log.write_text("")
         command = "from xmask.study import execute; execute._FORKS = False; execute.main()"
         process = subprocess.Popen([sys.executable, "-c", command], stdin=subprocess.PIPE,
                                    env=os.environ | {"PYTHONPATH": str(ROOT)})

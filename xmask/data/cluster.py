@@ -28,6 +28,10 @@ from distributed import (
 
 _MOST = 25  # items of one task: enough that a task costs little, and few enough to show progress
 _TASKS = 20  # of each worker, where there are few items
+# no worker is given a task before it is free, so that tasks begin in their order
+_IN_ORDER = {"distributed.scheduler.worker-saturation": 1.0,
+             "distributed.scheduler.rootish-taskgroup": 1 << 30,
+             "distributed.scheduler.rootish-taskgroup-dependencies": 1 << 30}
 _ANSWER = "10s"  # after which a scheduler is not there
 _DIED = (
     "workers died one after the other before they did anything, for want of memory or because the "
@@ -67,7 +71,7 @@ def open_client(workers: int = 2, scheduler: str = "", cluster: str = "",
             client = stack.enter_context(Client(made))
         else:
             stack.enter_context(dask.config.set({
-                "logging.distributed": "critical",
+                **_IN_ORDER, "logging.distributed": "critical",
                 "distributed.dashboard.link": "http://127.0.0.1:{port}/status"}))
             made = stack.enter_context(LocalCluster(
                 n_workers=workers, threads_per_worker=1, memory_limit=0, processes=processes,
@@ -128,7 +132,7 @@ def work_in_order(client: Client, job: Any,
     job: travels to each worker once; `job.begin()` is called there before its first item, and
     `job.end()` when no more is wanted, maybe during one.
     """
-    name, made = f"xmask-{secrets.token_hex(4)}", {}
+    name, made = f"xmask-{secrets.token_hex(4)}", {}  # the name is the end of every task's key
     client.register_plugin(_Carrier(job, name), name=name)
     try:
         try:
@@ -137,9 +141,11 @@ def work_in_order(client: Client, job: Any,
             raise RuntimeError(_DIED) from None
         for k, (title, (items, before)) in enumerate(parts.items()):
             made[title] = client.submit(_run, name, items, *(made[one] for one in before),
-                                        key=f"{title}-{name}", priority=-k, retries=retries)
+                                        key=f"{title.split()[0]}-{k}-{name}", priority=-k,
+                                        retries=retries)
+        titles = {future.key: title for title, future in made.items()}
         for future in as_completed(list(made.values())):
-            yield future.key.removesuffix(f"-{name}"), future.exception() or future.result()
+            yield titles[future.key], future.exception() or future.result()
     finally:
         with suppress(OSError):  # a worker that has just died cannot be told
             client.cancel(list(made.values()))
