@@ -2,7 +2,8 @@
 #   make reproduce   the whole study; PROFILE=demo (default), full, photo or paper
 #   make test        the checks (ruff, basedpyright) and the tests
 # DATA= SAM= point at real datasets and SAM weights; DATASETS= PERCENTS= SEEDS= narrow the study;
-# EXTRAS=no leaves out supervised-only runs and ablations; JOBS= steps at a time.
+# EXTRAS=no leaves out supervised-only runs and ablations; JOBS= steps at a time;
+# SCHEDULER=tcp://host:8786 or CLUSTER=slurm: other machines, see docs/cluster.md.
 # Others: make report (one HTML page of the results; PICTURES=yes shows real photographs in it),
 # make bench (what the method costs), make lab (JupyterLab), make clean (what was made on the way).
 # For maintainers: make check, make docs (docs/api and README's table), make walkthroughs
@@ -17,6 +18,8 @@ DATASETS ?=
 PERCENTS ?=
 SEEDS ?=
 JOBS ?=
+SCHEDULER ?=
+CLUSTER ?=
 EXTRAS ?=
 PICTURES ?=
 
@@ -33,7 +36,7 @@ option = $(if $(strip $(2)),--$(1) "$(2)")
 .PHONY: help setup reproduce test check bench report walkthroughs docs lab soak clean audit lock
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -9
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -10
 
 setup: $(VENV)/.ready
 
@@ -52,6 +55,7 @@ reproduce: setup
 	  $(call option,sam,$(SAM)) $(call option,datasets,$(call list,$(DATASETS))) \
 	  $(call option,percents,$(call list,$(PERCENTS))) \
 	  $(call option,seeds,$(call list,$(SEEDS))) $(call option,jobs,$(JOBS)) \
+	  $(call option,scheduler,$(SCHEDULER)) $(call option,cluster,$(CLUSTER)) \
 	  $(if $(filter no,$(EXTRAS)),--no-extras)
 
 test: check

@@ -109,6 +109,7 @@ def _reproduce_command(command: Callable) -> None:
     made.add_argument("--seeds", type=numbers, help="e.g. 1,2,3; default: 1, in "
                       "profile full 1 to 5")
     made.add_argument("--jobs", type=positive, help="steps at a time")
+    _elsewhere(made, "--jobs")
     made.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE",
                       help="change a field of every run, e.g. --set loss.tau=0.5")
     made.add_argument("--no-extras", action="store_true",
@@ -129,10 +130,7 @@ def _own_photo_commands(command: Callable) -> None:
     made.add_argument("--workers", type=number, default=1, help="processes; masks do not depend "
                       "on how many")
     made.add_argument("--threads", type=number, default=1, help="of each process")
-    made.add_argument("--scheduler", default="", metavar="ADDRESS",
-                      help="workers of a Dask scheduler instead, tcp://host:8786")
-    made.add_argument("--cluster", default="", help="slurm: --workers jobs, as Dask's "
-                      "configuration (jobqueue.slurm) says")
+    _elsewhere(made, "--workers")
     made.add_argument("--shard", default="", metavar="I/N",
                       help="2/5: the second of five such calls that fill one --out together")
     made.add_argument("--boxes", action="store_true",
@@ -277,6 +275,13 @@ def _data_commands(command: Callable, commands: argparse._SubParsersAction) -> N
     made.add_argument("--jobs", type=positive, default=1)
 
 
+def _elsewhere(made: argparse.ArgumentParser, workers: str) -> None:
+    made.add_argument("--scheduler", default="", metavar="ADDRESS",
+                      help="workers of a Dask scheduler instead, tcp://host:8786")
+    made.add_argument("--cluster", default="", help=f"slurm: {workers} jobs, as Dask's "
+                      "configuration (jobqueue.slurm) says")
+
+
 def _guards(made: argparse.ArgumentParser) -> None:
     made.add_argument("--overwrite", action="store_true", help=_BESIDE)
     made.add_argument("--max-pixels", type=positive, metavar="N", help="refuse larger images; "
@@ -295,7 +300,7 @@ def _reproduce(o: argparse.Namespace) -> int:
         raise ValueError(f"--datasets: {', '.join(unknown)} unknown; known: {', '.join(DATASETS)}")
     ok = reproduce.run(o.profile, data=o.data, sam=o.sam, jobs=o.jobs, datasets=o.datasets,
                        percents=o.percents, seeds=o.seeds, extras=not o.no_extras,
-                       overrides=_changes(o.set))
+                       overrides=_changes(o.set), scheduler=o.scheduler, cluster=o.cluster)
     return 0 if ok else 1
 
 

@@ -1,26 +1,40 @@
-"""A notebook ends with whoever started it, however that one ended."""
+"""A notebook ends with whoever started it, however that one ended; a killed one is tried again."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import nbformat
 import pytest
+from distributed import LocalCluster
+
+from xmask.data.cluster import open_client, work_in_order
+from xmask.study import reproduce, sweeps
+from xmask.study.execute import Notebooks
 
 ROOT = Path(__file__).parents[2]
 STUDY = """
-import signal
+import signal, sys
 from xmask.study import reproduce
 # as in a terminal: what a script starts in the background begins deaf to SIGINT
 signal.signal(signal.SIGINT, signal.default_int_handler)
-reproduce.NOTEBOOKS = reproduce.Path(".")
-steps = [reproduce.Step(f"sleep {n}", "sleep.ipynb", {"name": n}) for n in "ab"]
-print(reproduce.Runner("demo", 2, 1).run(steps), flush=True)
+notebook = str(reproduce.Path("sleep.ipynb").absolute())
+steps = [reproduce.Step(f"sleep {n}", notebook, {"name": n}) for n in "ab"]
+print(reproduce.run_steps("demo", steps, workers=2, threads=1, scheduler=sys.argv[1]), flush=True)
 """
+SLEEPS = ["name = ''", "import os, time\nfrom pathlib import Path",
+          "Path(f'{name}.pids').write_text(f'{os.getppid()} {os.getpid()} ')\ntime.sleep(600)"]
+# the first time it waits to be killed; it goes on from the file that it left
+TRIED = ["name = ''", "import os, time\nfrom pathlib import Path",
+         "with open(f'{name}.pids', 'a') as file:\n"
+         "    print(os.getppid(), os.getpid(), file=file)\n"
+         "while len(Path(f'{name}.pids').read_text().splitlines()) < 2:\n    time.sleep(0.1)"]
+pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
 
 
 def alive(pid: int) -> bool:
@@ -31,44 +45,161 @@ def alive(pid: int) -> bool:
         return False
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_killing_a_study_ends_its_notebooks_within_five_seconds(tmp_path, number):
-    code = ["name = ''", "import os, time\nfrom pathlib import Path",
-            "Path(f'{name}.pids').write_text(f'{os.getppid()} {os.getpid()} ')\ntime.sleep(600)"]
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in code])
+def write(path, cells):
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
     notebook.cells[0].metadata["tags"] = ["parameters"]
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "", "language": "python"}
-    nbformat.write(notebook, tmp_path / "sleep.ipynb")
-    study = subprocess.Popen([sys.executable, "-c", STUDY], cwd=tmp_path,
+    nbformat.write(notebook, path)
+    return path
+
+
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def noted(folder: Path, count: int) -> list[int]:
+    """The processes that notebooks have noted, once there are so many."""
+    end, found = time.monotonic() + 90, []
+    while len(found) < count and time.monotonic() < end:
+        time.sleep(0.2)
+        found = " ".join(path.read_text() for path in sorted(folder.glob("*.pids"))).split()
+    assert len(found) == count
+    return [int(pid) for pid in found]
+
+
+def all_end(pids, seconds=5) -> bool:
+    end = time.monotonic() + seconds
+    while any(map(alive, pids)) and time.monotonic() < end:
+        time.sleep(0.1)
+    return not any(map(alive, pids))
+
+
+@pytest.fixture(scope="module")
+def scheduler():
+    """A cluster of two processes that runs already."""
+    with LocalCluster(2, threads_per_worker=1, processes=True, host="127.0.0.1",
+                      dashboard_address=None) as cluster:
+        yield cluster.scheduler_address
+
+
+@pytest.mark.parametrize("number,far", [(signal.SIGKILL, False), (signal.SIGTERM, False),
+                                        (signal.SIGINT, False), (signal.SIGKILL, True)])
+def test_killing_a_study_ends_its_notebooks_within_five_seconds(tmp_path, number, far, scheduler):
+    write(tmp_path / "sleep.ipynb", SLEEPS)
+    study = subprocess.Popen([sys.executable, "-c", STUDY, scheduler if far else ""], cwd=tmp_path,
                              env=os.environ | {"PYTHONPATH": str(ROOT)})
     try:
-        end = time.monotonic() + 60
-        noted = []
-        while len(noted) < 4 and time.monotonic() < end:
-            time.sleep(0.2)
-            noted = " ".join(path.read_text() for path in tmp_path.glob("*.pids")).split()
-        started = [int(pid) for pid in noted]
-        assert len(started) == 4 and all(map(alive, started))
+        started = noted(tmp_path, 4)
+        started += {parent(papermill) for papermill in started[::2]}  # what forks
+        assert len(started) == 6 and all(map(alive, started))
         study.send_signal(number)
-        end = time.monotonic() + 5
-        while any(map(alive, started)) and time.monotonic() < end:
-            time.sleep(0.1)
-        assert not any(map(alive, started))
+        assert all_end(started)
     finally:
         study.kill()
         study.wait()
 
 
-def test_a_notebook_that_fails_fails_its_process(tmp_path):
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 / 0")])
-    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "", "language": "python"}
-    nbformat.write(notebook, tmp_path / "fails.ipynb")
-    with subprocess.Popen(
-        [sys.executable, "-m", "xmask.study.execute", tmp_path / "fails.ipynb",
-         tmp_path / "out.ipynb", json.dumps({})],
-        stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    ) as process:
-        assert "ZeroDivisionError" in process.stderr.read()
-    assert process.returncode != 0
+@pytest.mark.parametrize("victim", ["kernel", "fork", "worker"])
+def test_what_is_killed_in_the_middle_of_a_notebook_is_tried_again(
+        tmp_path, monkeypatch, capfd, scheduler, victim):
+    monkeypatch.chdir(tmp_path)
+    path = write(tmp_path / "tried.ipynb", TRIED)
+    steps = [reproduce.Step("first", str(path), {"name": "first"}),
+             reproduce.Step("then", str(path), {"name": "then"}, ["first"])]
+    (tmp_path / "then.pids").write_text("")
+
+    def kill():
+        papermill, kernel = noted(tmp_path, 2)
+        fork = parent(papermill)
+        os.kill({"kernel": kernel, "fork": fork, "worker": parent(fork)}[victim], signal.SIGKILL)
+        noted(tmp_path, 4)
+        (tmp_path / "then.pids").write_text("not \nkilled \n")
+        gone.append(all_end([papermill, kernel]))
+
+    gone: list = []
+    killing = threading.Thread(target=kill)
+    killing.start()
+    where = {"scheduler": scheduler} if victim == "worker" else {"workers": 1}
+    assert reproduce.run_steps("demo", steps, **where) == []
+    killing.join()
+    assert gone == [True]
+    shown = capfd.readouterr()
+    assert "- first: " in shown.out + shown.err and "- then: " in shown.out + shown.err
+
+
+def test_a_failed_step_is_told_and_what_does_not_need_it_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    fails, works = (str(write(tmp_path / f"{name}.ipynb", [code]))
+                    for name, code in (("fails", "1 / 0"), ("works", "1 / 1")))
+    steps = [reproduce.Step("a", fails, {}), reproduce.Step("b", works, {}, ["a"]),
+             reproduce.Step("c", works, {}, ["b"]), reproduce.Step("d", works, {}),
+             reproduce.Step("e", works, {}, fingerprint=lambda: open("nowhere").read()),
+             reproduce.Step("f", works, {}, ["d"])]
+    assert sorted(reproduce.run_steps("demo", steps, workers=2)) == ["a", "b", "c", "e"]
+    shown = "".join(capsys.readouterr())
+    assert "ZeroDivisionError" in shown and "log: work/demo/logs/a.log" in shown
+    assert "notebook as far as it came: work/demo/notebooks/a.ipynb" in shown
+    for name in "bc":
+        assert f"- {name}: not started, an input failed" in shown
+    assert "No such file or directory: 'nowhere'" in shown
+    assert reproduce.run_steps("demo", [steps[3], steps[5]], workers=1) == []
+    assert "- d: unchanged" in "".join(capsys.readouterr())
+
+
+def test_the_steps_of_a_study_on_a_cluster_write_into_the_shared_folder(
+        tmp_path, monkeypatch, scheduler):
+    monkeypatch.chdir(tmp_path)
+    path = str(write(tmp_path / "n.ipynb", ["n = 0", "open(f'{n}.txt', 'w').write('done')"]))
+    steps = [reproduce.Step(str(n), path, {"n": n}, [str(n - 1)] * (n > 0),
+                            outputs=[Path(f"{n}.txt")]) for n in range(3)]
+    assert reproduce.run_steps("demo", steps, scheduler=scheduler) == []
+    assert sorted(path.name for path in tmp_path.glob("*.txt")) == ["0.txt", "1.txt", "2.txt"]
+    assert len(list((tmp_path / "work/demo/stamps").iterdir())) == 3
+    with open_client(scheduler=scheduler) as client, pytest.raises(
+            ValueError, match="sees no such folder. All machines have to see it under the same"):
+        list(work_in_order(client, Notebooks("/nowhere"), {"a": ((), ())}))
+
+
+def test_a_sweep_executes_a_notebook_for_every_change_and_names_what_failed(tmp_path, scheduler):
+    (tmp_path / "notebooks").mkdir()
+    write(tmp_path / "notebooks" / "n.ipynb", [
+        "seed, profile, overrides = 0, '', {}",
+        "name = f'{profile}-{seed}-{overrides}'", "print(name, 1 / seed)"])
+    changes = list(sweeps.grid(seed=[2, 1], loss__tau=[0.5]))
+    given = {"root": tmp_path, "profile": "demo", "overrides": {"loss.margin": 0.1}}
+    paths = sweeps.run(changes, "n.ipynb", **given)
+    printed = [nbformat.read(path, 4).cells[-1].outputs[0].text for path in paths]
+    assert printed == [f"demo-{seed}-{{'loss.margin': 0.1, 'loss.tau': 0.5}} {1 / seed}\n"
+                       for seed in (2, 1)]
+    with pytest.raises(RuntimeError, match="(?s)1 of 2 failed:.*ZeroDivisionError.*log: work/sweeps"):
+        sweeps.run([*changes[1:], {"seed": 0}], "n.ipynb", scheduler=scheduler, **given)
+
+
+def test_each_notebook_has_a_kernel_of_its_own_and_what_forks_has_no_threads(tmp_path):
+    path = write(tmp_path / "n.ipynb", ["n = 0", "print(n, 'seen' in globals(), flush=True)",
+                                        "seen, n = 1, 1 / n"])
+    job, log = Notebooks(str(tmp_path)), tmp_path / "log"
+    found = []
+    for n in (0, 1, 1):
+        found.append(job.execute(path, Path("out.ipynb"), {"n": n}, log))
+        assert f"{n} False" in log.read_text()
+        assert len(os.listdir(f"/proc/{job.process.pid}/task")) == 1
+    assert "ZeroDivisionError" in found[0] and found[1:] == ["", ""]
+    job.end()
+    assert job.execute(path, Path("out.ipynb"), {"n": 1}, log), "what was not executed is not done"
+    assert job.process.wait(timeout=10) == 1
+
+
+def test_where_python_cannot_fork_a_process_executes_one_notebook(tmp_path):
+    for code, status in (("1 / 0", 1), ("1 / 1", 0)):
+        source, log = write(tmp_path / "n.ipynb", [code]), tmp_path / "log"
+        log.write_text("")
+        command = "from xmask.study import execute; execute._FORKS = False; execute.main()"
+        process = subprocess.Popen([sys.executable, "-c", command], stdin=subprocess.PIPE,
+                                   env=os.environ | {"PYTHONPATH": str(ROOT)})
+        process.stdin.write(json.dumps(
+            [str(source), str(tmp_path / "out.ipynb"), str(log), {}]).encode() + b"\n")
+        process.stdin.flush()
+        assert process.wait(timeout=100) == status
+        assert ("ZeroDivisionError" in log.read_text()) == bool(status)
+        process.stdin.close()

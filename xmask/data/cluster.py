@@ -11,7 +11,7 @@ import pickle
 import secrets
 import signal
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -28,6 +28,10 @@ from distributed import (
 
 _MOST = 25  # items of one task: enough that a task costs little, and few enough to show progress
 _TASKS = 20  # of each worker, where there are few items
+# no worker is given a task before it is free, so that tasks begin in their order
+_IN_ORDER = {"distributed.scheduler.worker-saturation": 1.0,
+             "distributed.scheduler.rootish-taskgroup": 1 << 30,
+             "distributed.scheduler.rootish-taskgroup-dependencies": 1 << 30}
 _ANSWER = "10s"  # after which a scheduler is not there
 _DIED = (
     "workers died one after the other before they did anything, for want of memory or because the "
@@ -37,15 +41,20 @@ _log = logging.getLogger("xmask")
 
 
 @contextmanager
-def open_client(workers: int = 2, scheduler: str = "", cluster: str = "") -> Iterator[Client]:
+def open_client(workers: int = 2, scheduler: str = "", cluster: str = "",
+                processes: bool = True) -> Iterator[Client]:
     """A Dask client; what it needed is ended with it.
 
     workers: processes of this machine, or jobs of a cluster.
     scheduler: the address of a Dask scheduler that runs already ("tcp://host:8786"), whose workers
     are taken as they are. cluster: "slurm" submits `workers` jobs, as Dask's configuration says
     (`jobqueue.slurm`). With neither, processes of this machine, which listen on loopback only.
-    Raises ValueError, one line, for a scheduler that does not answer or a cluster that is unknown.
+    processes: False makes them threads of this process: for jobs that start processes themselves.
+    Raises ValueError, one line, for a scheduler that does not answer, a cluster that is unknown,
+    or both.
     """
+    if scheduler and cluster:
+        raise ValueError("scheduler, cluster: give one of them")
     for name in ("distributed", "bokeh"):  # a worker that died is our message, not their traceback
         logging.getLogger(name).setLevel(logging.CRITICAL)
     with ExitStack() as stack:
@@ -61,14 +70,16 @@ def open_client(workers: int = 2, scheduler: str = "", cluster: str = "") -> Ite
             made.scale(jobs=workers)
             client = stack.enter_context(Client(made))
         else:
-            shown = "127.0.0.1:0" if importlib.util.find_spec("bokeh") else None
-            stack.enter_context(dask.config.set({"logging.distributed": "critical"}))
+            stack.enter_context(dask.config.set({
+                **_IN_ORDER, "logging.distributed": "critical",
+                "distributed.dashboard.link": "http://127.0.0.1:{port}/status"}))
             made = stack.enter_context(LocalCluster(
-                n_workers=workers, threads_per_worker=1, memory_limit=0, host="127.0.0.1",
-                dashboard_address=shown, silence_logs=logging.CRITICAL))
-            if shown:
-                _log.warning("Dask shows the work at %s", made.dashboard_link)
+                n_workers=workers, threads_per_worker=1, memory_limit=0, processes=processes,
+                host="127.0.0.1" if processes else None, dashboard_address="127.0.0.1:0",
+                worker_dashboard_address="127.0.0.1:0", silence_logs=logging.CRITICAL))
             client = stack.enter_context(Client(made))
+        if importlib.util.find_spec("bokeh"):
+            _log.warning("Dask shows the work at %s", client.dashboard_link)
         if not client.nthreads():
             _log.warning("%s: no worker yet; the work begins with the first one",
                          client.scheduler.address)
@@ -88,56 +99,84 @@ def work(client: Client, job: Any, items: Sequence[Any], state: Callable[[], obj
          ) -> Generator[Any]:
     """What `job.run_in_worker(item)` returns for every item, as they are finished.
 
-    job: travels to each worker once, and `job.begin()` is called there before its first item.
-    Where a worker dies, its items are tried again by another. state: what changes whenever some
-    work was done or tried; RuntimeError if workers die again and again and it stays as it is.
+    job: as of `work_in_order`. Where a worker dies, its items are tried again by another.
+    state: what changes whenever some work was done or tried; RuntimeError if workers die again and
+    again and it stays as it is.
     """
     threads = sum(client.nthreads().values()) or 1
     each = max(1, min(_MOST, len(items) // (_TASKS * threads)))
-    parts = [list(items[k:k + each]) for k in range(0, len(items), each)]
-    name, running = f"xmask-{secrets.token_hex(4)}", {}
-    client.register_plugin(_Carrier(job), name=name)
+    parts = {f"items {k}": (items[k:k + each], ()) for k in range(0, len(items), each)}
+    while parts:
+        before, lost = state(), {}
+        for name, found in work_in_order(client, job, parts):
+            if isinstance(found, KilledWorker):
+                lost[name] = parts[name]
+            elif isinstance(found, Exception):
+                raise found
+            else:
+                yield from found
+        if lost and state() == before:
+            raise RuntimeError(_DIED)
+        parts = lost
+
+
+def work_in_order(client: Client, job: Any,
+                  parts: Mapping[str, tuple[Sequence[Any], Sequence[str]]],
+                  retries: int = 0) -> Generator[tuple[str, Any]]:
+    """The names of all parts of some work with their results, as they are finished.
+
+    parts: by name, the items of each, and the names of the parts that have to be done before; the
+    first ones are begun first. A result is a list of what `job.run_in_worker(item, *results)`
+    returns for the items, given the results of the parts before; or an exception, after `retries`
+    more tries by any worker, or if workers died over it. What needs it has the same exception.
+    job: travels to each worker once; `job.begin()` is called there before its first item, and
+    `job.end()` when no more is wanted, maybe during one.
+    """
+    name, made = f"xmask-{secrets.token_hex(4)}", {}  # the name is the end of every task's key
+    client.register_plugin(_Carrier(job, name), name=name)
     try:
         try:
             client.run(_open, name)  # what cannot begin is known before anything is tried
         except OSError:
             raise RuntimeError(_DIED) from None
-        while parts:
-            before, lost = state(), []
-            running = {client.submit(_run, name, part, pure=False): part for part in parts}
-            for future in as_completed(list(running)):
-                part = running.pop(future)
-                try:
-                    yield from future.result()
-                except KilledWorker:
-                    lost.append(part)
-            if lost and state() == before:
-                raise RuntimeError(_DIED)
-            parts = lost
+        for k, (title, (items, before)) in enumerate(parts.items()):
+            made[title] = client.submit(_run, name, items, *(made[one] for one in before),
+                                        key=f"{title.split()[0]}-{k}-{name}", priority=-k,
+                                        retries=retries)
+        titles = {future.key: title for title, future in made.items()}
+        for future in as_completed(list(made.values())):
+            yield titles[future.key], future.exception() or future.result()
     finally:
         with suppress(OSError):  # a worker that has just died cannot be told
-            client.cancel(list(running))
+            client.cancel(list(made.values()))
             client.unregister_worker_plugin(name)
 
 
 class _Carrier(WorkerPlugin):
     """Brings the job to every worker, also to those that come later."""
 
-    def __init__(self, job: Any) -> None:
-        self.packed, self.opened, self.over = pickle.dumps(job), None, False
+    def __init__(self, job: Any, name: str) -> None:
+        self.packed, self.name, self.opened, self.over = pickle.dumps(job), name, None, False
 
     def setup(self, worker: Worker) -> None:
         self.alone = threading.Lock()  # a worker may have several threads, and a job has one image
         if worker.nanny and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the nanny, which ends it
 
-    def teardown(self, worker: Worker) -> None:
-        self.over = True  # the one who asked is gone: what is left of a part is for nobody
+    def transition(self, key: Any, start: str, finish: str, **_: Any) -> None:
+        if (start, finish) == ("executing", "released") and str(key).endswith(self.name):
+            self.teardown()  # nobody waits for it any more
+
+    def teardown(self, worker: Worker | None = None) -> None:
+        self.over = True  # the one who asked is gone: what is left of a task is for nobody
+        if self.opened is not None:
+            self.opened.end()
 
     def job(self) -> Any:
         if self.opened is None:  # within a task, so that an error is told
-            self.opened = pickle.loads(self.packed)
-            self.opened.begin()
+            opened = pickle.loads(self.packed)
+            opened.begin()
+            self.opened = opened
         return self.opened
 
 
@@ -146,7 +185,7 @@ def _open(name: str, dask_worker: Worker) -> None:  # Dask gives it by this name
         dask_worker.plugins[name].job()
 
 
-def _run(name: str, part: list[Any]) -> list[Any]:
+def _run(name: str, items: Sequence[Any], *results: Any) -> list[Any]:
     carrier = get_worker().plugins[name]
     with carrier.alone:
-        return [carrier.job().run_in_worker(item) for item in part if not carrier.over]
+        return [carrier.job().run_in_worker(item, *results) for item in items if not carrier.over]

@@ -92,8 +92,6 @@ def mask_dataset(
         raise ValueError(f"workers, threads: {workers}, {threads}; each has to be 1 or more, and "
                          "at most 1024")
     out, indices = Path(out), part_of(indices, shard)
-    if scheduler and cluster:
-        raise ValueError("scheduler, cluster: give one of them")
     _check_names([dataset.ids[i] for i in indices], out)
     request = json.loads(json.dumps({
         "algorithm": ALGORITHM, "segmenter": segmenter.describe(),
@@ -391,6 +389,9 @@ class _Job:
             raise ValueError(f"the segmenter of a worker is another one, {found}, than that of "
                              f"this process, {self.described}. Give both the same weights and the "
                              "same version of xmask")
+
+    def end(self) -> None:
+        """Nothing: an image that is begun is made to its end."""
 
     def state(self) -> tuple[int, ...]:
         """Changes whenever a worker has begun or written something."""

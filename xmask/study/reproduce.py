@@ -1,21 +1,18 @@
 """`make reproduce`: plan the study, run what is missing or stale with papermill, compare.
 
-A step is one notebook with parameters. Steps run in parallel where their inputs allow it, each
-in its own process (`xmask.study.execute`); a finished step is stamped, so that nothing finished is
-lost to a crash or to Ctrl-C. Executed notebooks lie in `work/<profile>/notebooks`, since they hold
-times. At the end every table is compared with the committed one.
+A step is one notebook with parameters, and one task of Dask, which knows what has to be done before
+it: on this machine, or on any cluster whose machines see the clone under the same path. A finished
+step is stamped, so that nothing finished is lost to a crash or to Ctrl-C. Executed notebooks lie in
+`work/<profile>/notebooks`, since they hold times. At the end every table is compared with the
+committed one.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import zip_longest
@@ -25,8 +22,10 @@ from tqdm.auto import tqdm
 
 from xmask import files, provenance
 from xmask.config import Config, preset
+from xmask.data.cluster import open_client, work_in_order
 from xmask.presets import ABLATIONS, COMPARED, DATASETS, PERCENTS, SEEDS
 from xmask.study import claims, constants, steps, tables
+from xmask.study.execute import Notebooks
 
 NOTEBOOKS = Path("notebooks")
 SCENES = 102  # on which claims about prompts rest
@@ -242,10 +241,13 @@ def _cells(notebook: Path) -> list[str]:
 # -- running -------------------------------------------------------------------------------
 
 
-def run(profile: str, *, data: str = "", jobs: int | None = None, **narrowed) -> bool:
+def run(profile: str, *, data: str = "", jobs: int | None = None, scheduler: str = "",
+        cluster: str = "", **narrowed) -> bool:
     """Run a study; print what was done and whether the tables equal the committed ones.
 
     jobs: steps at a time; by default as many as runs fit on the CPU cores, one on CUDA.
+    scheduler, cluster: other machines instead, as of `xmask.data.cluster.open_client`; they have to
+    see the current folder under the same path.
     Returns False if a step failed; the others that do not need it still run.
     Raises ValueError, naming the other process, where one reproduces the same profile.
     """
@@ -260,7 +262,8 @@ def run(profile: str, *, data: str = "", jobs: int | None = None, **narrowed) ->
         for dataset in dict.fromkeys(step.parameters["dataset"] for step in planned
                                      if "dataset" in step.parameters):
             steps.data_root(profile, dataset, data, jobs=jobs)
-        failed = Runner(profile, jobs, config.machine.threads).run(planned)
+        failed = run_steps(profile, planned, threads=config.machine.threads, workers=jobs,
+                           scheduler=scheduler, cluster=cluster)
     minutes = (time.time() - begun) / 60
     if failed:
         print(f"\n{len(failed)} of {len(planned)} steps failed or could not start after "
@@ -285,98 +288,57 @@ def _claims_shown(profile: str, planned: list[Step]) -> str:
             "`make reproduce PROFILE=full`.")
 
 
-class Runner:
-    """Runs steps in parallel, each notebook in its own process, which ends with this one."""
+def run_steps(profile: str, planned: list[Step], *, threads: int = 0, **where) -> list[str]:
+    """Run steps; returns the names of those that failed or whose inputs failed.
 
-    def __init__(self, profile: str, jobs: int, threads: int):
-        self.profile, self.jobs = profile, jobs
-        self.environment = dict(os.environ)
-        if threads:
-            self.environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-        self.environment |= {"PYDEVD_DISABLE_FILE_VALIDATION": "1", "MPLBACKEND": "agg"}
-        for name, value in _KEEP_MEMORY.items():
-            self.environment.setdefault(name, value)
-        self.processes: set[subprocess.Popen] = set()
-        self.lock, self.stopping = threading.Lock(), False
+    planned: inputs before what needs them; the first ones are begun first. threads: of each step.
+    where: as of `open_client`.
+    """
+    environment = {name: os.environ.get(name, value) for name, value in _KEEP_MEMORY.items()}
+    environment |= {"PYDEVD_DISABLE_FILE_VALIDATION": "1", "MPLBACKEND": "agg"}
+    if threads:
+        environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    failed = []
+    with (open_client(processes=False, **where) as client,
+          tqdm(total=len(planned), unit="step", desc=f"reproduce {profile}") as bar):
+        for name, found in work_in_order(
+                client, _Steps(os.getcwd(), environment, work=steps.work_folder(profile)),
+                {step.name: ([step], step.inputs) for step in planned}, retries=2):
+            bar.update()
+            (done, said), = [(False, f"FAILED\n{found}")] if isinstance(found, Exception) else found
+            bar.write(f"- {name}: {said}")
+            if not done:
+                failed.append(name)
+    return failed
 
-    def run(self, planned: list[Step]) -> list[str]:
-        """Names of the steps that failed or whose inputs failed."""
-        waiting, done, failed = list(planned), set(), []
-        bar = tqdm(total=len(planned), unit="step", desc=f"reproduce {self.profile}")
-        running: dict = {}
-        with ThreadPoolExecutor(self.jobs) as pool:
-            try:
-                while waiting or running:
-                    for step in list(waiting):
-                        if any(name in failed for name in step.inputs):
-                            waiting.remove(step)
-                            failed.append(step.name)
-                            bar.write(f"- {step.name}: not started, an input failed")
-                        elif len(running) < self.jobs and done.issuperset(step.inputs):
-                            waiting.remove(step)
-                            running[pool.submit(self._step, step)] = step
-                    bar.set_postfix_str(", ".join(s.name for s in running.values()))
-                    if not running:
-                        continue
-                    for future in wait(running, return_when=FIRST_COMPLETED)[0]:
-                        step = running.pop(future)
-                        bar.update()
-                        try:
-                            bar.write(f"- {step.name}: {future.result()}")
-                            done.add(step.name)
-                        except StepFailed as error:
-                            failed.append(step.name)
-                            bar.write(f"- {step.name}: FAILED\n{error}")
-            except BaseException:
-                self._stop()
-                raise
-        bar.close()
-        return failed
 
-    def _step(self, step: Step) -> str:
-        work, label = steps.work_folder(self.profile), step.name.replace(" ", "-")
-        stamp = work / "stamps" / f"{label}.nb.json"
+@dataclass
+class _Steps(Notebooks):
+    """Runs the steps of a study, in a worker. work: what is made on the way."""
+
+    work: Path = Path("work")
+
+    def run_in_worker(self, step: Step, *inputs: list[tuple[bool, str]]) -> tuple[bool, str]:
+        """Whether the step is done, and what to say of it; inputs: the same of those before."""
+        if not all(done for (done, _), in inputs):
+            return False, "not started, an input failed"
+        os.chdir(self.root)
+        begun, label = time.time(), step.name.replace(" ", "-")
+        stamp, executed = (self.work / "stamps" / f"{label}.nb.json",
+                           self.work / "notebooks" / f"{label}.ipynb")
         try:
             fingerprint = provenance.digest(
                 step.fingerprint(), _cells(step.source), step.parameters)
         except (OSError, ValueError) as error:
-            raise StepFailed(f"  {error}") from error
+            return False, f"FAILED\n  {error}"
         if provenance.is_done(stamp, fingerprint):
-            return "unchanged"
-        begun = time.time()
-        log, executed = work / "logs" / f"{label}.log", work / "notebooks" / f"{label}.ipynb"
-        for path in (log, executed):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "xmask.study.execute", str(step.source), str(executed),
-                   json.dumps(step.parameters)]
-        with open(log, "w", encoding="utf-8") as output:
-            with self.lock:
-                if self.stopping:
-                    raise StepFailed("  stopped")
-                process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output,
-                                           stderr=subprocess.STDOUT, env=self.environment,
-                                           start_new_session=True)
-                self.processes.add(process)
-            code = process.wait()
-            with self.lock:
-                self.processes.discard(process)
-            process.stdin.close()
-        if code:
-            tail = "\n".join(log.read_text(encoding="utf-8").splitlines()[-12:])
-            raise StepFailed(f"{tail}\n  log: {log}\n  notebook as far as it came: {executed}")
+            return True, "unchanged"
+        failure = self.execute(step.source, executed, step.parameters,
+                               self.work / "logs" / f"{label}.log")
+        if failure:
+            return False, f"FAILED\n{failure}"
         provenance.write_stamp(stamp, fingerprint, [executed, *step.made()])
-        return f"{time.time() - begun:.0f} s"
-
-    def _stop(self) -> None:
-        """End the notebooks that run: their end of the line is what they watch."""
-        with self.lock:
-            self.stopping = True
-            for process in self.processes:
-                process.stdin.close()
-
-
-class StepFailed(Exception):
-    """A notebook ended with an error; the message ends with where to look."""
+        return True, f"{time.time() - begun:.0f} s"
 
 
 def compare_with_committed(results: Path) -> str:

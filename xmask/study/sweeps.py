@@ -1,20 +1,24 @@
 """Sweeps: many runs that differ in some fields of the configuration, and one table of them all.
 
-Runs are made by papermill (walkthrough 06); each has a folder of its own, named after a hash of
-its changed fields, and everything it depends on in its config.json. So a table needs no notes.
+Each run (walkthrough 06) has a folder of its own, named after a hash of its changed fields, and
+everything it depends on in its config.json. So a table needs no notes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import product
 from pathlib import Path
 
 import pandas as pd
 
-from xmask import files
+from xmask import files, provenance
+from xmask.data.cluster import open_client, work_in_order
 from xmask.study import tables
+from xmask.study.execute import Notebooks
 from xmask.study.runs import by_dotted_name
+
+_PARAMETERS = ("dataset", "percent", "seed", "variant")  # of notebooks; all else are overrides
 
 
 def grid(**values: list) -> Iterator[dict[str, object]]:
@@ -26,6 +30,34 @@ def grid(**values: list) -> Iterator[dict[str, object]]:
     names = [name.replace("__", ".") for name in values]
     for chosen in product(*values.values()):
         yield dict(zip(names, chosen))
+
+
+def run(changes: Iterable[dict[str, object]], notebook: str = "12_evaluate.ipynb", *,
+        root: str | Path = ".", workers: int = 2, scheduler: str = "", cluster: str = "",
+        **parameters) -> list[Path]:
+    """Execute a notebook once for every change; returns the executed ones, in the same order.
+
+    changes: as of `grid`. notebook: its name in the folder `notebooks` of the clone `root`.
+    parameters: its parameters that stay the same. workers, scheduler, cluster: how many are
+    executed at a time, and where, as of `xmask.data.cluster.open_client`.
+    Raises RuntimeError, with the end of the log of each that failed, once the others are done.
+    """
+    root, items = Path(root).absolute(), {}
+    for change in changes:
+        own = {name: change[name] for name in _PARAMETERS if name in change}
+        fields = {name: value for name, value in change.items() if name not in own}
+        given = {**parameters, **own, "overrides": {**parameters.get("overrides", {}), **fields}}
+        executed = Path("work", "sweeps", f"{provenance.digest(notebook, given)[:8]}.ipynb")
+        items[executed.as_posix()] = (Path("notebooks", notebook), executed, given,
+                                      executed.with_suffix(".log"))
+    with open_client(workers, scheduler, cluster, processes=False) as client:
+        found = dict(work_in_order(client, Notebooks(str(root)), {
+            name: ([item], ()) for name, item in items.items()}, retries=2))
+    failed = [str(one if isinstance(one, Exception) else one[0])
+              for one in found.values() if one != [""]]
+    if failed:
+        raise RuntimeError("\n".join([f"{len(failed)} of {len(items)} failed:", *failed]))
+    return [root / name for name in items]
 
 
 def table(results: str | Path, fields: list[str]) -> pd.DataFrame:
