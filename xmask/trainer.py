@@ -101,7 +101,7 @@ class Trainer:
         self.optimiser: torch.optim.Optimizer | None = None
         self._learner: nn.Module = self.student
         # listed once: to look through all modules in every step takes a twentieth of it
-        self._weights = [list(one.parameters()) for one in (self.teacher, self.student)]
+        self._theirs, self._ours = (list(n.parameters()) for n in (self.teacher, self.student))
         self._buffers = list(zip(self.teacher.buffers(), self.student.buffers()))
         self.epoch, self.history = 0, []
 
@@ -227,7 +227,7 @@ class Trainer:
         self.optimiser.step()
         keep = self.config.optimisation.ema
         with torch.no_grad():
-            torch._foreach_lerp_(*self._weights, 1 - keep)
+            torch._foreach_lerp_(self._theirs, self._ours, 1 - keep)
             # buffers too: with frozen BatchNorm statistics the teacher would stay untrained
             for mine, yours in self._buffers:
                 if mine.is_floating_point():
@@ -245,7 +245,7 @@ class Trainer:
             for name, value in (("weight", weight), *moments.items()):
                 if name in _TINY:
                     value.masked_fill_(value.abs() < _TINY[name], 0)
-        for weight in self._weights[0]:
+        for weight in self._theirs:
             weight.masked_fill_(weight.abs() < _TINY["weight"], 0)
 
     def _labelled_terms(self, phase: int, logits: Tensor, embedding: Tensor | None, batch: Batch
