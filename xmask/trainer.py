@@ -101,7 +101,8 @@ class Trainer:
         self.optimiser: torch.optim.Optimizer | None = None
         self._learner: nn.Module = self.student
         # listed once: to look through all modules in every step takes a twentieth of it
-        self._theirs, self._ours = (list(n.parameters()) for n in (self.teacher, self.student))
+        self._theirs: list[Tensor] = list(self.teacher.parameters())
+        self._ours: list[Tensor] = list(self.student.parameters())
         self._buffers = list(zip(self.teacher.buffers(), self.student.buffers()))
         self.epoch, self.history = 0, []
 
