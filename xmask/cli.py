@@ -106,8 +106,7 @@ def _reproduce_command(command: Callable) -> None:
                       "default: classical")
     made.add_argument("--datasets", type=names, default=DATASETS, help="e.g. sha,qnrf")
     made.add_argument("--percents", type=numbers, default=PERCENTS, help="e.g. 5,40")
-    made.add_argument("--seeds", type=numbers, help="e.g. 1,2,3; default: 1, in "
-                      "profile full 1 to 5")
+    made.add_argument("--seeds", type=numbers, help="e.g. 1,2,3; default: 1; full: 1 to 5")
     made.add_argument("--jobs", type=positive, help="steps at a time")
     _elsewhere(made, "--jobs")
     made.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE",
@@ -276,10 +275,8 @@ def _data_commands(command: Callable, commands: argparse._SubParsersAction) -> N
 
 
 def _elsewhere(made: argparse.ArgumentParser, workers: str) -> None:
-    made.add_argument("--scheduler", default="", metavar="ADDRESS",
-                      help="workers of a Dask scheduler instead, tcp://host:8786")
-    made.add_argument("--cluster", default="", help=f"slurm: {workers} jobs, as Dask's "
-                      "configuration (jobqueue.slurm) says")
+    made.add_argument("--scheduler", default="", metavar="tcp://HOST:PORT", help="use its workers")
+    made.add_argument("--cluster", default="", help=f"slurm: {workers} jobs; see docs/cluster.md")
 
 
 def _guards(made: argparse.ArgumentParser) -> None:

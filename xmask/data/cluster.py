@@ -61,7 +61,7 @@ def open_client(workers: int = 2, scheduler: str = "", cluster: str = "",
         if scheduler:
             try:
                 client = stack.enter_context(Client(scheduler, timeout=_ANSWER))
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, MemoryError) as error:  # or something else answers
                 raise ValueError(f"--scheduler {scheduler}: no Dask scheduler answers there "
                                  f"({str(error)[:100]}). Start one with `dask scheduler`, or leave "
                                  "the option out to use this machine") from None
