@@ -25,7 +25,7 @@ _AT_ONCE, _CELLS_AT_ONCE = 32, 16 << 20
 
 
 class HeadDecoder:
-    """Decodes prompts on encoded crops of one image.
+    """Decodes prompts, each on an encoded crop of its own.
 
     decoder: the `mask_decoder` of a SAM. position: (1, C, h, w), the positional encoding of an
     image embedding. dense: (C,), the embedding of "no mask prompt".
@@ -41,18 +41,18 @@ class HeadDecoder:
         self.at_once = max(min(fit, _AT_ONCE), 1)
 
     def __call__(
-        self, features: Tensor, view: Tensor, sparse: Tensor, multimask: bool, wanted: Tensor
+        self, features: Tensor, sparse: Tensor, multimask: bool, wanted: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Low-resolution logits (M, B, 4h, 4w), predicted IoU (B, M); M is 3 or 1.
 
-        features: (V, C, h, w), the embeddings of some crops; view: (B,) int64, each prompt's crop;
-        sparse: (B, K, C), its tokens. wanted: (n,) int64, the cells whose logits are wanted, flat
-        indices of (B, h, w) in order; logits elsewhere are 0.
+        features: (B, C, h, w), the embedding of each prompt's crop; sparse: (B, K, C), its tokens.
+        wanted: (n,) int64, the cells whose logits are wanted, flat indices of (B, h, w) in order;
+        logits elsewhere are 0.
         """
         decoder = self._decoder
         tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
         tokens = torch.cat([tokens.expand(len(sparse), -1, -1), sparse], dim=1)
-        queries, keys = self._transform(features, view, tokens)
+        queries, keys = self._transform(features, tokens)
         chosen = slice(1, None) if multimask else slice(0, 1)
         kinds = range(decoder.num_mask_tokens)[chosen]
         hyper = torch.stack([
@@ -60,11 +60,10 @@ class HeadDecoder:
         return self._upscale(keys, hyper, wanted), (
             decoder.iou_prediction_head(queries[:, 0])[:, chosen])
 
-    def _transform(self, features: Tensor, view: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def _transform(self, features: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """The two-way transformer: tokens (B, T, C) -> queries (B, T, C), keys (B, P, C)."""
         transformer = self._decoder.transformer
-        keys = features.flatten(2).transpose(1, 2) + self._dense  # (V, P, C)
-        keys = keys.index_select(0, view)  # each prompt writes into its own
+        keys = features.flatten(2).transpose(1, 2).contiguous() + self._dense
         seen, queries = keys + self._position, tokens
         for layer in transformer.layers:
             if layer.skip_first_layer_pe:

@@ -157,7 +157,6 @@ class SamSegmenter:
         # Heads go together whose crops are of one size: there are few in one crop.
         for size in np.unique(size_of, axis=0):
             members = np.flatnonzero((size_of == size).all(axis=1))
-            members = members[np.argsort(view_of[members], kind="stable")]
             for start in range(0, len(members), decoder.at_once):
                 rows = members[start:start + decoder.at_once]
                 lengths = first[rows + 1] - first[rows]
@@ -168,10 +167,8 @@ class SamSegmenter:
                 x, y = x - corner[rows, 0][local], y - corner[rows, 1][local]
                 shown = (y >= 0) & (y < size[0]) & (x >= 0) & (x < size[1])
                 taps = self._taps(local[shown], y[shown], x[shown], size)
-                seen, view = np.unique(view_of[rows], return_inverse=True)
-                features = torch.stack([self._features[views[number]] for number in seen])
                 low, quality = decoder(
-                    features, torch.as_tensor(view, device=self.device),
+                    torch.stack([self._features[views[number]] for number in view_of[rows]]),
                     self._embed(prompts, rows, corner[rows], size), prompts.multimask,
                     self._wanted(len(rows), taps))
                 scores[rows] = quality.clamp(0, 1).cpu().numpy()
