@@ -6,8 +6,12 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager
+from pathlib import Path
 
+import dask
 import numpy as np
 import pandas as pd
 import pytest
@@ -170,6 +174,59 @@ def test_the_workers_of_a_scheduler_that_runs_give_the_same_folder(tmp_path):
     for path in alone.glob("*.??g"):
         assert files.sha256(path) == files.sha256(tmp_path / "a" / path.name)
     assert files.read_json(tmp_path / "b" / "manifest.json")["segmenter"]["kind"] == "sam"
+
+
+class Slow(ClassicalSegmenter):
+    """Takes a second for an image."""
+
+    def set_image(self, image):
+        time.sleep(1)
+        super().set_image(image)
+
+
+@contextmanager
+def scheduler_and_worker(folder):
+    """The address of a Dask scheduler that has one worker, and its process."""
+    program, file = [sys.executable, "-m"], folder / "scheduler.json"
+    file.unlink(missing_ok=True)
+    processes = [subprocess.Popen([*program, f"distributed.cli.dask_{name}", *words],
+                                  stderr=subprocess.DEVNULL)
+                 for name, words in (
+        ("scheduler", ["--host", "127.0.0.1", "--port", "0", "--no-dashboard",
+                       "--scheduler-file", file]),
+        ("worker", ["--scheduler-file", file, "--nthreads", "1", "--no-dashboard",
+                    "--local-directory", folder]))]
+    try:
+        while not file.exists():
+            time.sleep(0.1)
+        yield files.read_json(file)["address"], processes[0]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def test_a_scheduler_that_is_killed_and_started_again_costs_no_image(tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[2])  # where the worker finds this module
+    out = tmp_path / "out"
+
+    def kill(process):
+        while len(list(out.glob("*.csv"))) < 2:
+            time.sleep(0.05)
+        process.kill()
+
+    with (scheduler_and_worker(tmp_path) as (address, process),
+          dask.config.set({"distributed.comm.timeouts.connect": "1s"})):
+        threading.Thread(target=kill, args=(process,), daemon=True).start()
+        with pytest.raises(RuntimeError, match="the Dask scheduler is gone, and its workers with"):
+            masks(out, Slow(), scheduler=address)
+    assert 2 <= len(list(out.glob("*.csv"))) < 5
+    with scheduler_and_worker(tmp_path) as (address, _):
+        masks(out, Slow(), scheduler=address)
+    alone = masks(tmp_path / "alone", Slow())
+    for path in alone.iterdir():
+        if path.name not in ("times.csv", ".xmask"):
+            assert files.sha256(path) == files.sha256(out / path.name)
 
 
 @pytest.mark.parametrize("options,message", [

@@ -37,6 +37,8 @@ _DIED = (
     "workers died one after the other before they did anything, for want of memory or because the "
     "calling script lacks `if __name__ == \"__main__\":`. What is done is kept: run again with "
     "one worker")
+_GONE = ("{}: the Dask scheduler is gone, and its workers with it. What is done is kept: start them "
+         "again, then give the same command")
 _log = logging.getLogger("xmask")
 
 
@@ -145,6 +147,8 @@ def work_in_order(client: Client, job: Any,
                                         retries=retries)
         titles = {future.key: title for title, future in made.items()}
         for future in as_completed(list(made.values())):
+            if future.cancelled():
+                raise RuntimeError(_GONE.format(client.scheduler.address))
             yield titles[future.key], future.exception() or future.result()
     finally:
         with suppress(OSError):  # a worker that has just died cannot be told
