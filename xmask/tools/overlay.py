@@ -36,8 +36,15 @@ def overlay(image: np.ndarray, label_map: np.ndarray, points: np.ndarray | None 
     painted[inside] = (1 - opacity) * painted[inside] + opacity * colour
     edge = find_boundaries(label_map, mode="inner", background=0)
     painted[edge] = INSTANCES[(label_map[edge] - 1) % len(INSTANCES)]
-    for radius, value in ((1, 0.0), (0, 255.0)):
-        for x, y in np.rint(points).astype(int) if points is not None else ():
-            painted[max(y - radius, 0):max(y + radius + 1, 0),
-                    max(x - radius, 0):max(x + radius + 1, 0)] = value
-    return painted.round().astype(np.uint8)
+    painted = painted.round().astype(np.uint8)
+    if points is not None:
+        mark(painted, points)
+    return painted
+
+
+def mark(image: np.ndarray, points: np.ndarray) -> None:
+    """Draw points (N, 2), float (x, y) pixels, into an image (H, W, 3) uint8, see `overlay`."""
+    for radius, value in ((1, 0), (0, 255)):
+        for x, y in np.rint(points).astype(int):
+            image[max(y - radius, 0):max(y + radius + 1, 0),
+                  max(x - radius, 0):max(x + radius + 1, 0)] = value
