@@ -69,7 +69,7 @@ class Explorer:
         full = upsample(embedding.cpu(), 4)[:, :shape[0], :shape[1]]
         self._spread = (self._pairs.squared / reach.square()).to(full.dtype)
         self._distance = {sigma: self._to_head(smooth(full, sigma), heads) for sigma in sigmas}
-        self._rim = self._pairs.pixel[self._pairs.squared.sqrt() > reach - 0.7].numpy()
+        self._rim = self._pairs.pixel[self._pairs.squared.sqrt() > reach - 0.72].numpy()
 
     @classmethod
     def of(cls, model: Predictor, image: np.ndarray) -> Explorer:
