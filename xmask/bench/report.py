@@ -47,7 +47,7 @@ def table(found: dict[str, Any]) -> str:
     "axes.axisbelow": True}])
 def figure(found: dict[str, Any]) -> DescribedFigure:
     """Left: time against heads; right: how far each target is met."""
-    made = DescribedFigure(figsize=(8.4, 3.4), layout="constrained")
+    made = DescribedFigure((8.4, 3.4))
     left, right = made.subplots(1, 2)
     _draw_growth(left, found["rows"])
     _draw_targets(right, found["rows"])

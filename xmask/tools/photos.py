@@ -176,15 +176,8 @@ class _Results:
         """What is known of a result; None if nothing, or if its note is damaged."""
         try:
             note = files.read_json(self.place / "notes" / f"{name}.json")
-            row = Row(**note["row"])
-            good = row.name == name and all(isinstance(text, str) for text in (
-                row.image, row.repairs, *(note[k] for k in ("source", "image", "made_from"))))
-            good = good and row.error in ("", None) and all(
-                isinstance(n, int) and 0 <= n < 2**31 for n in (row.count, row.width, row.height))
-            good = good and all(n is None or isinstance(n, int) and 0 <= n < 2**31
-                                for n in (row.low, row.high))
-            return note if good and isinstance(note["files"], dict) else None
-        except (OSError, ValueError, KeyError, TypeError):
+            return note if note.pop("seal") == provenance.digest(name, note) else None
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
             return None
 
     def _is_whole(self, name: str, note: dict[str, Any]) -> bool:
@@ -224,7 +217,8 @@ class _Results:
         new = {"source": source, "image": image, "made_from": made_from, "model": self.settings[0],
                "row": dataclasses.asdict(row), "files": made}
         if new != note:
-            files.write_json(self.place / "notes" / f"{name}.json", new)
+            files.write_json(self.place / "notes" / f"{name}.json",
+                             new | {"seal": provenance.digest(name, new)})
         self.source[source], self.image[name.casefold()] = name, image
         return row
 
