@@ -45,8 +45,7 @@ def test_dense_sides_are_the_slow_references(seed, heads):
 
 
 @pytest.mark.parametrize("make", [
-    comparisons.circles, comparisons.decoding, comparisons.p2r, comparisons.segmentation,
-    comparisons.localization,
+    comparisons.circles, comparisons.decoding, comparisons.segmentation,
 ])
 def test_both_sides_of_a_row_give_the_same(make):
     ours, other = make(30, SMALL)

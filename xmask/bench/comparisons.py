@@ -94,16 +94,10 @@ def comparisons() -> Iterator[Comparison]:
     yield Comparison(*loss, 500, CROP, faster=500, leaner=20, agree=same_gradient)
     for heads in CROWDS:
         yield Comparison(*loss, heads, fewer=(4, 12))
-    for heads, shape in ((200, CROP), *((heads, IMAGE) for heads in CROWDS)):
-        yield Comparison("losses", "P2R: cells to points", "dense cells × points", p2r, heads,
-                         shape, agree=same)
     for heads in CROWDS:
         yield Comparison(
             "metrics", "segmentation metrics", "dense IoU + Hungarian", segmentation, heads,
             agree=same, faster=3 if heads == 3000 else None)
-    for heads in CROWDS:
-        yield Comparison("metrics", "localisation metric", "dense Hungarian", localization, heads,
-                         agree=same)
     yield Comparison(
         "sam", "SAM masks of every head (ViT-B, random weights), image encoder left out",
         "SamPredictor.predict_torch, batches of 64", sam_prompts, 256, faster=3, agree=same)
@@ -238,13 +232,6 @@ def exclusivity(heads: int, shape: Shape, only: int | None = None) -> Sides:
                 embedding, points[:only], labels, radius_of=radii)))
 
 
-def p2r(heads: int, shape: Shape, only: int | None = None) -> Sides:
-    """The point of every cell."""
-    points, cells = crowd(heads, shape), _cells(shape)
-    return (lambda: losses.p2r_assign(points, cells, model.STRIDE)[0].numpy(),
-            lambda: dense.p2r_assign(points, cells, model.STRIDE)[0].numpy())
-
-
 def segmentation(heads: int, shape: Shape, only: int | None = None) -> Sides:
     """Mean IoU, AP50, PQ and AJI, rounded: the order of a sum is no difference."""
     pred, true = two_maps(heads, shape)
@@ -254,13 +241,6 @@ def segmentation(heads: int, shape: Shape, only: int | None = None) -> Sides:
         return [round(found[name], 12) for name in ("mean_iou", "ap50", "pq", "aji")]
 
     return partial(rounded, metrics.segmentation), partial(rounded, dense.segmentation)
-
-
-def localization(heads: int, shape: Shape, only: int | None = None) -> Sides:
-    """How many heads were found."""
-    pred, true = crowd(heads, shape, 1).numpy(), crowd(heads, shape).numpy()
-    return (lambda: metrics.localization(pred, true, 8.0)["matched"],
-            lambda: dense.matched_points(pred, true, 8.0))
 
 
 # Masks from points
