@@ -29,8 +29,8 @@ from xmask.data.images import SUFFIXES, check_header, is_image, upright
 from xmask.data.images import decode as decode_file
 from xmask.predict import Predictor, check_side
 from xmask.tools import coco
+from xmask.tools.overlay import overlay
 
-_STRIP = 512  # rows painted at a time
 _log = logging.getLogger("xmask")
 
 
@@ -236,11 +236,11 @@ class _Results:
         area = np.bincount(labels.ravel(), minlength=found.count + 1)[1:]
         table = pd.DataFrame(found.heads, columns=["x", "y"]).assign(
             score=found.scores[found.counted], area=area)
-        points, masks, overlay = results
+        points, masks, picture = results
         files.write_text(points, table.to_csv(index=False, float_format="%.6g",
                                               lineterminator="\n"))
         files.write_png(masks, labels.astype(np.uint16))
-        files.write_png(overlay, paint(image, labels, found.heads))
+        files.write_png(picture, overlay(image, labels, found.heads))
         table = pd.read_csv(points).assign(head=range(1, len(table) + 1), source="predicted")
         with files.replacing(fragment) as temporary, open(temporary, "w", encoding="utf-8") as file:
             for one in coco.annotations(labels, table):
@@ -301,17 +301,3 @@ def _read(path: Path) -> tuple[np.ndarray, str]:
     if found.orientation != 1:
         repairs.append(f"turned upright (EXIF orientation {found.orientation})")
     return np.ascontiguousarray(upright(found.rgb, found.orientation)), "; ".join(repairs)
-
-
-def paint(image: np.ndarray, label_map: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """`tools.overlay` of images of any size, in strips: (H, W, 3) uint8."""
-    from xmask.tools.overlay import overlay
-
-    painted, points = np.empty_like(image), np.rint(points)  # first: half pixels round to even
-    for top in range(0, len(image), _STRIP):
-        # two rows more on each side: contours and dots reach that far
-        begin, end = max(top - 2, 0), min(top + _STRIP + 2, len(image))
-        dots = points[(points[:, 1] > begin - 2) & (points[:, 1] < end + 1)] - [0, begin]
-        strip = overlay(image[begin:end], label_map[begin:end], dots)
-        painted[top:top + _STRIP] = strip[top - begin:top - begin + _STRIP]
-    return painted
