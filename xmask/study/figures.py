@@ -18,9 +18,9 @@ import pandas as pd
 import seaborn
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullLocator
-from PIL import Image
 
 from xmask import files
+from xmask.data.images import read_labels
 from xmask.data.sample import Sample
 from xmask.study import tables
 from xmask.tools.described_figure import DescribedFigure
@@ -306,8 +306,7 @@ def _read_prediction(run_folder: Path, name: str, shape: tuple[int, int]
         if not file.exists():
             raise FileNotFoundError(f"{file}: no prediction of this image. Predictions are not "
                                     "committed: evaluate the run again (`xmask evaluate`).")
-    with Image.open(path) as picture:
-        label_map = np.asarray(picture).astype(np.int32)
+    label_map = read_labels(path)
     if label_map.shape != shape:
         raise ValueError(f"{path}: {label_map.shape} pixels, but the image has {shape}: the data "
                          "changed since. Evaluate the run again (`xmask evaluate`).")
