@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -121,6 +125,30 @@ def test_a_side_is_measured_in_its_own_process():
 def test_a_failing_side_says_why():
     with pytest.raises(ValueError, match="no such thing"):
         measure.alternate([_broken], threads=1)
+
+
+def _says_who_it_is(path):
+    path.write_text(str(os.getpid()))
+    return partial(time.sleep, 600)
+
+
+def test_a_side_ends_with_who_measures_it(tmp_path):
+    code = ("from functools import partial; from pathlib import Path; "
+            "from xmask.bench import measure; from tests.bench.test_bench import _says_who_it_is; "
+            f"measure.alternate([partial(_says_who_it_is, Path({str(tmp_path / 'pid')!r}))], threads=1)")
+    with subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2]) as parent:
+        wait_for((tmp_path / "pid").is_file)
+        side = int((tmp_path / "pid").read_text())
+        parent.kill()
+    wait_for(lambda: not Path(f"/proc/{side}").exists())
+
+
+def wait_for(what):
+    for _ in range(1200):
+        if what():
+            return
+        time.sleep(0.1)
+    raise AssertionError("in vain")
 
 
 def _tiny_rows():

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,14 @@ def alternate(sides: Sequence[Callable[[], Callable]], *, threads: int, runs: in
 
 
 def _prepare(make: Callable[[], Callable], threads: int) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     _calls.append(make())
+
+
+def _end_with_parent() -> None:
+    parent_process().join()  # a pool's child does not notice by itself when its parent is killed
+    os._exit(1)
 
 
 def _measure() -> Measured:

@@ -180,10 +180,6 @@ class _Results:
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             return None
 
-    def _is_whole(self, name: str, note: dict[str, Any]) -> bool:
-        return all(path.is_file() and files.sha256(path) == note["files"].get(path.name)
-                   for path in self._paths(name))
-
     def _paths(self, name: str) -> list[Path]:
         """Points, masks, overlay and the part of coco.json of a result."""
         return [*(self.folder.path / f"{name}.{kind}"
@@ -209,7 +205,9 @@ class _Results:
         name = self._name(photo, source, image)
         made_from = provenance.digest(image, *self.settings)
         note = self._note(name)
-        if note and note["made_from"] == made_from and self._is_whole(name, note):
+        if note and note["made_from"] == made_from and all(
+                path.is_file() and files.sha256(path) == note["files"].get(path.name)
+                for path in self._paths(name)):
             row, made = Row(**note["row"] | {"image": str(photo.path)}), note["files"]
         else:
             row = self._predict(photo, name)
@@ -276,16 +274,13 @@ class _Results:
                 f"{record['trained_on']['text']}); not ground truth")
         coco.write_document(self.folder.path / "coco.json",
                             {"description": text, "version": record["sha256"]},
-                            ((_entry(row), self._annotations(row.name))
+                            (({"file_name": row.image, "width": row.width, "height": row.height,
+                               "count": row.count}, self._annotations(row.name))
                              for row in rows if not row.error))
 
     def _annotations(self, name: str) -> Iterator[dict[str, Any]]:
         with open(self._paths(name)[-1], encoding="utf-8") as file:
             yield from map(json.loads, file)
-
-
-def _entry(row: Row) -> dict[str, Any]:
-    return {"file_name": row.image, "width": row.width, "height": row.height, "count": row.count}
 
 
 def _read(path: Path) -> tuple[np.ndarray, str]:
