@@ -125,10 +125,12 @@ def overlapping_iou_sum(masks: Incidence, true_map: np.ndarray) -> float:
     masks: pairs of arrays, mask of head i covers pixel u. true_map: (H, W) int label map.
     It serves the baseline of equal discs.
     """
-    true, true_area = _compact(true_map, "true_map")
+    flat = np.asarray(true_map).reshape(-1)
+    true, _, length = _runs(flat, flat)
+    true, true_area = _compact(true, "true_map", length)
     area = np.bincount(masks.head) if len(masks) else np.zeros(0, np.int64)
     shape, ones = (len(area), len(true_area)), np.ones(len(masks), np.int64)
-    i, j, overlap = _overlaps(masks.head, true[masks.pixel], ones, shape)
+    i, j, overlap = _overlaps(masks.head, np.repeat(true, length)[masks.pixel], ones, shape)
     iou = overlap / (area[i] + true_area[j] - overlap)
     return float(iou[_best_pairs(i, j, iou, shape)].sum())
 
@@ -217,26 +219,15 @@ def _matching_size(i: np.ndarray, j: np.ndarray, shape: tuple[int, int]) -> int:
     return int((maximum_bipartite_matching(graph, perm_type="column") >= 0).sum())
 
 
-def _compact(label_map: np.ndarray, name: str, length: np.ndarray | None = None
-             ) -> tuple[np.ndarray, np.ndarray]:
-    """Index of each pixel's instance, -1 for background; and the instances' areas. With `length`
-    the labels are those of runs of so many pixels."""
-    flat = np.ascontiguousarray(label_map).reshape(-1)
-    if len(flat) == 0:
-        return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    lowest, highest = int(flat.min()), int(flat.max())
-    if lowest < 0:
+def _compact(labels: np.ndarray, name: str, length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Index of the instance of each run of pixels, -1 for background; and the instances' areas."""
+    found, index = np.unique(labels, return_inverse=True)
+    if len(found) and found[0] < 0:
         raise ValueError(
-            f"{name}: found label {lowest}; 0 is background, instances are 1 and up")
-    pixels = len(flat) if length is None else int(length.sum())
-    if highest > 4 * pixels:  # labels too far apart to count by index
-        labels, flat = np.unique(flat, return_inverse=True)
-        flat = flat + (labels[0] > 0)
-    count = np.bincount(flat, length).astype(np.int64)
-    area = count[1:]
-    index = np.cumsum(count > 0) - 1 - (count[0] > 0)
-    index[0] = -1
-    return index[flat], area[area > 0]
+            f"{name}: found label {found[0]}; 0 is background, instances are 1 and up")
+    background = int(len(found) > 0 and found[0] == 0)
+    area = np.bincount(index, length, minlength=len(found)).astype(np.int64)
+    return index - background, area[background:]
 
 
 def _share(part: float, whole: float) -> float:

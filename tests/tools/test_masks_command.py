@@ -22,7 +22,7 @@ from xmask.cli import main
 from xmask.data.masks import read_masks
 from xmask.edp_sam import generate_masks
 from xmask.segmenting.classical import ClassicalSegmenter
-from xmask.tools import contact_sheet
+from xmask.tools import mask_folder
 
 CLASSICAL = ["--segmenter", "classical"]
 
@@ -48,8 +48,8 @@ def test_a_dataset_gets_masks_a_manifest_coco_and_a_contact_sheet(drawn, tmp_pat
     coco = json.loads((tmp_path / "coco.json").read_text())
     assert len(coco["images"]) == 4 and len(coco["annotations"]) == heads
     with Image.open(tmp_path / "worst.png") as sheet:
-        assert sheet.width == 4 * contact_sheet.TILE[0]
-    worst = contact_sheet.confidence(tmp_path)
+        assert sheet.width == 4 * mask_folder.TILE[0]
+    worst = mask_folder.confidence(tmp_path)
     assert worst["confidence"].is_monotonic_increasing and worst["heads"].sum() == heads
 
 

@@ -199,16 +199,6 @@ def test_a_failure_names_its_file_once(folder, tmp_path, capsys):
     assert f"{gone}: no such file\n" in caught.out and (caught.out + caught.err).count(gone) == 1
 
 
-def test_an_overlay_painted_in_strips_has_no_seam(model, monkeypatch, scene):
-    from xmask.tools.overlay import overlay
-
-    found = model.predict(scene)
-    whole = overlay(scene, found.instances, found.points)
-    monkeypatch.setattr(photos, "_STRIP", 7)
-    painted = photos.paint(scene, found.instances, found.points)
-    np.testing.assert_array_equal(painted, whole)
-
-
 def test_a_second_call_adds_to_the_first(folder, tmp_path, model):
     out = tmp_path / "out"
     photos.run(photos.find([folder / "plain.png"]), model, out, progress=False)

@@ -92,19 +92,6 @@ def exclusivity_loss(
     return (pull + push).mean()
 
 
-def p2r_assign(
-    points: Tensor, cells_shape: tuple[int, int], stride: int, max_distance: float = 96.0
-) -> tuple[Tensor, Tensor]:
-    """`xmask.losses.p2r_assign` from the distances of all cells to all points."""
-    y, x = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) * stride + (stride - 1) / 2
-                            for n in cells_shape), indexing="ij")
-    cells = torch.stack([x.reshape(-1), y.reshape(-1)], 1)
-    distance, owner = torch.cdist(
-        cells, points.double(), compute_mode="donot_use_mm_for_euclid_dist").min(1)
-    far = distance >= max_distance
-    return owner.masked_fill(far, -1), distance.masked_fill(far, torch.inf)
-
-
 def segmentation(pred_map: np.ndarray, true_map: np.ndarray) -> dict[str, float]:
     """mean_iou, ap50, pq and aji of `xmask.metrics.segmentation` from the full IoU matrix and
     Hungarian matchings; labels are consecutive, and there is at least one of either."""
@@ -131,11 +118,3 @@ def segmentation(pred_map: np.ndarray, true_map: np.ndarray) -> dict[str, float]
         "aji": float(overlap[chosen].sum() / (
             union[chosen].sum() + true_area[~met].sum() + pred_area[idle].sum())),
     }
-
-
-def matched_points(pred: np.ndarray, true: np.ndarray, sigma: float) -> int:
-    """`matched` of `xmask.metrics.localization` by Hungarian matching of all pairs."""
-    delta = pred[:, None].astype(np.float64) - true[None]
-    near = np.hypot(delta[..., 0], delta[..., 1]) <= sigma
-    i, j = linear_sum_assignment(near, maximize=True)
-    return int(near[i, j].sum())

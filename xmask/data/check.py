@@ -11,8 +11,6 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from xmask.data import images
-from xmask.data.annotations import clip_points
 from xmask.data.layouts import (
     MARKER,
     Layout,
@@ -23,13 +21,25 @@ from xmask.data.layouts import (
     mask_path,
     no_folder,
 )
-from xmask.data.readers import expected_images, read_marker, read_true_masks, turns_upright
+from xmask.data.readers import CrowdDataset, expected_images, read_marker
 
 COLUMNS = ["split", "item", "found", "expected", "status", "remedy"]
 
 #: A head further outside than this is more than an annotator's slip at the border: in
 #: ShanghaiTech A, whose coordinates run to W and H, none is further out than 1 pixel (ours).
 FAR_OUTSIDE = 1.0
+#: What the reader handles by itself, never a fault: (a sample's repair, its row, what is done).
+HANDLED = (
+    ("empty", "images without heads", "read as an image with no points"),
+    ("grey", "greyscale images", "read as RGB"),
+    ("cmyk", "CMYK images", "read as RGB"),
+    ("exif_rotated", "images turned by EXIF", "turned upright when read"),
+    ("exif_ignored", "images not turned despite EXIF",
+     "read as stored: only so do the points fit"),
+    ("clipped", "points outside", "moved to the border when read"),
+    ("outside", "images with points outside", "points moved to the border when read"),
+    ("duplicates", "duplicate points", "kept: each is a head"),
+)
 
 
 def check_dataset(
@@ -104,75 +114,44 @@ def _file_rows(
 def _content_rows(
     layout: Layout, listing: Listing, split: str, drawn: bool, progress: bool,
 ) -> list[tuple]:
-    bad_images: list[str] = []
-    bad_annotations: list[str] = []
-    bad_masks: list[str] = []
-    far: list[Path] = []
+    """Every pair is read as for training; the sample's `repairs` say what was done for that."""
+    dataset = CrowdDataset("", split, layout, listing, listing.pairs,
+                           generator={} if drawn else None, max_side=None)
     seen: Counter[str] = Counter()
-    names = list(dict.fromkeys([*listing.images, *listing.annotations]))
-    for name in tqdm(names, desc=f"checking {split}", unit="image", disable=not progress):
-        points = image = None
-        if name in listing.annotations:
-            try:
-                points, _ = layout.read(listing.annotations[name])
-                seen["heads"] += len(points)
-                seen["empty"] += len(points) == 0
-            except (OSError, ValueError) as error:
-                bad_annotations.append(str(error))
-        if name in listing.images:
-            try:
-                image = images.decode(listing.images[name])
-                seen["grey"] += image.mode in ("1", "L", "LA") or image.mode.startswith("I")
-                seen["cmyk"] += image.mode == "CMYK"
-            except (OSError, ValueError) as error:
-                bad_images.append(str(error))
-        if points is None or image is None:
+    bad: dict[str, list] = {"images": [], "annotations": [], "masks": []}
+    far: list[Path] = []
+    for i, name in enumerate(tqdm(dataset.ids, desc=f"checking {split}", unit="image",
+                                  disable=not progress)):
+        kind = "annotations"
+        try:
+            points, _ = layout.read(dataset.annotation_path(i))
+            seen["heads"] += len(points)
+            seen["empty"] += len(points) == 0
+            kind = "images"
+            sample = dataset[i]
+        except (OSError, ValueError) as error:
+            mask = str(mask_path(layout, listing, name)) in str(error)
+            bad["masks" if mask else kind].append(str(error))
             continue
-        turn = turns_upright(points, image.rgb.shape[:2], image.orientation)
-        if image.orientation != 1:
-            seen["turned" if turn else "left"] += 1
-        shape = images.upright(image.rgb, image.orientation if turn else 1).shape[:2]
-        _, repairs = clip_points(points, shape)
-        seen["outside"] += repairs.get("clipped", 0)
-        seen["images outside"] += "clipped" in repairs
-        seen["duplicates"] += repairs.get("duplicates", 0)
-        limit = np.array([shape[1] - 1, shape[0] - 1])
-        if ((points < -FAR_OUTSIDE) | (points > limit + FAR_OUTSIDE)).any():
-            far.append(listing.images[name])
-        masks = mask_path(layout, listing, name)
-        if drawn or masks.exists():
-            try:
-                read_true_masks(masks, shape, len(points))
-            except (OSError, ValueError) as error:
-                bad_masks.append(str(error))
+        seen.update(sample.repairs)
+        seen["outside"] += "clipped" in sample.repairs
+        limit = np.array([sample.shape[1] - 1, sample.shape[0] - 1])
+        if (np.abs(points - points.clip(0, limit)) > FAR_OUTSIDE).any():
+            far.append(dataset.image_path(i))
+    seen["grey"] += seen["16_bit_grey"]
 
     again = _again(layout, drawn)
     expected_heads = None if drawn else (layout.heads or {}).get(split)
     heads_differ = expected_heads not in (None, seen["heads"])
     return [
-        _faults(split, "unreadable images", bad_images, again),
-        _faults(split, "unreadable annotations", bad_annotations, again),
-        _faults(split, "unreadable masks", bad_masks, again),
+        *(_faults(split, f"unreadable {what}", faults, again) for what, faults in bad.items()),
         (split, "heads", seen["heads"], expected_heads, "warning" if heads_differ else "ok",
          f"Not the annotations results are compared on. {again}" if heads_differ else ""),
-        _note(split, "images without heads", seen["empty"], "read as an image with no points"),
-        _note(split, "greyscale images", seen["grey"], "read as RGB"),
-        _note(split, "CMYK images", seen["cmyk"], "read as RGB"),
-        _note(split, "images turned by EXIF", seen["turned"], "turned upright when read"),
-        _note(split, "images not turned despite EXIF", seen["left"],
-              "read as stored: only so do the points fit"),
-        _note(split, "points outside", seen["outside"], "moved to the border when read"),
-        _note(split, "images with points outside", seen["images outside"],
-              "points moved to the border when read"),
+        *((split, item, seen[repair], None, "ok", handled if seen[repair] else "")
+          for repair, item, handled in HANDLED),
         _faults(split, f"images with points over {FAR_OUTSIDE:g} px outside", far,
                 "Does the annotation belong to the image?", status="warning"),
-        _note(split, "duplicate points", seen["duplicates"], "kept: each is a head"),
     ]
-
-
-def _note(split: str, item: str, found: int, handled: str) -> tuple:
-    """A row about what the reader handles by itself: never a fault."""
-    return (split, item, found, None, "ok", handled if found else "")
 
 
 def _faults(

@@ -3,6 +3,11 @@
 What a file is shows in its content. Every point is a head, and of every box, circle and ellipse
 the centre; labels do not matter, so a file holds heads only. Places are taken as they stand in
 the file, in pixels.
+
+In COCO, an annotation with one keypoint is a head there. One with several is a person: the head is
+the mean of its labelled keypoints that are named head, nose, eye or ear (the five on the face of
+COCO's persons; a name such as left_ear counts). One without keypoints is the box of a head; a box
+of a whole body would put the dot on the belly.
 """
 
 from __future__ import annotations
@@ -10,8 +15,11 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import math
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any
@@ -20,6 +28,7 @@ from urllib.parse import unquote
 import numpy as np
 
 from xmask.data.annotations import (
+    check_number,
     load_mat,
     read_content,
     read_csv_text,
@@ -27,13 +36,17 @@ from xmask.data.annotations import (
     read_qnrf,
     read_shanghaitech,
 )
-from xmask.data.coco_dots import read_coco
 from xmask.data.images import SUFFIXES
-from xmask.data.json_values import Listed, as_points, field, file_name, has, numbers
 
 DOT_SUFFIXES = (".csv", ".json", ".mat")
 _PLACELESS = {"choices", "datetime", "labels", "number", "rating", "relation", "taxonomy",
               "textarea"}  # results of Label Studio that mark no place
+_FAR = 1e6  # px: no image is so large
+_KINDS = {list: "a list", dict: "an object", str: "a text", int: "a number"}
+_HEAD = re.compile(r"head|nose|eye|ear(?![a-z])", re.IGNORECASE)  # and no forearm
+#: (file name of an image, points (N, 2) float64) of every image that a file lists
+Listed = list[tuple[str, np.ndarray]]
+_log = logging.getLogger("xmask")
 
 
 def read_dot_file(path: str | os.PathLike) -> np.ndarray | Listed:
@@ -74,9 +87,9 @@ def _read_json(path: str | os.PathLike) -> np.ndarray | Listed:
         if "shapes" in value:
             return _labelme(value, path)
         if "images" in value and "annotations" in value:
-            return read_coco(value, path)
+            return _coco(value, path)
         if "_via_img_metadata" in value:
-            return _via(field(value, "_via_img_metadata", dict, path), path)
+            return _via(_field(value, "_via_img_metadata", dict, path), path)
         if value and all(isinstance(one, dict) and "filename" in one and "regions" in one
                          for one in value.values()):
             return _via(value, path)
@@ -96,29 +109,90 @@ def _read_json(path: str | os.PathLike) -> np.ndarray | Listed:
 
 def _labelme(value: dict, path: str | os.PathLike) -> np.ndarray:
     places = []
-    for number, one in enumerate(field(value, "shapes", list, path), start=1):
+    for number, one in enumerate(_field(value, "shapes", list, path), start=1):
         where = f"{path}: shape {number}"
-        kind = field(one, "shape_type", str, where)
-        points = np.array([numbers(p, 2, where) for p in field(one, "points", list, where)])
+        kind = _field(one, "shape_type", str, where)
+        points = np.array([_numbers(p, 2, where) for p in _field(one, "points", list, where)])
         if len(points) == 0 or kind not in ("point", "circle", "rectangle"):
             raise ValueError(f"{where} is a {short(kind)} of {len(points)} points; expected point, "
                              "circle or rectangle. Mark heads so, and remove it")
         # a circle is its centre and a point of its border, a rectangle two or four corners
         places.append((points.min(axis=0) + points.max(axis=0)) / 2 if kind == "rectangle"
                       else points[0])
-    return as_points(places, path)
+    return _as_points(places, path)
+
+
+def _coco(value: dict, path: str | os.PathLike) -> Listed:
+    """An image has no dots, and is left out with a warning, if the head of one of its persons is
+    not labelled, or if a region of it is marked as a crowd (`iscrowd`)."""
+    names: dict[int | str, str] = {}
+    for number, one in enumerate(_field(value, "images", list, path), start=1):
+        where = f"{path}: image {number}"
+        name, key = _field(one, "file_name", str, where), _field(one, "id", (int, str), where)
+        if key in names:
+            raise ValueError(f"{where}: has the id {short(key)} of {short(names[key])}, too; "
+                             "export it again")
+        names[key] = name
+    categories = _field(value, "categories", list, path) if _has(value, "categories") else []
+    heads = {}  # category -> its keypoints of a head, by their positions
+    for number, one in enumerate(categories, start=1):
+        where = f"{path}: category {number}"
+        parts = _field(one, "keypoints", list, where) if _has(one, "keypoints") else []
+        heads[_field(one, "id", (int, str), where)] = [
+            k for k, part in enumerate(parts) if isinstance(part, str) and _HEAD.search(part)]
+    places: dict[int | str, list] = {key: [] for key in names}
+    unknown, used = set(), set()
+    for number, one in enumerate(_field(value, "annotations", list, path), start=1):
+        where = f"{path}: annotation {number}"
+        image = _field(one, "image_id", (int, str), where)
+        if image not in names:
+            raise ValueError(f"{where}: image_id {short(image)}, and no image has this id")
+        category = _field(one, "category_id", (int, str), where) if "category_id" in one else None
+        used.add(category)
+        place = None if one.get("iscrowd") else _coco_place(one, heads.get(category, []), where)
+        if place is None:
+            unknown.add(image)
+        else:
+            places[image].append(place)
+    if len(used) > 1:
+        raise ValueError(f"{path}: annotations of the categories "
+                         f"{', '.join(sorted(map(short, used))[:5])}, and all would be heads. "
+                         "Export those of heads only")
+    if unknown:
+        _log.warning("%s: %d of %d images have persons without a labelled head, or regions of a "
+                     "crowd, and count as photos without dots", path, len(unknown), len(names))
+    return [(_file_name(name), _as_points(places[key], f"{path}: {short(name)}"))
+            for key, name in names.items() if key not in unknown]
+
+
+def _coco_place(one: dict, heads: list[int], where: str) -> list[float] | None:
+    """(x, y) of an annotation; None for a person whose head is not labelled."""
+    if not one.get("keypoints"):
+        x, y, width, height = _numbers(_field(one, "bbox", list, where), 4, where)
+        return [x + width / 2, y + height / 2]
+    flat = _field(one, "keypoints", list, where)
+    points = np.reshape(_numbers(flat, 3 * max(1, len(flat) // 3), where), (-1, 3))
+    if len(points) == 1:
+        heads = [0]
+    heads = [k for k in heads if k < len(points)]
+    if not heads:
+        raise ValueError(f"{where}: {len(points)} keypoints, and its category names none of them "
+                         "head, nose, eye or ear. Name them, or export one keypoint per head")
+    points = points[heads]
+    points = points[points[:, 2] > 0]
+    return points[:, :2].mean(axis=0).tolist() if len(points) else None
 
 
 def _via(images: dict, path: str | os.PathLike) -> Listed:
     listed = []
     for key, one in images.items():
         where = f"{path}: image {short(key)}"
-        regions = field(one, "regions", (list, dict), where)
-        places = [_via_place(field(region, "shape_attributes", dict, f"{where}, region {number}"),
+        regions = _field(one, "regions", (list, dict), where)
+        places = [_via_place(_field(region, "shape_attributes", dict, f"{where}, region {number}"),
                              f"{where}, region {number}")
                   for number, region in enumerate(
                       regions if isinstance(regions, list) else regions.values(), start=1)]
-        listed.append((file_name(field(one, "filename", str, where)), as_points(places, where)))
+        listed.append((_file_name(_field(one, "filename", str, where)), _as_points(places, where)))
     return listed
 
 
@@ -142,16 +216,16 @@ def _via_csv(path: str | os.PathLike) -> Listed:
                 places.append(_via_place(shape, where))
     except csv.Error as error:
         raise ValueError(f"{path}: line {reader.line_num}: {error}; export it again") from None
-    return [(file_name(name), as_points(places, f"{path}: {short(name)}"))
+    return [(_file_name(name), _as_points(places, f"{path}: {short(name)}"))
             for name, places in images.items()]
 
 
 def _via_place(shape: Any, where: str) -> list[float]:
-    kind = field(shape, "name", str, where)
+    kind = _field(shape, "name", str, where)
     if kind in ("point", "circle", "ellipse"):
-        return numbers([shape.get("cx"), shape.get("cy")], 2, where)
+        return _numbers([shape.get("cx"), shape.get("cy")], 2, where)
     if kind == "rect":
-        x, y, width, height = numbers(
+        x, y, width, height = _numbers(
             [shape.get(name) for name in ("x", "y", "width", "height")], 4, where)
         return [x + width / 2, y + height / 2]
     raise ValueError(f"{where} is a {short(kind)}; expected point, circle, ellipse or rect. Mark "
@@ -162,26 +236,26 @@ def _label_studio(tasks: list[dict], path: str | os.PathLike) -> Listed:
     listed = []
     for number, task in enumerate(tasks, start=1):
         where = f"{path}: task {short(task.get('id', number))}"
-        done = [one for one in field(task, "annotations", list, where)
-                if not has(one, "was_cancelled")]
-        done = [one for one in done if has(one, "ground_truth")] or done
+        done = [one for one in _field(task, "annotations", list, where)
+                if not _has(one, "was_cancelled")]
+        done = [one for one in done if _has(one, "ground_truth")] or done
         if len(done) > 1:
             raise ValueError(f"{where} has {len(done)} annotations; keep one, or make one of them "
                              "the ground truth")
         for one in done:
             places = [_label_studio_place(result, where)
-                      for result in field(one, "result", list, where)
-                      if field(result, "type", str, where) not in _PLACELESS]
-            listed.append((_label_studio_name(task, where), as_points(places, where)))
+                      for result in _field(one, "result", list, where)
+                      if _field(result, "type", str, where) not in _PLACELESS]
+            listed.append((_label_studio_name(task, where), _as_points(places, where)))
     return listed
 
 
 def _label_studio_name(task: dict, where: str) -> str:
     """The file of a task; it is uploaded, local (`?d=`), or has an address."""
-    data = field(task, "data", dict, where)
+    data = _field(task, "data", dict, where)
     for text in (data.get("image"), *data.values()):
         if isinstance(text, str):
-            name = file_name(unquote(text.split("?d=")[-1].split("?")[0]))
+            name = _file_name(unquote(text.split("?d=")[-1].split("?")[0]))
             if name.lower().endswith(SUFFIXES):
                 return name
     raise ValueError(f"{where}: data names no image file, found {short(data)}")
@@ -189,16 +263,63 @@ def _label_studio_name(task: dict, where: str) -> str:
 
 def _label_studio_place(result: dict, where: str) -> list[float]:
     """Places are in percent of the image; a box turns around its first corner, by degrees."""
-    kind, value = result["type"], field(result, "value", dict, where)
-    size = np.array(numbers([result.get("original_width"), result.get("original_height")], 2,
+    kind, value = result["type"], _field(result, "value", dict, where)
+    size = np.array(_numbers([result.get("original_width"), result.get("original_height")], 2,
                              f"{where}: original_width, original_height"))
-    corner = np.array(numbers([value.get("x"), value.get("y")], 2, where)) * size / 100
+    corner = np.array(_numbers([value.get("x"), value.get("y")], 2, where)) * size / 100
     if kind in ("keypoint", "keypointlabels", "ellipse", "ellipselabels"):
         return corner.tolist()
     if kind not in ("rectangle", "rectanglelabels"):
         raise ValueError(f"{where}: a result is of type {short(kind)}; expected keypointlabels, "
                          "rectanglelabels or ellipselabels. Mark heads so, and remove it")
-    x, y = np.array(numbers([value.get("width"), value.get("height")], 2, where)) * size / 200
-    turn = math.radians(numbers([value.get("rotation") or 0], 1, where)[0])
+    x, y = np.array(_numbers([value.get("width"), value.get("height")], 2, where)) * size / 200
+    turn = math.radians(_numbers([value.get("rotation") or 0], 1, where)[0])
     return (corner + [x * math.cos(turn) - y * math.sin(turn),
                       x * math.sin(turn) + y * math.cos(turn)]).tolist()
+
+
+def _field(value: object, name: str, kind: type | tuple[type, ...],
+          where: str | os.PathLike) -> Any:
+    """A field of an object, if it is of this kind (dict, list, str, int or several of them).
+
+    where: file and entry, for the message of the ValueError that is raised otherwise.
+    """
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: expected an object with the field {name}, found {short(value)}")
+    found = value.get(name)
+    if not isinstance(found, kind):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        raise ValueError(f"{where}: field {name} should be "
+                         f"{' or '.join(_KINDS[one] for one in kinds)}, found "
+                         f"{short(found) if name in value else 'none'}")
+    return found
+
+
+def _has(value: object, name: str) -> bool:
+    """Whether something is an object with this field, and the field is neither empty nor false."""
+    return isinstance(value, dict) and bool(value.get(name))
+
+
+def _numbers(values: object, number: int, where: str | os.PathLike) -> list[float]:
+    """So many values that can be places or sizes in an image, in pixels or percent.
+
+    Raises ValueError, naming `where`, for another number of them, for anything that is no number,
+    and for NaN, infinities and numbers beyond any image.
+    """
+    if not (isinstance(values, list) and len(values) == number and all(
+            isinstance(v, (int, float)) and not isinstance(v, bool) and -_FAR < v < _FAR
+            for v in values)):
+        raise ValueError(f"{where}: found {short(values)} where {number} numbers of a place in an "
+                         "image should be. Correct or remove it")
+    return [float(v) for v in values]
+
+
+def _as_points(places: Sequence[Sequence[float]], where: str | os.PathLike) -> np.ndarray:
+    """Places of the heads of one image as (N, 2) float64; ValueError if they are too many."""
+    check_number(len(places), where)
+    return np.array(places, dtype=np.float64).reshape(-1, 2)
+
+
+def _file_name(path: str) -> str:
+    """The last part of a path or address, as Windows or others write it."""
+    return re.split(r"[/\\]", path)[-1]

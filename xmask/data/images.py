@@ -23,6 +23,8 @@ MAX_PIXELS = 100_000_000  # of an image, unless XMASK_MAX_PIXELS (--max-pixels) 
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, TypeError, IndexError, KeyError,
            OverflowError, struct.error, zlib.error, RuntimeError, MemoryError)
 
+_NO_IMAGE = ("cannot be read as an image ({}). The file is cut short, damaged or none of "
+             f"{', '.join(FORMATS)}: convert, copy or download it again.")
 _ORIENTATION = 0x0112  # EXIF tag "Orientation"
 
 
@@ -56,14 +58,14 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
 
 def check_header(path: str | os.PathLike) -> None:
     """Raises as `read_image` does where a file does not begin as an image; reads no more of it."""
-    with _named(Path(path)), _opened(path):
+    with _opened(path):
         pass
 
 
 def decode(path: str | os.PathLike) -> Decoded:
     """Read an image file as stored, with its EXIF orientation; errors as in `read_image`."""
     path = Path(path)
-    with _named(path), _opened(path) as image:
+    with _opened(path) as image:
         image.load()
         orientation = image.getexif().get(_ORIENTATION, 1)
         rgb, mode = _to_rgb(image, path), image.mode
@@ -71,23 +73,27 @@ def decode(path: str | os.PathLike) -> Decoded:
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Whatever Pillow raises within, as an error that names the file."""
+def _opened(path: str | os.PathLike, wrong: str = _NO_IMAGE) -> Iterator[Image.Image]:
+    """An image of one of `FORMATS`, not decoded yet; _Unusable if it has too many pixels.
+
+    Whatever Pillow raises here or within is a ValueError that names the file; wrong: what it says,
+    with {} for Pillow's words.
+    """
     try:
-        yield
+        with _bare(path) as image:
+            yield image
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such image. Check the path.") from None
     except (_Unusable, PermissionError, IsADirectoryError):
         raise
     except _BROKEN as error:
-        raise ValueError(
-            f"{path}: cannot be read as an image ({_said(error)}). The file is cut short, damaged "
-            f"or none of {', '.join(FORMATS)}: convert, copy or download it again.") from None
+        said = " ".join(str(error).split())[:120] or type(error).__name__
+        raise ValueError(f"{path}: {wrong.format(said)}") from None
 
 
 @contextmanager
-def _opened(path: str | os.PathLike) -> Iterator[Image.Image]:
-    """An image of one of `FORMATS`, not decoded yet; _Unusable if it has too many pixels."""
+def _bare(path: str | os.PathLike) -> Iterator[Image.Image]:
+    """`_opened`, with Pillow's own errors."""
     limit = max_pixels()
     before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # the limit here is our own
     try:
@@ -117,10 +123,6 @@ def max_pixels() -> int:
     return int(text)
 
 
-def _said(error: Exception) -> str:
-    return " ".join(str(error).split())[:120] or type(error).__name__
-
-
 def is_image(path: Path) -> bool:
     """Whether this is an image file by its suffix; hidden ones, as macOS makes them, are not."""
     return (path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file())
@@ -135,14 +137,8 @@ def conversion(mode: str) -> str:
 
 def image_size(path: str | os.PathLike) -> tuple[int, int]:
     """(H, W) as stored, from the head of the file, without decoding it."""
-    try:
-        with _opened(path) as image:
-            return image.height, image.width
-    except (FileNotFoundError, _Unusable):
-        raise
-    except _BROKEN as error:
-        raise ValueError(f"{path}: not an image ({_said(error)}). "
-                         "Copy or download it again.") from None
+    with _opened(path) as image:
+        return image.height, image.width
 
 
 def upright(array: np.ndarray, orientation: int) -> np.ndarray:
@@ -176,15 +172,9 @@ def resize_labels(labels: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 
 def read_labels(path: str | os.PathLike) -> np.ndarray:
     """Read a label map, a grey PNG of 8 or 16 bits, as (H, W) int32; ValueError otherwise."""
-    try:
-        with _opened(path) as image:
-            image.load()
-            mode, labels = image.mode, np.array(image)
-    except (FileNotFoundError, _Unusable):
-        raise
-    except _BROKEN as error:
-        raise ValueError(f"{path}: cannot be read as a label map ({_said(error)})."
-                         " Delete it and make it again.") from None
+    with _opened(path, "cannot be read as a label map ({}). Delete it and make it again.") as image:
+        image.load()
+        mode, labels = image.mode, np.array(image)
     if mode not in ("L", "I", "I;16", "I;16B"):
         raise ValueError(f"{path}: a label map is a grey PNG of 8 or 16 bits, found colour mode "
                          f"{mode!r}. Delete it and make it again.")

@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from xmask import files
-from xmask.data.dot_formats import DOT_SUFFIXES, read_dot_file
+from xmask.data.dot_formats import DOT_SUFFIXES, Listed, read_dot_file
 from xmask.data.images import SUFFIXES, is_image
-from xmask.data.json_values import Listed
 from xmask.data.masks import OWN_FILES
 from xmask.data.readers import read_sample
 from xmask.data.sample import Sample

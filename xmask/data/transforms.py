@@ -7,7 +7,7 @@ implementation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -138,29 +138,19 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
-        def move(value):
-            return None if value is None else value.to(device, non_blocking=True)
-
-        return Batch(
-            move(self.images),
-            [move(p) for p in self.points],
-            [move(i) for i in self.instances],
-            move(self.strong),
-            move(self.visible),
-        )
+        return self._each(lambda value: value.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         """The same batch in pinned memory, from which copies to a GPU do not wait."""
-        def pin(value):
-            return None if value is None else value.pin_memory()
+        return self._each(Tensor.pin_memory)
 
-        return Batch(
-            pin(self.images),
-            [pin(p) for p in self.points],
-            [pin(i) for i in self.instances],
-            pin(self.strong),
-            pin(self.visible),
-        )
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        def changed(value):
+            if isinstance(value, list):
+                return [changed(one) for one in value]
+            return None if value is None else change(value)
+
+        return Batch(**{name: changed(value) for name, value in vars(self).items()})
 
 
 class Crops(Dataset):

@@ -10,7 +10,7 @@ import pandas as pd
 
 from xmask import files
 from xmask.study import claims, figures, runs
-from xmask.tools.described_figure import DPI, DescribedFigure
+from xmask.tools.described_figure import DescribedFigure
 from xmask.tools.overlay import BLUE, GREEN, GREY, VERMILION
 
 UNITS = {claims.COUNTS: "people fewer wrong on average (MAE); right of the line: for the claim",
@@ -31,8 +31,7 @@ def forest(table: pd.DataFrame) -> DescribedFigure:
     parts = [part.reset_index(drop=True) for measure in UNITS
              if len(part := tested[tested["measure"] == measure])]
     heights = [len(part) for part in parts] or [1]
-    figure = DescribedFigure(figsize=(9.5, 1.2 + 0.34 * sum(heights)), dpi=DPI,
-                             layout="constrained", facecolor="white")
+    figure = DescribedFigure((9.5, 1.2 + 0.34 * sum(heights)))
     axes = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     if not parts:
         axes[0].text(0.5, 0.5, "no claim could be tested yet", transform=axes[0].transAxes,
@@ -82,8 +81,7 @@ def compared_curves(results: str | Path, dataset: str, percents: tuple[int, ...]
     found = {percent: {variant: curves for variant, curves in part.items() if len(curves)}
              for percent, part in found.items()}
     trained = [percent for percent in percents if found[percent]] or percents[:1]
-    figure = DescribedFigure(figsize=(3.4 * len(trained) + 0.4, 3.0), dpi=DPI,
-                             layout="constrained", facecolor="white")
+    figure = DescribedFigure((3.4 * len(trained) + 0.4, 3.0))
     axes = figure.subplots(1, len(trained), squeeze=False, sharey=True)[0]
     for axis, percent in zip(axes, trained):
         for variant, curves in found[percent].items():

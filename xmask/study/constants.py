@@ -23,7 +23,7 @@ from xmask.predict import network_maps
 from xmask.presets import preset
 from xmask.study import claims, figures
 from xmask.tools import models
-from xmask.tools.described_figure import DPI, DescribedFigure
+from xmask.tools.described_figure import DescribedFigure
 from xmask.tools.overlay import BLUE, GREY
 
 SEEDS = (1, 2, 3)  # of the constants that take a training
@@ -135,8 +135,7 @@ def figure(found: pd.DataFrame) -> DescribedFigure:
     """One column a constant: the effect of its values on MAE (above) and mean IoU (below), with
     intervals; grey is the configured value."""
     names = list(dict.fromkeys(found["constant"]))
-    picture = DescribedFigure(figsize=(2.1 * len(names) + 0.6, 4.2), dpi=DPI, layout="constrained",
-                              facecolor="white")
+    picture = DescribedFigure((2.1 * len(names) + 0.6, 4.2))
     axes = picture.subplots(2, len(names), squeeze=False, sharey="row")
     for column, name in zip(axes.T, names):
         part = found[found["constant"] == name].reset_index(drop=True)

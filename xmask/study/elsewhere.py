@@ -77,29 +77,31 @@ def trial(dataset: Sequence, out: str | Path, *, dotted: int = 20, bare: int = 4
     return Path(out)
 
 
+def trials(results: str | Path = RESULTS, dataset: str = "*") -> dict[str, pd.DataFrame]:
+    """counts.csv of every trial of a dataset, by name, with the absolute errors of the counts:
+    `before`, `after`, and `constant`, of the best constant count, which nobody knows beforehand."""
+    found = {path.parent.name: pd.read_csv(path)
+             for path in sorted(Path(results).glob(f"{dataset}-*/counts.csv"))}
+    for table in found.values():
+        table["constant"] = table["people"].median()
+        for name in ("constant", "before", "after"):
+            table[name] = (table[name] - table["people"]).abs()
+    return found
+
+
 def summary(results: str | Path = RESULTS) -> pd.DataFrame:
-    """One row a trial: `trial`, `photos`, `people` (sum), and the mean absolute errors `constant`
-    (of the best constant count, which nobody knows beforehand), `before` and `after`."""
-    rows = []
-    for path in sorted(Path(results).glob("*/counts.csv")):
-        found = pd.read_csv(path)
-        error = found[["before", "after"]].sub(found["people"], axis=0).abs().mean()
-        rows.append({"trial": path.parent.name, "photos": len(found),
-                     "people": found["people"].sum(),
-                     "constant": (found["people"] - found["people"].median()).abs().mean(),
-                     **error})
-    return pd.DataFrame(rows)
+    """One row a trial: `trial`, `photos`, `people` (sum), and the means of the errors of
+    `trials`."""
+    return pd.DataFrame([{"trial": name, "photos": len(table), "people": table["people"].sum(),
+                          **table[["constant", "before", "after"]].mean()}
+                         for name, table in trials(results).items()])
 
 
 def gain(dataset: str, results: str | Path = RESULTS) -> tuple[float, float, float]:
     """By how many people a count is nearer to the truth after learning: the mean over trials of a
     dataset and over photos, and its 95% interval (as of `claims.paired`)."""
-    errors = []
-    for path in sorted(Path(results).glob(f"{dataset}-*/counts.csv")):
-        found = pd.read_csv(path)
-        error = found[["before", "after"]].sub(found["people"], axis=0).abs()
-        errors.append((error["before"] - error["after"]).to_numpy())
-    return paired(np.stack(errors))
+    return paired(np.stack([(table["before"] - table["after"]).to_numpy()
+                            for table in trials(results, dataset).values()]))
 
 
 def card_block(root: Path) -> str:

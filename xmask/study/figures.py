@@ -18,12 +18,12 @@ import pandas as pd
 import seaborn
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullLocator
-from PIL import Image
 
 from xmask import files
+from xmask.data.images import read_labels
 from xmask.data.sample import Sample
 from xmask.study import tables
-from xmask.tools.described_figure import DPI, DescribedFigure
+from xmask.tools.described_figure import DescribedFigure
 from xmask.tools.overlay import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, overlay
 
 SERIES = {"supervised-only": ORANGE, "xmask": BLUE}
@@ -271,8 +271,7 @@ def _pictures(rows: list[dict[str, np.ndarray]]) -> DescribedFigure:
     sizes = [next(iter(row.values())).shape for row in rows]
     heights = [3.0 * size[0] / size[1] for size in sizes]
     columns = len(rows[0])
-    figure = DescribedFigure(figsize=(3.0 * columns + 0.2, sum(heights) + 0.28 * len(rows) + 0.75),
-                             dpi=DPI, layout="constrained")
+    figure = DescribedFigure((3.0 * columns + 0.2, sum(heights) + 0.28 * len(rows) + 0.75))
     axes = figure.subplots(len(rows), columns, squeeze=False,
                            gridspec_kw={"height_ratios": heights})
     for row, line in zip(rows, axes):
@@ -307,8 +306,7 @@ def _read_prediction(run_folder: Path, name: str, shape: tuple[int, int]
         if not file.exists():
             raise FileNotFoundError(f"{file}: no prediction of this image. Predictions are not "
                                     "committed: evaluate the run again (`xmask evaluate`).")
-    with Image.open(path) as picture:
-        label_map = np.asarray(picture).astype(np.int32)
+    label_map = read_labels(path)
     if label_map.shape != shape:
         raise ValueError(f"{path}: {label_map.shape} pixels, but the image has {shape}: the data "
                          "changed since. Evaluate the run again (`xmask evaluate`).")
@@ -436,8 +434,7 @@ def _some(runs: pd.DataFrame, complaint: str) -> pd.DataFrame:
 
 def _grid(rows: int, columns: int, *, width: float, height: float, **options
           ) -> tuple[DescribedFigure, np.ndarray]:
-    size = (max(width * columns, 4.6) + 0.3, height * rows + 0.9)
-    figure = DescribedFigure(figsize=size, dpi=DPI, layout="constrained", facecolor="white")
+    figure = DescribedFigure((max(width * columns, 4.6) + 0.3, height * rows + 0.9))
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 

@@ -34,8 +34,7 @@ def axes(rows: int = 1, columns: int = 1, *, width: float = 4.0, height: float =
     """A figure of rows x columns panels, each `width` x `height` inches: (figure, axes (N,) row
     by row, N = rows * columns)."""
     with matplotlib.style.context("default"):
-        figure = DescribedFigure(figsize=(width * columns, height * rows), dpi=DPI,
-                                 layout="constrained", facecolor="white")
+        figure = DescribedFigure((width * columns, height * rows), dpi=DPI)
         made = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in made:
         axis.spines[["top", "right"]].set_visible(False)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from xmask import files
+from xmask import files, metrics
 from xmask.study.pages import write_block
 from xmask.study.tables import markdown_table
 
@@ -45,15 +45,14 @@ def card_block(root: Path) -> str:
 def _row(name: str, images: list[dict]) -> list[str]:
     true, count, before = (np.array([r[key] for r in images])
                            for key in ("true_count", "count", "uncalibrated"))
-    error = count - true
-    cells = [name, str(len(images)), f"{true.min()} to {true.max()}",
-             f"{np.abs(error).mean():.1f}", f"{np.abs(before - true).mean():.1f}",
-             f"{np.sqrt((error**2).mean()):.1f}", f"{error.mean():+.1f}",
-             f"{np.abs(true - np.median(true)).mean():.1f}"]
+    errors = metrics.counting(count, true)
+    cells = [name, str(len(images)), f"{true.min()} to {true.max()}", f"{errors['mae']:.1f}",
+             f"{np.abs(before - true).mean():.1f}", f"{errors['rmse']:.1f}",
+             f"{(count - true).mean():+.1f}", f"{np.abs(true - np.median(true)).mean():.1f}"]
     for sigma in ("4", "8"):
-        matched = sum(r["matched"][sigma] for r in images)
-        cells += [f"{100 * matched / max(part, 1):.1f}" for part in (count.sum(), true.sum())]
-        cells.append(f"{200 * matched / max(count.sum() + true.sum(), 1):.1f}")
+        found = metrics.localization_total({"matched": r["matched"][sigma], "n_pred": r["count"],
+                                            "n_true": r["true_count"]} for r in images)
+        cells += [f"{100 * found[name]:.1f}" for name in ("precision", "recall", "f1")]
     inside = [r["low"] <= r["true_count"] <= r["high"] for r in images]
     width = np.median([r["high"] - r["low"] for r in images])
     return [*cells, f"{100 * np.mean(inside):.0f}", f"{width:.0f}"]

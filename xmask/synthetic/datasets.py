@@ -16,6 +16,7 @@ from scipy.io import savemat
 from tqdm.auto import tqdm
 
 from xmask import files
+from xmask.data.layouts import LAYOUTS
 from xmask.data.sample import Sample
 from xmask.synthetic.drawing import draw
 from xmask.synthetic.scene import CHARACTERS, Character, plan_scenery
@@ -24,6 +25,9 @@ GENERATOR = "xmask.synthetic"
 VERSION = 3  # of the drawing; a new number marks old pictures as made by other code
 PORTRAIT = 0.15  # share of a dataset's pictures that are higher than wide
 JPEG_QUALITY = 92
+# the name of an image by its number, and of its annotation by its name
+NAMES = {"sha": ("IMG_{}", "GT_{}.mat"), "qnrf": ("img_{:04d}", "{}_ann.mat"),
+         "jhu": ("{:04d}", "{}.txt")}
 
 
 def write_dataset(layout: str, root: str | os.PathLike, *, train: int, test: int, seed: int,
@@ -104,10 +108,11 @@ class Task:
 
 
 def _tasks(layout: str, folder: Path, images: dict[str, int], seed: int) -> list[Task]:
-    character = CHARACTERS[layout]
+    character, lies = CHARACTERS[layout], LAYOUTS[layout]
+    image_name, annotation_name = NAMES[layout]
     tasks, total = [], 0
-    for split in character.splits:
-        split_number = character.splits.index(split)
+    for split_number, split in enumerate(character.splits):
+        place = folder / lies.splits[split]
         base = (seed, sorted(CHARACTERS).index(layout), split_number)
         counts = stratified_counts(np.random.SeedSequence(base), images[split], character)
         if character.giant and split == "train":
@@ -116,18 +121,11 @@ def _tasks(layout: str, folder: Path, images: dict[str, int], seed: int) -> list
                 counts[index] = int(rng.integers(character.counts[1], character.giant + 1))
         for index, people in enumerate(counts):
             number = index + 1
-            if layout == "sha":
-                place, name = folder / f"{split}_data", f"IMG_{number}"
-                paths = (place / "images" / f"{name}.jpg", place / "instances" / f"{name}.png",
-                         place / "ground-truth" / f"GT_{name}.mat")
-            elif layout == "qnrf":
-                place, name = folder / split.capitalize(), f"img_{number:04d}"
-                paths = (place / f"{name}.jpg", place / f"{name}_instances.png",
-                         place / f"{name}_ann.mat")
-            else:  # numbers run through all splits
-                place, name = folder / split, f"{total + number:04d}"
-                paths = (place / "images" / f"{name}.jpg", place / "instances" / f"{name}.png",
-                         place / "gt" / f"{name}.txt")
+            # numbers of jhu run through all splits
+            name = image_name.format(number + total * (layout == "jhu"))
+            paths = (place / lies.images / f"{name}.jpg",
+                     place / lies.masks / lies.mask.format(name),
+                     place / lies.annotations[0] / annotation_name.format(name))
             seeds = (*base, number)
             shape = _shape(np.random.SeedSequence((*seeds, 1)), people, character)
             tasks.append(Task(layout, name, people, shape, seeds, *paths))

@@ -69,8 +69,7 @@ def _heads(rng, scene: Scenery, everyone: dict) -> list[Sprite]:
         p = _pick(everyone, members)
         b = Patches(p["x"], p["y"], p["r"], (-1.75, -1.75, 1.75, 1.85), p["lean"])
         noise = b.grain(rng, 22, 7)
-        p |= {"turned": np.sin(p["yaw"]), "toward": np.cos(p["yaw"]),
-              "zero": np.zeros(len(members))}
+        p |= {"turned": np.sin(p["yaw"]), "toward": np.cos(p["yaw"])}
         above_view = 1 - scene.tilt  # seen from above, hair takes more of the head
         _paint_behind_skull(b, p, noise)
         skull = _paint_skull(b, p)
@@ -92,54 +91,42 @@ def _heads(rng, scene: Scenery, everyone: dict) -> list[Sprite]:
 
 def _paint_behind_skull(b: Patches, p: dict, noise: np.ndarray) -> None:
     """Long hair, afro, bun, scarf, hood, ears."""
-    a, h, style, hats, turned, zero = (
-        p[name] for name in ("a", "b", "style", "hats", "turned", "zero"))
+    a, h, style, hats, turned = (p[name] for name in ("a", "b", "style", "hats", "turned"))
     k = np.flatnonzero(style == 2)
-    if len(k):
-        down = .1 + .5 * p["extra"][k]
-        b.paint(k, b.ellipse(k, -.08 * turned[k], down, a[k] + .14, h[k] + .02 + down * .5,
-                             True), p["hair"][k] * .85)
+    down = .1 + .5 * p["extra"][k]
+    b.paint(k, b.ellipse(k, -.08 * turned[k], down, a[k] + .14, h[k] + .02 + down * .5, True),
+            p["hair"][k] * .85)
     k = np.flatnonzero((style == 3) & (hats == 0))
-    if len(k):
-        cover = b.ellipse(k, zero[k], zero[k] - .18, a[k] + .38, h[k] + .16)
-        b.paint(k, np.clip(cover + .6 * noise[k] * (cover > 0) * (cover < 1), 0, 1),
-                p["hair"][k])
+    cover = b.ellipse(k, 0, -.18, a[k] + .38, h[k] + .16)
+    b.paint(k, np.clip(cover + .6 * noise[k] * (cover > 0) * (cover < 1), 0, 1), p["hair"][k])
     k = np.flatnonzero((style == 4) & (hats == 0))
-    if len(k):
-        up = p["extra"][k] < .5
-        b.paint(k, b.ellipse(k, -.5 * turned[k], np.where(up, -1.08, .5), .3 + .1 * up,
-                             np.where(up, .34, .9)), p["hair"][k])
+    up = p["extra"][k] < .5
+    b.paint(k, b.ellipse(k, -.5 * turned[k], np.where(up, -1.08, .5), .3 + .1 * up,
+                         np.where(up, .34, .9)), p["hair"][k])
     k = np.flatnonzero(style == 5)
-    if len(k):
-        b.paint(k, b.ellipse(k, zero[k], zero[k] + .12, a[k] + .17, h[k] + .2), p["hat"][k])
-        b.paint(k, b.ellipse(k, zero[k] + .15 * turned[k], zero[k] + .95, a[k] + .05,
-                             zero[k] + .45), p["hat"][k] * .9)
+    b.paint(k, b.ellipse(k, 0, .12, a[k] + .17, h[k] + .2), p["hat"][k])
+    b.paint(k, b.ellipse(k, .15 * turned[k], .95, a[k] + .05, .45), p["hat"][k] * .9)
     k = np.flatnonzero(hats == 5)
-    if len(k):
-        b.paint(k, b.ellipse(k, zero[k], zero[k] - .02, a[k] + .26, h[k] + .17),
-                p["cloth"][k] * .9)
+    b.paint(k, b.ellipse(k, 0, -.02, a[k] + .26, h[k] + .17), p["cloth"][k] * .9)
     k = np.flatnonzero((style <= 1) & (hats < 4))
     for side in (-1, 1):
         shift = np.where(side * turned[k] > .5, .45, 1.0)
-        b.paint(k, b.ellipse(k, side * a[k] * shift, zero[k] + .1, zero[k] + .15,
-                             zero[k] + .24), p["skin"][k] * .88)
+        b.paint(k, b.ellipse(k, side * a[k] * shift, .1, .15, .24), p["skin"][k] * .88)
 
 
 def _paint_skull(b: Patches, p: dict) -> np.ndarray:
     """Skull with its hair; returns the share of each pixel that it covers."""
-    a, h, style, hats, zero = (
-        p[name] for name in ("a", "b", "style", "hats", "zero"))
+    a, h, style, hats = (p[name] for name in ("a", "b", "style", "hats"))
     every = slice(None)
     covered = (style == 5) | (hats == 5)
     base = np.where((style == 0)[:, None], p["skin"], p["hair"])
     base = np.where((style == 5)[:, None], p["hat"], base)
     base = np.where((hats == 5)[:, None], p["cloth"] * .75, base)
-    skull = b.ellipse(every, zero, zero, a, h)
+    skull = b.ellipse(every, 0, 0, a, h)
     b.paint(every, skull, base)
     k = np.flatnonzero((style == 1) & ~covered)
-    if len(k):
-        nape = skull[k] * (1 - b.above(k, .52 + .12 * p["extra"][k], -.25))
-        b.paint(k, nape, p["skin"][k] * .8, inside=True)
+    nape = skull[k] * (1 - b.above(k, .52 + .12 * p["extra"][k], -.25))
+    b.paint(k, nape, p["skin"][k] * .8, inside=True)
     return skull
 
 
@@ -150,24 +137,20 @@ def _paint_face(
     a, h, style, turned, toward = (p[name] for name in ("a", "b", "style", "turned", "toward"))
     wide = a * np.clip(.44 + .40 * toward, 0, .82) * np.where(style <= 1, 1.1, 1.0)
     k = np.flatnonzero(wide > .12)
-    if len(k):
-        middle = a[k] * .78 * turned[k]
-        low = .2 + .35 * above_view - .1 * (style[k] == 0)
-        cover = b.ellipse(k, middle, low, wide[k], .86 * h[k]) * skull[k]
-        b.paint(k, cover, p["skin"][k], inside=True)
-        self_hair = np.where(p["hair"][k].mean(1, keepdims=True) < .5, p["hair"][k], .3)
-        beard = np.flatnonzero((p["face"][k] < .16) & (style[k] != 5))
-        if len(beard):
-            j = k[beard]
-            cut = 1 - b.above(j, low[beard] + .28, .1)
-            b.paint(j, cover[beard] * cut, self_hair[beard], inside=True)
-        masked = np.flatnonzero(p["face"][k] > .93)
-        if len(masked):
-            j = k[masked]
-            cut = 1 - b.above(j, low[masked] + .12)
-            b.paint(j, cover[masked] * cut, np.tile([[.75, .85, .9]], (len(j), 1)),
-                    inside=True)
-        _paint_features(b, p, k, skull, cover, middle, low, wide, self_hair, scene)
+    middle = a[k] * .78 * turned[k]
+    low = .2 + .35 * above_view - .1 * (style[k] == 0)
+    cover = b.ellipse(k, middle, low, wide[k], .86 * h[k]) * skull[k]
+    b.paint(k, cover, p["skin"][k], inside=True)
+    self_hair = np.where(p["hair"][k].mean(1, keepdims=True) < .5, p["hair"][k], .3)
+    beard = np.flatnonzero((p["face"][k] < .16) & (style[k] != 5))
+    j = k[beard]
+    cut = 1 - b.above(j, low[beard] + .28, .1)
+    b.paint(j, cover[beard] * cut, self_hair[beard], inside=True)
+    masked = np.flatnonzero(p["face"][k] > .93)
+    j = k[masked]
+    cut = 1 - b.above(j, low[masked] + .12)
+    b.paint(j, cover[masked] * cut, np.array([[.75, .85, .9]]), inside=True)
+    _paint_features(b, p, k, skull, cover, middle, low, wide, self_hair, scene)
 
 
 def _paint_features(
@@ -176,69 +159,52 @@ def _paint_features(
 ) -> None:
     """Eyes, brows, nose, lips and glasses of the faces of persons k, where heads are large enough
     to show them; middle, low: where the face is; cover: what it covers."""
-    a = p["a"]
     if b.r.max() <= 4:
         return
     for side in (-1, 1):
-        b.paint(k, .85 * b.ellipse(k, middle + side * .46 * wide[k], low - .12,
-                                   .16 * wide[k] + .02, .07 + 0 * middle)
-                * cover, p["skin"][k] * .22, inside=True)
-        b.paint(k, .6 * b.ellipse(k, middle + side * .46 * wide[k], low - .3,
-                                  .26 * wide[k] + .02, .05 + 0 * middle)
-                * cover, self_hair * .8, inside=True)
-    b.paint(k, .35 * b.ellipse(k, middle + .1 * wide[k] * np.sign(scene.light[0]) * -1,
-                               low + .15, .14 * wide[k] + .02, .16 + 0 * middle)
-            * cover, p["skin"][k] * .6, inside=True)
+        eye = middle + side * .46 * wide[k]
+        b.paint(k, .85 * b.ellipse(k, eye, low - .12, .16 * wide[k] + .02, .07) * cover,
+                p["skin"][k] * .22, inside=True)
+        b.paint(k, .6 * b.ellipse(k, eye, low - .3, .26 * wide[k] + .02, .05) * cover,
+                self_hair * .8, inside=True)
+    nose = middle + .1 * wide[k] * np.sign(scene.light[0]) * -1
+    b.paint(k, .35 * b.ellipse(k, nose, low + .15, .14 * wide[k] + .02, .16) * cover,
+            p["skin"][k] * .6, inside=True)
     lips = np.flatnonzero((p["face"][k] > .16) & (p["face"][k] <= .93))
-    if len(lips):
-        j = k[lips]
-        b.paint(j, .6 * b.ellipse(j, middle[lips], low[lips] + .42,
-                                  .36 * wide[j] + .02, .06 + 0 * a[j]) * skull[j],
-                p["skin"][j] * [.72, .45, .42], inside=True)
+    j = k[lips]
+    mouth = b.ellipse(j, middle[lips], low[lips] + .42, .36 * wide[j] + .02, .06)
+    b.paint(j, .6 * mouth * skull[j], p["skin"][j] * [.72, .45, .42], inside=True)
     glasses = np.flatnonzero((p["face"][k] > .3) & (p["face"][k] < .42))
-    if len(glasses):
-        j = k[glasses]
-        for side in (-1, 1):
-            b.paint(j, .9 * b.ellipse(j, middle[glasses] + side * .42 * wide[j],
-                                      low[glasses] - .12, .34 * wide[j] + .03,
-                                      .15 + 0 * a[j]) * cover[glasses],
-                    np.full((len(j), 3), .07), inside=True)
+    j = k[glasses]
+    for side in (-1, 1):
+        glass = b.ellipse(j, middle[glasses] + side * .42 * wide[j], low[glasses] - .12,
+                          .34 * wide[j] + .03, .15)
+        b.paint(j, .9 * glass * cover[glasses], np.full((1, 3), .07), inside=True)
 
 
 def _paint_hat(b: Patches, p: dict, above_view: float) -> None:
     """Cap, beanie, brimmed hat or helmet."""
-    a, h, hats, turned, toward, zero = (
-        p[name] for name in ("a", "b", "hats", "turned", "toward", "zero"))
+    a, h, hats, turned, toward = (p[name] for name in ("a", "b", "hats", "turned", "toward"))
     k = np.flatnonzero(hats == 1)
-    if len(k):
-        b.paint(k, b.ellipse(k, zero[k], zero[k] - .1, a[k] + .08, h[k] + .02)
-                * b.above(k, zero[k] - .22, .12), p["hat"][k])
-        front = toward[k] > -.3
-        b.paint(k, b.ellipse(k, turned[k] * .75, zero[k] - .2 + .1 * toward[k],
-                             np.where(front, .5 + .22 * np.abs(toward[k]), .05),
-                             np.where(front, .15, .03)), p["hat"][k] * .7)
+    b.paint(k, b.ellipse(k, 0, -.1, a[k] + .08, h[k] + .02) * b.above(k, -.22, .12), p["hat"][k])
+    front = toward[k] > -.3
+    b.paint(k, b.ellipse(k, turned[k] * .75, -.2 + .1 * toward[k],
+                         np.where(front, .5 + .22 * np.abs(toward[k]), .05),
+                         np.where(front, .15, .03)), p["hat"][k] * .7)
     k = np.flatnonzero(hats == 2)
-    if len(k):
-        cap = b.ellipse(k, zero[k], zero[k] - .1, a[k] + .09, h[k] + .12)
-        b.paint(k, cap * b.above(k, zero[k] - .12, .1), p["hat"][k])
-        b.paint(k, cap * b.above(k, zero[k] - .12, .1) * (1 - b.above(k, zero[k] - .42, .1)),
-                p["second"][k], inside=True)
-        j = k[p["extra"][k] < .4]
-        b.paint(j, b.ellipse(j, zero[j], zero[j] - 1.25, zero[j] + .27, zero[j] + .25),
-                p["second"][j])
+    cap = b.ellipse(k, 0, -.1, a[k] + .09, h[k] + .12)
+    b.paint(k, cap * b.above(k, -.12, .1), p["hat"][k])
+    b.paint(k, cap * b.above(k, -.12, .1) * (1 - b.above(k, -.42, .1)), p["second"][k], inside=True)
+    j = k[p["extra"][k] < .4]
+    b.paint(j, b.ellipse(j, 0, -1.25, .27, .25), p["second"][j])
     k = np.flatnonzero(hats == 3)
-    if len(k):
-        b.paint(k, b.ellipse(k, zero[k], zero[k] - .34, a[k] + .68,
-                             .28 + .5 * above_view + zero[k]), p["hat"][k] * .85)
-        b.paint(k, b.ellipse(k, zero[k], zero[k] - .62, a[k], zero[k] + .6),
-                p["hat"][k])
-        b.paint(k, b.ellipse(k, zero[k], zero[k] - .36, a[k], zero[k] + .16),
-                p["second"][k], inside=True)
+    b.paint(k, b.ellipse(k, 0, -.34, a[k] + .68, .28 + .5 * above_view), p["hat"][k] * .85)
+    b.paint(k, b.ellipse(k, 0, -.62, a[k], .6), p["hat"][k])
+    b.paint(k, b.ellipse(k, 0, -.36, a[k], .16), p["second"][k], inside=True)
     k = np.flatnonzero(hats == 4)
-    if len(k):
-        hard = np.array([(.92, .75, .15), (.9, .9, .88), (.85, .3, .15), (.15, .15, .17)])
-        b.paint(k, b.ellipse(k, zero[k], zero[k] - .12, a[k] + .16, h[k] + .08)
-                * b.above(k, zero[k] - .12, .08), hard[(p["extra"][k] * 4).astype(int)])
+    hard = np.array([(.92, .75, .15), (.9, .9, .88), (.85, .3, .15), (.15, .15, .17)])
+    b.paint(k, b.ellipse(k, 0, -.12, a[k] + .16, h[k] + .08) * b.above(k, -.12, .08),
+            hard[(p["extra"][k] * 4).astype(int)])
 
 
 def _bodies(rng, scene: Scenery, everyone: dict) -> list[Sprite]:
@@ -254,14 +220,13 @@ def _bodies(rng, scene: Scenery, everyone: dict) -> list[Sprite]:
         lowest = float(np.max((scene.shape[0] - p["y"]) / p["r"])) + .5
         b = Patches(p["x"], p["y"], p["r"], (-2.7, .35, 2.7, max(min(length, lowest), 1.4)))
         every = slice(None)
-        zero = np.zeros(len(members))
         wide = (1.62 + .4 * p["extra"]) * (.68 + .32 * np.abs(np.cos(p["yaw"])))
         noise = b.grain(rng, 9, 5)
         distance = np.sqrt((b.u / 2.7) ** 2 + ((b.v - 3.2 * q) / (3.4 * q)) ** 2)
         halo = .5 * np.clip(1.25 - distance, 0, .6)
         _paint_limbs(rng, b, p, wide, q, seated, whole)
         middle, half = (3.6 if seated else 3.9) * q, (2.5 if seated else 2.8) * q
-        trunk = b.ellipse(every, zero, zero + middle, wide, zero + half, True)
+        trunk = b.ellipse(every, 0, middle, wide, half, True)
         outward = np.abs(b.u) / per_person(wide)
         shoulder = .9 * q + .12 + (.3 * outward + .85 * outward ** 4) * (.4 + .6 * q)
         trunk = trunk * np.clip(.5 + (b.v - shoulder) * b.r, 0, 1)
@@ -269,12 +234,10 @@ def _bodies(rng, scene: Scenery, everyone: dict) -> list[Sprite]:
         b.paint(every, trunk, p["cloth"])
         pattern = (p["extra"] * 97) % 1
         _paint_clothes(b, p, pattern, trunk, q)
-        neck = b.ellipse(every, zero, zero + .95 * q + .15, zero + .42, zero + .62)
+        neck = b.ellipse(every, 0, .95 * q + .15, .42, .62)
         b.paint(every, neck, p["skin"] * .7)
         k = np.flatnonzero((pattern > .6) & (pattern < .68))  # scarf
-        if len(k):
-            b.paint(k, b.ellipse(k, zero[k], zero[k] + 1.2 * q + .1, zero[k] + .85,
-                                 zero[k] + .42), p["second"][k])
+        b.paint(k, b.ellipse(k, 0, 1.2 * q + .1, .85, .42), p["second"][k])
         # round trunk, darker below and under the chin, folds
         side_light = 1 - .3 * (b.u / per_person(wide)) ** 2 + .28 * scene.light[0] * b.u
         chin = 1 - .4 * np.clip(1.6 - np.sqrt(b.u ** 2 + (b.v - .7) ** 2), 0, 1)
@@ -297,27 +260,24 @@ def _paint_limbs(
     if seated:
         for side in (-1, 1):
             knee = side * (.7 + .25 * p["face"])
-            b.paint(every, b.ellipse(every, knee, zero + 7.0 * q, zero + .5, zero + 1.5 * q,
-                                     True), p["second"] * .5)
-            b.paint(every, b.ellipse(every, knee, zero + 5.7 * q, zero + .6, zero + .6 * q),
-                    p["second"] * .65)
+            b.paint(every, b.ellipse(every, knee, 7.0 * q, .5, 1.5 * q, True), p["second"] * .5)
+            b.paint(every, b.ellipse(every, knee, 5.7 * q, .6, .6 * q), p["second"] * .65)
     elif whole:
         for side in (-1, 1):
             stride = rng.normal(0, .25, len(wide))
-            b.paint(every, b.ellipse(every, side * .55 * wide / 1.8 + stride * .3,
-                                     zero + 9.3 * q, zero + .62, zero + 4.1 * q, True),
-                    p["second"] * .6)
-            b.paint(every, b.ellipse(every, side * .6 + stride * .6, zero + 13.1 * q,
-                                     zero + .6, zero + .4 * q), p["hair"] * .6)
+            leg = side * .55 * wide / 1.8 + stride * .3
+            b.paint(every, b.ellipse(every, leg, 9.3 * q, .62, 4.1 * q, True), p["second"] * .6)
+            b.paint(every, b.ellipse(every, side * .6 + stride * .6, 13.1 * q, .6, .4 * q),
+                    p["hair"] * .6)
     for side in (-1, 1):
         swing = rng.normal(0, .12, len(wide))
         start = np.stack([side * (wide - .42), zero + 2.1 * q], 1)
         elbow = np.stack([side * (wide + .02) + swing, zero + 4.2 * q], 1)
         hand = np.stack([side * (wide - (.9 if seated else .25)) + 2 * swing,
-                         zero + (5.4 if seated else 6.6) * q], 1)
-        b.paint(every, b.capsule(every, elbow, hand, zero + .33), p["skin"] * .85)
+                        zero + (5.4 if seated else 6.6) * q], 1)
+        b.paint(every, b.capsule(every, elbow, hand, .33), p["skin"] * .85)
         sleeve = np.where((p["face"] > .45)[:, None], hand, elbow)
-        b.paint(every, b.capsule(every, start, sleeve, zero + .46), p["cloth"] * .8)
+        b.paint(every, b.capsule(every, start, sleeve, .46), p["cloth"] * .8)
 
 
 def _paint_clothes(
@@ -327,34 +287,26 @@ def _paint_clothes(
 
     pattern: (n,) in 0..1, who wears what; trunk: (n, h, w), the share of each pixel it covers.
     """
-    zero, toward = np.zeros(len(pattern)), np.cos(p["yaw"])
+    toward = np.cos(p["yaw"])
     k = np.flatnonzero(pattern < .14)  # stripes
-    if len(k):
-        wave = np.sin(b.v[k] * per_person(3 + 5 * p["face"][k])) > .2
-        b.paint(k, .9 * wave * trunk[k], p["second"][k], inside=True)
+    wave = np.sin(b.v[k] * per_person(3 + 5 * p["face"][k])) > .2
+    b.paint(k, .9 * wave * trunk[k], p["second"][k], inside=True)
     k = np.flatnonzero((pattern > .14) & (pattern < .22))  # checks
-    if len(k):
-        wave = (np.sin(b.v[k] * 5) > .3) | (np.sin(b.u[k] * 5) > .3)
-        b.paint(k, .5 * wave * trunk[k], p["second"][k], inside=True)
+    wave = (np.sin(b.v[k] * 5) > .3) | (np.sin(b.u[k] * 5) > .3)
+    b.paint(k, .5 * wave * trunk[k], p["second"][k], inside=True)
     k = np.flatnonzero((pattern > .22) & (pattern < .45) & (toward > 0))  # open jacket
-    if len(k):
-        b.paint(k, b.ellipse(k, zero[k], zero[k] + 3.6 * q, .2 + .3 * p["face"][k],
-                             zero[k] + 3.2 * q) * trunk[k], p["second"][k], inside=True)
+    b.paint(k, b.ellipse(k, 0, 3.6 * q, .2 + .3 * p["face"][k], 3.2 * q) * trunk[k], p["second"][k],
+            inside=True)
     k = np.flatnonzero((pattern > .45) & (pattern < .6))  # print on the chest
-    if len(k):
-        b.paint(k, .85 * b.ellipse(k, zero[k], zero[k] + 2.9 * q, zero[k] + .7,
-                                   .3 + .5 * p["face"][k]) * trunk[k],
-                p["second"][k], inside=True)
+    b.paint(k, .85 * b.ellipse(k, 0, 2.9 * q, .7, .3 + .5 * p["face"][k]) * trunk[k],
+            p["second"][k], inside=True)
     k = np.flatnonzero((pattern > .85) & (toward < .2))  # rucksack
-    if len(k):
-        b.paint(k, b.ellipse(k, zero[k], zero[k] + 3.3 * q, zero[k] + 1.05,
-                             zero[k] + 1.7 * q, True), p["second"][k])
-        b.paint(k, b.ellipse(k, zero[k], zero[k] + 3.9 * q, zero[k] + .75,
-                             zero[k] + .7 * q, True), p["second"][k] * .75)
+    b.paint(k, b.ellipse(k, 0, 3.3 * q, 1.05, 1.7 * q, True), p["second"][k])
+    b.paint(k, b.ellipse(k, 0, 3.9 * q, .75, .7 * q, True), p["second"][k] * .75)
     k = np.flatnonzero((pattern > .85) & (toward >= .2))  # straps
     for side in (-1, 1):
-        b.paint(k, b.ellipse(k, side * .8 + zero[k], zero[k] + 2.6 * q, zero[k] + .17,
-                             zero[k] + 1.9 * q, True) * trunk[k], p["second"][k], inside=True)
+        b.paint(k, b.ellipse(k, side * .8, 2.6 * q, .17, 1.9 * q, True) * trunk[k], p["second"][k],
+                inside=True)
 
 
 def _props(rng, scene: Scenery, everyone: dict) -> dict[int, Sprite]:
@@ -379,24 +331,21 @@ def _props(rng, scene: Scenery, everyone: dict) -> dict[int, Sprite]:
             elbow = np.stack([sign * out, up], 1)
             out, up = rng.uniform(1.2, 2.0, len(k)), rng.uniform(-2.3, -1.2, len(k))
             hand = np.stack([sign * out, up], 1)
-            b.paint(k, b.capsule(k, shoulder, elbow, .42 + 0 * sign), p["cloth"][k] * .85)
-            b.paint(k, b.capsule(k, elbow, hand, .3 + 0 * sign), p["skin"][k] * .9)
-            b.paint(k, b.ellipse(k, hand[:, 0], hand[:, 1] - .15, .36 + 0 * sign, .42 + 0 * sign),
-                    p["skin"][k])
+            b.paint(k, b.capsule(k, shoulder, elbow, .42), p["cloth"][k] * .85)
+            b.paint(k, b.capsule(k, elbow, hand, .3), p["skin"][k] * .9)
+            b.paint(k, b.ellipse(k, hand[:, 0], hand[:, 1] - .15, .36, .42), p["skin"][k])
             if both:
                 continue
             phone = np.flatnonzero(p["face"] < .3)
-            b.paint(phone, b.ellipse(phone, hand[phone, 0], hand[phone, 1] - .5,
-                                     .34 + 0 * side[phone], .6 + 0 * side[phone], True),
-                    np.full((len(phone), 3), .06))
+            b.paint(phone, b.ellipse(phone, hand[phone, 0], hand[phone, 1] - .5, .34, .6, True),
+                    np.full((1, 3), .06))
             if scene.kind in ("street", "stands"):
                 k = np.flatnonzero(p["face"] > .82)
-                b.paint(k, b.ellipse(k, .6 * hand[k, 0], hand[k, 1] - 1.1, 1.5 + 0 * side[k],
-                                     .85 + 0 * side[k], True), p["second"][k] * .5 + .45)
+                x, y = .6 * hand[k, 0], hand[k, 1] - 1.1
+                b.paint(k, b.ellipse(k, x, y, 1.5, .85, True), p["second"][k] * .5 + .45)
                 script = (np.sin(b.v[k] * 9) > .3) & (b.grain(rng, 14, 1)[k] > -.3)
-                b.paint(k, .8 * script * b.ellipse(k, .6 * hand[k, 0], hand[k, 1] - 1.1,
-                                                   1.2 + 0 * side[k], .6 + 0 * side[k], True),
-                        p["cloth"][k] * .5, inside=True)
+                b.paint(k, .8 * script * b.ellipse(k, x, y, 1.2, .6, True), p["cloth"][k] * .5,
+                        inside=True)
         b.rgb *= (scene.ambient * .5 + .5) * (1 + .1 * b.grain(rng, 9, 9))
         np.clip(b.rgb, 0, b.alpha, out=b.rgb)
         for i, sprite in zip(members, b.sprites()):
@@ -417,26 +366,23 @@ def draw_things(rng, scene: Scenery, room: Room, people: int) -> list[Figure]:
     for group in chunks(r, 3.4 * 5):
         b = Patches(places[group, 0], places[group, 1], r[group], (-1.7, -1.7, 1.7, 4.0))
         m = len(group)
-        zero, every = np.zeros(m), slice(None)
+        every = slice(None)
         kind = sort[group]
         k = np.flatnonzero(kind == 1)  # post under a knob or lamp
-        b.paint(k, b.ellipse(k, zero[k], zero[k] + 2.2, zero[k] + .3, zero[k] + 1.8, True),
-                first[group][k] * .6)
+        b.paint(k, b.ellipse(k, 0, 2.2, .3, 1.8, True), first[group][k] * .6)
         k = np.flatnonzero(kind == 2)  # pot under a plant
-        b.paint(k, b.ellipse(k, zero[k], zero[k] + 1.5, zero[k] + .75, zero[k] + .8, True),
-                SKIN[4] * np.ones((len(k), 1)))
+        b.paint(k, b.ellipse(k, 0, 1.5, .75, .8, True), SKIN[4:5])
         flat = np.where(kind == 4, .55, 1.0)  # a sack on the ground
-        ball = b.ellipse(every, zero, zero, rng.uniform(.8, 1.05, m) / flat ** .5,
+        ball = b.ellipse(every, 0, 0, rng.uniform(.8, 1.05, m) / flat ** .5,
                          rng.uniform(.8, 1.1, m) * flat)
         noise = b.grain(rng, 16, 16)
         plant = (kind == 2)[:, None, None]
         ball = np.where(plant, np.clip(ball + .5 * noise * (ball > 0), 0, 1) * (ball > 0), ball)
         b.paint(every, ball, first[group])
         k = np.flatnonzero(kind == 2)
-        b.paint(k, .8 * ball[k] * (noise[k] > .1), np.tile([[.2, .35, .15]], (len(k), 1)),
-                inside=True)
+        b.paint(k, .8 * ball[k] * (noise[k] > .1), np.array([[.2, .35, .15]]), inside=True)
         k = np.flatnonzero(kind == 3)  # two-coloured ball
-        b.paint(k, ball[k] * (1 - b.above(k, zero[k] + .1, .4)), second[group][k], inside=True)
+        b.paint(k, ball[k] * (1 - b.above(k, .1, .4)), second[group][k], inside=True)
         depth = np.sqrt(np.clip(1.1 - b.u ** 2 - b.v ** 2, 0, 1))
         lit = np.clip(b.u * scene.light[0] + b.v * scene.light[1] + depth * scene.light[2], 0, 1)
         b.rgb *= (scene.ambient + (1.2 - scene.ambient) * lit) * (1 + .08 * noise)

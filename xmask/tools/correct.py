@@ -17,6 +17,7 @@ import pandas as pd
 from PIL import Image, ImageDraw
 
 from xmask import files, nnec
+from xmask.data.images import read_labels
 from xmask.data.masks import read_masks
 from xmask.edp_sam import keep_connected, point_prompts
 from xmask.segmenters import Prompts, Segmenter
@@ -132,8 +133,7 @@ def read_corrected(folder: str | os.PathLike, name: str) -> np.ndarray:
     """The corrected label map where there is one, else the automatic one: (H, W) int32."""
     if not read_edits(folder, name):
         return read_masks(folder, name)
-    with Image.open(Path(folder) / "corrected" / f"{name}.png") as picture:
-        return np.asarray(picture).astype(np.int32)
+    return read_labels(Path(folder) / "corrected" / f"{name}.png")
 
 
 def close_up(image: np.ndarray, labels: np.ndarray, points: np.ndarray, k: int,

@@ -19,6 +19,10 @@ class DescribedFigure(Figure):
 
     description = ""
 
+    def __init__(self, figsize: tuple[float, float], **options) -> None:
+        super().__init__(figsize, **{"dpi": DPI, "layout": "constrained", "facecolor": "white",
+                                     **options})
+
     def write(self, path: str | Path) -> Path:
         """Write the figure as PNG. The same figure always gives the same bytes."""
         with files.replacing(path) as temporary:

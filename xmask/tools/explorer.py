@@ -3,7 +3,7 @@
 `Explorer` holds one image and answers what theta, lambda and sigma make of it; it knows no
 widgets. What no slider changes is computed once: circles, the incidence list, the geometric term,
 and, for each step of the sigma slider, the distances in the smoothed embedding. A move is then
-one multiply-add over the list, one minimum per pixel and one painting. `explore` puts sliders on
+one multiply-add over the list, the minimum per pixel and one painting. `explore` puts sliders on
 it in a notebook.
 """
 
@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from matplotlib import colormaps
 from PIL import Image
 
 from xmask import decode, nnec
 from xmask.features import flat_features, sample_at, smooth, upsample
 from xmask.predict import Predictor
-from xmask.tools.overlay import INSTANCES
+from xmask.tools.overlay import mark, overlay
 
 if TYPE_CHECKING:
     import ipywidgets
@@ -29,7 +30,6 @@ _PAIRS = 1 << 15  # pairs whose features are gathered at once: a few MB
 SIGMAS = (0.0, 0.75, 1.5, 2.25, 3.0, 4.0)  # px; the paper smooths with 1.5 in training, 3 after
 PICTURES = ("masks", "ownership", "energy", "image")
 _TOP = 2.0  # energy that has the lightest colour; theta is 0.8 to 1.1 in the paper
-_OPACITY = 0.45
 
 
 @dataclass(frozen=True)
@@ -64,28 +64,12 @@ class Explorer:
         shape = self.shape = image.shape[:2]
         heads = torch.from_numpy(self.points).double()
         self.radii = nnec.exclusion_radii(heads, shape, lone=decode.LONE_RADIUS)
-        pairs = nnec.circles(heads, self.radii, shape)
-        order, self._layers = _layers(pairs.pixel.numpy())
-        pairs = pairs.select(order)
-        self._owner = (pairs.head + 1).to(torch.int32).numpy()
-        self._pixel = pairs.pixel.numpy()
+        self._pairs = nnec.circles(heads, self.radii, shape)
+        reach = self.radii[self._pairs.head]
         full = upsample(embedding.cpu(), 4)[:, :shape[0], :shape[1]]
-        self._distance: dict[float, np.ndarray] = {}
-        for sigma in sigmas:
-            features = smooth(full, sigma)
-            distance, spread = _pair_terms(
-                features, sample_at(features, heads), self.radii, pairs)
-            self._distance[sigma], self._spread = distance.numpy(), spread.numpy()
-        # pictures are painted as one number a pixel: four times fewer steps than by channel
-        self._image = _packed(image)
-        self._dimmed = _packed(((1 - _OPACITY) * image).astype(np.uint8))
-        colours = INSTANCES[np.arange(len(points)) % len(INSTANCES)]
-        colours = np.concatenate([np.zeros((1, 3)), colours])[None]
-        self._fill = _packed((_OPACITY * colours).astype(np.uint8))[0]
-        self._line = _packed(colours.astype(np.uint8))[0]
-        self._circles = _circle_pixels(self.points, self.radii.numpy(), shape)
-        self._assigned: tuple[tuple, np.ndarray, np.ndarray] | None = None
-        self._labels: tuple[tuple, np.ndarray] | None = None
+        self._spread = (self._pairs.squared / reach.square()).to(full.dtype)
+        self._distance = {sigma: self._to_head(smooth(full, sigma), heads) for sigma in sigmas}
+        self._rim = self._pairs.pixel[self._pairs.squared.sqrt() > reach - 0.72].numpy()
 
     @classmethod
     def of(cls, model: Predictor, image: np.ndarray) -> Explorer:
@@ -94,10 +78,17 @@ class Explorer:
         found = decode.predict(logits, embedding, image.shape[:2], model.decoding)
         return cls(image, found.points, embedding)
 
+    def _to_head(self, features: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
+        """(M,) |f(u) - f(p_i)| of every pair, of smoothed features (D, H, W) and heads (N, 2)."""
+        flat, centres = flat_features(features), sample_at(features, heads)
+        parts = zip(self._pairs.pixel.split(_PAIRS), self._pairs.head.split(_PAIRS))
+        return torch.cat([torch.linalg.vector_norm(flat[pixel] - centres[head], dim=1)
+                          for pixel, head in parts])
+
     @property
     def pairs(self) -> int:
         """Length of the incidence list: (head, pixel) pairs with the pixel in the head's circle."""
-        return len(self._pixel)
+        return len(self._pairs)
 
     def assign(self, geometry_weight: float, sigma: float) -> tuple[np.ndarray, np.ndarray]:
         """(owner, energy), (H, W) int32 and float32: per pixel the head, from 1, that claims it
@@ -108,50 +99,34 @@ class Explorer:
         if sigma not in self._distance:
             raise ValueError(f"sigma: {sigma} was not prepared; choose one of "
                              f"{', '.join(map(str, self.sigmas))}, or give sigmas to Explorer")
-        key = geometry_weight, sigma
-        if self._assigned is None or self._assigned[0] != key:  # theta alone moves for free
-            claimed = self._distance[sigma] + np.float32(geometry_weight) * self._spread
-            size = self.shape[0] * self.shape[1]
-            owner, lowest = np.zeros(size, np.int32), np.full(size, np.inf, np.float32)
-            for layer in self._layers:
-                pixel, mine, head = self._pixel[layer], claimed[layer], self._owner[layer]
-                if layer.start:  # a second, third, ... circle over these pixels
-                    lower = mine < lowest[pixel]
-                    pixel, mine, head = pixel[lower], mine[lower], head[lower]
-                lowest[pixel], owner[pixel] = mine, head
-            self._assigned = key, owner.reshape(self.shape), lowest.reshape(self.shape)
-        return self._assigned[1:]
+        energy = self._distance[sigma] + geometry_weight * self._spread
+        lowest = torch.full((self.shape[0] * self.shape[1],), torch.inf)
+        lowest.scatter_reduce_(0, self._pairs.pixel, energy, "amin")
+        return self._pairs.lowest_wins(energy).numpy(), lowest.view(self.shape).numpy()
 
     def label_map(self, settings: ExplorerSettings) -> np.ndarray:
         """(H, W) int32: what `decode.instance_map` gives with these thresholds."""
-        key = settings.theta, settings.geometry_weight, settings.sigma
-        if self._labels is None or self._labels[0] != key:
-            owner, lowest = self.assign(settings.geometry_weight, settings.sigma)
-            self._labels = key, owner * (lowest < settings.theta)
-        return self._labels[1]
+        owner, lowest = self.assign(settings.geometry_weight, settings.sigma)
+        return owner * (lowest < settings.theta)
 
     def paint(self, settings: ExplorerSettings) -> np.ndarray:
         """(H, W, 3) uint8 picture with these settings."""
         if settings.show not in PICTURES:
             raise ValueError(f"show: {settings.show!r} is not one of {', '.join(PICTURES)}")
+        owner, lowest = self.assign(settings.geometry_weight, settings.sigma)
         if settings.show == "image":
-            painted = self._image.copy()
-        elif settings.show == "energy":
-            _, lowest = self.assign(settings.geometry_weight, settings.sigma)
-            step = np.minimum(lowest * (254 / _TOP), 254).astype(np.uint8)
-            step[np.isinf(lowest)] = 255
-            painted = _HEAT.take(step)
+            painted = self.image.copy()
+        elif settings.show == "energy":  # made for colour-blind readers: dark to light
+            painted = colormaps["cividis"](lowest / _TOP, bytes=True)[..., :3].copy()
+            painted[owner == 0] = 255
         else:
-            labels = (self.label_map(settings) if settings.show == "masks"
-                      else self.assign(settings.geometry_weight, settings.sigma)[0])
-            painted = np.where(labels > 0, self._dimmed + self._fill.take(labels), self._image)
-            edge = np.flatnonzero(_edges(labels))
-            painted.ravel()[edge] = self._line.take(labels.ravel()[edge])
+            labels = owner * (lowest < settings.theta) if settings.show == "masks" else owner
+            painted = overlay(self.image, labels, opacity=0.45)
         if settings.circles:
-            painted.ravel()[self._circles] = _BLACK if settings.show == "energy" else _WHITE
+            painted.reshape(-1, 3)[self._rim] = 0 if settings.show == "energy" else 255
         if settings.points:
-            _dots(painted, self.points)
-        return np.ascontiguousarray(painted.view(np.uint8).reshape(*self.shape, 4)[..., :3])
+            mark(painted, self.points)
+        return painted
 
     def summary(self, settings: ExplorerSettings) -> dict[str, float]:
         """heads; with_mask: heads that own a pixel; covered: share of pixels in masks; median
@@ -218,88 +193,3 @@ def describe(explorer: Explorer, settings: ExplorerSettings) -> str:
     scale = f"; dark is energy 0, light {_TOP:g}, white no circle" * (settings.show == "energy")
     return (f"{s['heads']} heads, {s['with_mask']} with a mask; masks cover "
             f"{100 * s['covered']:.1f}% of the image, median {s['median_area']:.0f} px{scale}")
-
-
-def _layers(pixel: np.ndarray) -> tuple[np.ndarray, list[slice]]:
-    """An order of the incidence list in which every layer holds a pixel at most once, and the
-    layers: first the first circle of every pixel, then the second of those that have one, ...
-
-    At most five circles cover a pixel, so there are few layers, and the minimum per pixel is one
-    plain assignment for each. Within a pixel the order of heads stays, as ties are decided by it.
-    """
-    by_pixel = np.argsort(pixel, kind="stable")
-    new = np.diff(pixel[by_pixel], prepend=-1) != 0
-    rank = np.arange(len(pixel)) - np.maximum.accumulate(np.where(new, np.arange(len(pixel)), 0))
-    order = by_pixel[np.argsort(rank, kind="stable")]
-    ends = np.cumsum(np.bincount(rank))
-    return order, [slice(begin, end) for begin, end in zip([0, *ends[:-1]], ends)]
-
-
-def _packed(picture: np.ndarray) -> np.ndarray:
-    """(H, W) uint32 of (H, W, 3) uint8: a pixel's three bytes and one of 0."""
-    wide = np.zeros((*picture.shape[:2], 4), np.uint8)
-    wide[..., :3] = picture
-    return wide.view(np.uint32)[..., 0]
-
-
-def _heat() -> np.ndarray:
-    """(256,) packed colours of energies; the last is white, for no energy."""
-    from matplotlib import colormaps
-
-    colours = (colormaps["cividis"](np.arange(256))[None, :, :3] * 255).round().astype(np.uint8)
-    colours[0, 255] = 255
-    return _packed(colours)[0]
-
-
-_HEAT = _heat()  # made for colour-blind readers: one hue to the next by lightness
-_BLACK, _WHITE = _packed(np.array([[[0, 0, 0], [255, 255, 255]]], np.uint8))[0]
-
-
-def _edges(labels: np.ndarray) -> np.ndarray:
-    """(H, W) bool: pixels of an instance with another owner to the right, left, above or below."""
-    edge = np.zeros(labels.shape, bool)
-    across, down = labels[:, 1:] != labels[:, :-1], labels[1:] != labels[:-1]
-    edge[:, 1:] |= across
-    edge[:, :-1] |= across
-    edge[1:] |= down
-    edge[:-1] |= down
-    return edge & (labels > 0)
-
-
-def _circle_pixels(points: np.ndarray, radii: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Flat indices of the pixels under the circles' lines, one point at least every pixel."""
-    found = [np.zeros(0, np.int64)]
-    for (x, y), radius in zip(points, radii):
-        angle = np.linspace(0, 2 * np.pi, int(8 * radius) + 8)
-        column = np.rint(x + radius * np.cos(angle)).astype(np.int64)
-        row = np.rint(y + radius * np.sin(angle)).astype(np.int64)
-        inside = (column >= 0) & (column < shape[1]) & (row >= 0) & (row < shape[0])
-        found.append(row[inside] * shape[1] + column[inside])
-    return np.unique(np.concatenate(found))
-
-
-def _dots(picture: np.ndarray, points: np.ndarray) -> None:
-    """White dots with a black rim, 3 x 3 px, in a packed picture."""
-    height, width = picture.shape
-    place = np.rint(points).astype(np.int64)
-    for reach, value in ((1, _BLACK), (0, _WHITE)):
-        for dy, dx in np.ndindex(2 * reach + 1, 2 * reach + 1):
-            x = np.clip(place[:, 0] + dx - reach, 0, width - 1)
-            y = np.clip(place[:, 1] + dy - reach, 0, height - 1)
-            picture[y, x] = value
-
-
-def _pair_terms(features: torch.Tensor, centres: torch.Tensor, radii: torch.Tensor,
-                pairs: nnec.Incidence) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two terms of the energy of `xmask.decode` apart, as lambda moves: |f(u) - f(p_i)| and
-    |u - p_i|^2 / r_i^2 of every pair, each (M,) of the features' type.
-
-    features: (D, H, W), smoothed. centres: (N, D), theirs at the heads. radii: (N,) px. pairs:
-    of `nnec.circles`, tensors.
-    """
-    flat = flat_features(features)
-    distance = torch.cat([
-        torch.linalg.vector_norm(
-            flat.index_select(0, pixel) - centres.index_select(0, head), dim=1)
-        for pixel, head in zip(pairs.pixel.split(_PAIRS), pairs.head.split(_PAIRS))])
-    return distance, (pairs.squared / radii[pairs.head].square()).to(flat.dtype)

@@ -118,12 +118,11 @@ def _learn(dotted: OwnPhotos, bare: OwnPhotos, folder: files.OutputFolder, setti
     for stale in (weights, report):  # of other photos or settings: not to stand beside a new record
         folder.remove(stale)
     written = {
-        "profile": settings.profile, "dataset": "own", "percent": settings.percent,
-        "seed": settings.seed, "variant": settings.variant, "synthetic": False,
+        **evaluation.identity(settings, synthetic=False),
         "backbone": {"name": settings.network.backbone,
                      "initialisation": trainer.initialisation},
         "start": shipped.record["sha256"] if shipped else None,
-        "selection": settings.selection, "segmenter": described,
+        "segmenter": described,
         "versions": provenance.versions(), "device": device.type,
         "data": {"checksum": checksum, "labelled": [dotted.ids[i] for i in learnt],
                  "held_out": [dotted.ids[i] for i in measured], "unlabelled": len(bare),

@@ -30,14 +30,21 @@ def overlay(image: np.ndarray, label_map: np.ndarray, points: np.ndarray | None 
         raise ValueError(f"image must be (H, W, 3) uint8, not {image.shape} {image.dtype}")
     if label_map.shape != image.shape[:2]:
         raise ValueError(f"label_map is {label_map.shape}, but the image is {image.shape[:2]}")
-    painted = image.astype(np.float64)
-    inside = label_map > 0
-    colour = INSTANCES[(label_map[inside] - 1) % len(INSTANCES)]
-    painted[inside] = (1 - opacity) * painted[inside] + opacity * colour
+    painted = image.copy()
     edge = find_boundaries(label_map, mode="inner", background=0)
-    painted[edge] = INSTANCES[(label_map[edge] - 1) % len(INSTANCES)]
-    for radius, value in ((1, 0.0), (0, 255.0)):
-        for x, y in np.rint(points).astype(int) if points is not None else ():
-            painted[max(y - radius, 0):max(y + radius + 1, 0),
-                    max(x - radius, 0):max(x + radius + 1, 0)] = value
-    return painted.round().astype(np.uint8)
+    turn = np.where(label_map > 0, (label_map - 1) % len(INSTANCES), -1)
+    for k, colour in enumerate(INSTANCES):  # one after another: a large image needs less memory
+        inside = turn == k
+        painted[inside] = ((1 - opacity) * image[inside] + opacity * colour).round()
+        painted[inside & edge] = colour
+    if points is not None:
+        mark(painted, points)
+    return painted
+
+
+def mark(image: np.ndarray, points: np.ndarray) -> None:
+    """Draw points (N, 2), float (x, y) pixels, into an image (H, W, 3) uint8, see `overlay`."""
+    for radius, value in ((1, 0), (0, 255)):
+        for x, y in np.rint(points).astype(int):
+            image[max(y - radius, 0):max(y + radius + 1, 0),
+                  max(x - radius, 0):max(x + radius + 1, 0)] = value

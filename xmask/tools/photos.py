@@ -29,8 +29,8 @@ from xmask.data.images import SUFFIXES, check_header, is_image, upright
 from xmask.data.images import decode as decode_file
 from xmask.predict import Predictor, check_side
 from xmask.tools import coco
+from xmask.tools.overlay import overlay
 
-_STRIP = 512  # rows painted at a time
 _log = logging.getLogger("xmask")
 
 
@@ -176,20 +176,9 @@ class _Results:
         """What is known of a result; None if nothing, or if its note is damaged."""
         try:
             note = files.read_json(self.place / "notes" / f"{name}.json")
-            row = Row(**note["row"])
-            good = row.name == name and all(isinstance(text, str) for text in (
-                row.image, row.repairs, *(note[k] for k in ("source", "image", "made_from"))))
-            good = good and row.error in ("", None) and all(
-                isinstance(n, int) and 0 <= n < 2**31 for n in (row.count, row.width, row.height))
-            good = good and all(n is None or isinstance(n, int) and 0 <= n < 2**31
-                                for n in (row.low, row.high))
-            return note if good and isinstance(note["files"], dict) else None
-        except (OSError, ValueError, KeyError, TypeError):
+            return note if note.pop("seal") == provenance.digest(name, note) else None
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
             return None
-
-    def _is_whole(self, name: str, note: dict[str, Any]) -> bool:
-        return all(path.is_file() and files.sha256(path) == note["files"].get(path.name)
-                   for path in self._paths(name))
 
     def _paths(self, name: str) -> list[Path]:
         """Points, masks, overlay and the part of coco.json of a result."""
@@ -216,7 +205,9 @@ class _Results:
         name = self._name(photo, source, image)
         made_from = provenance.digest(image, *self.settings)
         note = self._note(name)
-        if note and note["made_from"] == made_from and self._is_whole(name, note):
+        if note and note["made_from"] == made_from and all(
+                path.is_file() and files.sha256(path) == note["files"].get(path.name)
+                for path in self._paths(name)):
             row, made = Row(**note["row"] | {"image": str(photo.path)}), note["files"]
         else:
             row = self._predict(photo, name)
@@ -224,7 +215,8 @@ class _Results:
         new = {"source": source, "image": image, "made_from": made_from, "model": self.settings[0],
                "row": dataclasses.asdict(row), "files": made}
         if new != note:
-            files.write_json(self.place / "notes" / f"{name}.json", new)
+            files.write_json(self.place / "notes" / f"{name}.json",
+                             new | {"seal": provenance.digest(name, new)})
         self.source[source], self.image[name.casefold()] = name, image
         return row
 
@@ -242,11 +234,11 @@ class _Results:
         area = np.bincount(labels.ravel(), minlength=found.count + 1)[1:]
         table = pd.DataFrame(found.heads, columns=["x", "y"]).assign(
             score=found.scores[found.counted], area=area)
-        points, masks, overlay = results
+        points, masks, picture = results
         files.write_text(points, table.to_csv(index=False, float_format="%.6g",
                                               lineterminator="\n"))
         files.write_png(masks, labels.astype(np.uint16))
-        files.write_png(overlay, paint(image, labels, found.heads))
+        files.write_png(picture, overlay(image, labels, found.heads))
         table = pd.read_csv(points).assign(head=range(1, len(table) + 1), source="predicted")
         with files.replacing(fragment) as temporary, open(temporary, "w", encoding="utf-8") as file:
             for one in coco.annotations(labels, table):
@@ -282,16 +274,13 @@ class _Results:
                 f"{record['trained_on']['text']}); not ground truth")
         coco.write_document(self.folder.path / "coco.json",
                             {"description": text, "version": record["sha256"]},
-                            ((_entry(row), self._annotations(row.name))
+                            (({"file_name": row.image, "width": row.width, "height": row.height,
+                               "count": row.count}, self._annotations(row.name))
                              for row in rows if not row.error))
 
     def _annotations(self, name: str) -> Iterator[dict[str, Any]]:
         with open(self._paths(name)[-1], encoding="utf-8") as file:
             yield from map(json.loads, file)
-
-
-def _entry(row: Row) -> dict[str, Any]:
-    return {"file_name": row.image, "width": row.width, "height": row.height, "count": row.count}
 
 
 def _read(path: Path) -> tuple[np.ndarray, str]:
@@ -307,17 +296,3 @@ def _read(path: Path) -> tuple[np.ndarray, str]:
     if found.orientation != 1:
         repairs.append(f"turned upright (EXIF orientation {found.orientation})")
     return np.ascontiguousarray(upright(found.rgb, found.orientation)), "; ".join(repairs)
-
-
-def paint(image: np.ndarray, label_map: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """`tools.overlay` of images of any size, in strips: (H, W, 3) uint8."""
-    from xmask.tools.overlay import overlay
-
-    painted, points = np.empty_like(image), np.rint(points)  # first: half pixels round to even
-    for top in range(0, len(image), _STRIP):
-        # two rows more on each side: contours and dots reach that far
-        begin, end = max(top - 2, 0), min(top + _STRIP + 2, len(image))
-        dots = points[(points[:, 1] > begin - 2) & (points[:, 1] < end + 1)] - [0, begin]
-        strip = overlay(image[begin:end], label_map[begin:end], dots)
-        painted[top:top + _STRIP] = strip[top - begin:top - begin + _STRIP]
-    return painted
