@@ -37,8 +37,8 @@ _DIED = (
     "workers died one after the other before they did anything, for want of memory or because the "
     "calling script lacks `if __name__ == \"__main__\":`. What is done is kept: run again with "
     "one worker")
-_GONE = ("{}: the Dask scheduler is gone, and its workers with it. What is done is kept: start them "
-         "again, then give the same command")
+_GONE = ("{}: the Dask scheduler is gone, and its workers with it. What is done is kept: start "
+         "them again, then give the same command")
 _log = logging.getLogger("xmask")
 
 
