@@ -22,9 +22,10 @@ def encode(encoder: nn.Module, pixels: Tensor) -> Tensor:
     x = encoder.patch_embed(pixels)  # (B, h, w, D)
     if encoder.pos_embed is not None:
         x = x + encoder.pos_embed
+    x = x.contiguous()  # the patches' convolution leaves channels first
     for block in encoder.blocks:
-        x = x + _attention(block, block.norm1(x))
-        x = x + block.mlp(block.norm2(x))
+        x += _attention(block, block.norm1(x))
+        x += block.mlp(block.norm2(x))
     return encoder.neck(x.permute(0, 3, 1, 2))
 
 
