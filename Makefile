@@ -59,7 +59,7 @@ reproduce: setup
 	  $(if $(filter no,$(EXTRAS)),--no-extras)
 
 test: check
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 check: setup
 	$(BIN)/ruff check --quiet .

@@ -78,12 +78,14 @@ def test_an_image_with_sam_is_encoded_anew_in_every_call(monkeypatch):
     import segment_anything
 
     from tests.test_segmenters import tiny_sam
+    from xmask.segmenting import sam_segmenter
 
     monkeypatch.setitem(segment_anything.sam_model_registry, "vit_b", tiny_sam)
     seen = []
-    encode = segment_anything.modeling.ImageEncoderViT.forward
-    monkeypatch.setattr(segment_anything.modeling.ImageEncoderViT, "forward",
-                        lambda self, x: seen.append(len(x)) or encode(self, x))
+    for where, name in ((sam_segmenter, "encode"),
+                        (segment_anything.modeling.ImageEncoderViT, "forward")):
+        monkeypatch.setattr(where, name, lambda *given, made=getattr(where, name): (
+            seen.append(1) or made(*given)))
     ours, encoder = comparisons.sam_image(12, SMALL)
     for _ in range(2):
         before = len(seen)

@@ -185,7 +185,7 @@ def test_what_no_image_can_cure_is_said_at_once(folder, tmp_path, capsys):
                         (["--out", out, "--max-side", "9"], "--max-side): 9 px; give at least 32"),
                         (["--out", out, "--weights", image], "not a model of this version"),
                         (["--out", out, "--weights", "gone.safetensors"], "no such model. Check"),
-                        (["--out", out, "--device", "tpu"], "'tpu' is unknown; give cpu or cuda")):
+                        (["--out", out, "--device", "tpu"], "unknown or not here; give cpu")):
         assert main(["predict", image, *words]) == 1
         caught = capsys.readouterr()
         assert said in caught.err and "heads" not in caught.out

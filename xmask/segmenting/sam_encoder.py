@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from segment_anything.modeling.image_encoder import (
+    ImageEncoderViT,
     get_rel_pos,
     window_partition,
     window_unpartition,
@@ -18,7 +19,12 @@ from torch import Tensor, nn
 
 
 def encode(encoder: nn.Module, pixels: Tensor) -> Tensor:
-    """Image embeddings (B, C, h, w) of preprocessed images (B, 3, side, side)."""
+    """Image embeddings (B, C, h, w) of preprocessed images (B, 3, side, side).
+
+    An encoder of another kind, as smaller SAMs have, is called as it is.
+    """
+    if not isinstance(encoder, ImageEncoderViT):
+        return encoder(pixels)
     x = encoder.patch_embed(pixels)  # (B, h, w, D)
     if encoder.pos_embed is not None:
         x = x + encoder.pos_embed

@@ -88,6 +88,7 @@ class Notebooks:
         where = f"  log: {log}\n  notebook as far as it came: {target}"
         if code < 0:
             self.process.stdin.close()  # what it forked has not died, maybe
+            self.process.wait()  # so that the next try starts another
             raise ChildProcessError(f"  the process of the notebook died ({-code})\n{where}")
         tail = "\n".join(output.read_text(encoding="utf-8").splitlines()[-12:])
         return f"{tail}\n{where}" if code else ""

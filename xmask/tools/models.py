@@ -254,6 +254,5 @@ def _device(device: str | torch.device | None) -> torch.device:
         chosen = torch.device(device)
         torch.ones(1, device=chosen).item()  # whether it is there, and computes
     except (RuntimeError, AssertionError) as error:  # the latter of a torch without CUDA
-        raise ValueError(f"device: {device!r} is unknown or not there "
-                         f"({str(error).splitlines()[0][:200]}); give cpu or cuda") from None
+        raise ValueError(f"device: {device!r} is unknown or not here; give cpu or cuda") from error
     return chosen
