@@ -209,7 +209,6 @@ class _Job:
     def begin(self) -> None:
         """In a worker, before its first image."""
         files.OutputFolder(self.out, overwrite=self.overwrite).join()
-        torch.set_num_threads(self.threads)
         found = json.loads(json.dumps(self.segmenter.describe()))
         if found != self.described:
             raise ValueError(f"the segmenter of a worker is another one, {found}, than that of "
@@ -227,6 +226,7 @@ class _Job:
 
     def run_in_worker(self, i: int) -> _Result:
         """As `run`; an image over which workers died is tried three times."""
+        torch.set_num_threads(self.threads)  # of this thread, which is not the one that begins
         name = self.dataset.ids[i]
         tries = tries_of(self.out, name)
         tries.parent.mkdir(exist_ok=True)

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from xmask import files, provenance
 from xmask.config import Config, preset
-from xmask.data.cluster import open_client, work_in_order
+from xmask.data.cluster import KEEP_MEMORY, open_client, work_in_order
 from xmask.presets import ABLATIONS, COMPARED, DATASETS, PERCENTS, SEEDS
 from xmask.study import claims, constants, steps, tables
 from xmask.study.execute import Notebooks
@@ -34,10 +34,6 @@ SCENES = 102  # on which claims about prompts rest
 # there are no true masks to tell most of them apart
 ABLATED = {"demo": ("without-nnec", "without-mask-constraint"),
            "full": (*ABLATIONS, "with-point-mask"), "photo": ()}
-# bytes: the C library (glibc; others ignore it) keeps freed memory for the next step instead of
-# giving it back, which saves about 6% of a training step on a CPU
-_KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 29), "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
-                "MALLOC_TOP_PAD_": str(1 << 26)}
 
 
 @dataclass
@@ -294,7 +290,7 @@ def run_steps(profile: str, planned: list[Step], *, threads: int = 0, **where) -
     planned: inputs before what needs them; the first ones are begun first. threads: of each step.
     where: as of `open_client`.
     """
-    environment = {name: os.environ.get(name, value) for name, value in _KEEP_MEMORY.items()}
+    environment = {name: os.environ.get(name, value) for name, value in KEEP_MEMORY.items()}
     environment |= {"PYDEVD_DISABLE_FILE_VALIDATION": "1", "MPLBACKEND": "agg"}
     if threads:
         environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
