@@ -15,6 +15,7 @@ import dask
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from tests.test_edp_sam import picture
 from xmask import files
@@ -128,6 +129,15 @@ def test_any_number_of_workers_gives_the_same_folder(tmp_path):
         masks(tmp_path / "0", ClassicalSegmenter(), workers=0)
 
 
+def test_workers_keep_freed_memory_and_have_the_threads_that_were_asked_for(tmp_path):
+    with cluster.open_client(1) as client:
+        found, = client.run(lambda: dict(os.environ)).values()
+        assert cluster.KEEP_MEMORY.items() <= found.items() and found["OMP_NUM_THREADS"] == "1"
+        job = store._Job(Dataset(), ClassicalSegmenter(), {}, tmp_path, 2, {}, False)
+        (tmp_path / files.HIDDEN).mkdir()
+        assert client.submit(lambda: (job.run_in_worker(0), torch.get_num_threads())[1]).result() == 2
+
+
 def test_workers_go_on_when_an_image_fails(tmp_path):
     with pytest.raises(MasksFailed, match="failed for 2 of 5 images, the first IMG_1"):
         masks(tmp_path, ClassicalSegmenter(), broken=(3, 1), workers=2)
@@ -166,7 +176,7 @@ def test_workers_that_cannot_even_start_are_not_started_for_every_image(tmp_path
 
 def test_the_workers_of_a_scheduler_that_runs_give_the_same_folder(tmp_path):
     from distributed import LocalCluster
-    with LocalCluster(1, threads_per_worker=2, processes=True, host="127.0.0.1",
+    with LocalCluster(n_workers=1, threads_per_worker=2, processes=True, host="127.0.0.1",
                       dashboard_address=None) as cluster:
         for out, segmenter in (("a", ClassicalSegmenter()), ("b", SamSegmenter.bundled())):
             masks(tmp_path / out, segmenter, scheduler=cluster.scheduler_address, indices=[1, 2])

@@ -77,7 +77,7 @@ def all_end(pids, seconds=5) -> bool:
 @pytest.fixture(scope="module")
 def scheduler():
     """A cluster of two processes that runs already."""
-    with LocalCluster(2, threads_per_worker=1, processes=True, host="127.0.0.1",
+    with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, host="127.0.0.1",
                       dashboard_address=None) as cluster:
         yield cluster.scheduler_address
 
