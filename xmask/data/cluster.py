@@ -17,6 +17,7 @@ from typing import Any
 
 import dask
 from distributed import (
+    CancelledError,
     Client,
     KilledWorker,
     LocalCluster,
@@ -153,9 +154,13 @@ def work_in_order(client: Client, job: Any,
                                         retries=retries)
         titles = {future.key: title for title, future in made.items()}
         for future in as_completed(list(made.values())):
-            if future.cancelled():
-                raise RuntimeError(_GONE.format(client.scheduler.address))
-            yield titles[future.key], future.exception() or future.result()
+            try:
+                found = future.exception() or future.result()
+                if isinstance(found, CancelledError):
+                    raise found
+            except (OSError, CancelledError):  # what a task itself raises is a result
+                raise RuntimeError(_GONE.format(client.scheduler.address)) from None
+            yield titles[future.key], found
     finally:
         with suppress(OSError):  # a worker that has just died cannot be told
             client.cancel(list(made.values()))
