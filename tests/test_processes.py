@@ -1,5 +1,6 @@
 """Several processes that train together learn what one learns, and end together."""
 
+import copy
 import os
 import signal
 import socket
@@ -9,6 +10,8 @@ import time
 
 import pytest
 import torch
+from timm.layers import BatchNormAct2d
+from torch import distributed, nn
 
 from tests.test_trainer import CPU, images, tiny, trainer
 from tests.two_processes import EPOCHS, GENTLE
@@ -54,6 +57,26 @@ def test_two_processes_learn_what_one_learns_batchnorm_included(alone, together,
     assert one.keys() == two.keys() and any("running_mean" in name for name in one)
     for name in one:
         assert torch.allclose(one[name].float(), two[name].float(), rtol=1e-5, atol=1e-5), name
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, BatchNormAct2d])  # timm's holds an activation
+def test_a_batchnorm_over_one_process_is_the_usual_one(kind):
+    torch.manual_seed(0)
+    usual, images = kind(3), 3 + 2 * torch.randn(4, 3, 5, 6)
+    nn.init.uniform_(usual.weight)
+    joint = copy.deepcopy(usual)
+    processes.join_norms(joint)
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        for training in (True, True, False):
+            seen = [norm.train(training)(images.requires_grad_()) for norm in (usual, joint)]
+            torch.testing.assert_close(*seen)
+            torch.testing.assert_close(*(
+                torch.autograd.grad(out.square().sum(), images)[0] for out in seen),
+                atol=1e-4, rtol=1e-4)
+    finally:
+        distributed.destroy_process_group()
+    torch.testing.assert_close(usual.state_dict(), joint.state_dict())
 
 
 def test_what_two_processes_saved_goes_on_in_one(together, monkeypatch):
