@@ -14,17 +14,19 @@ import pytest
 from distributed import LocalCluster
 
 from xmask.data.cluster import open_client, work_in_order
-from xmask.study import reproduce, sweeps
+from xmask.study import reproduce, sweeps, travel
 from xmask.study.execute import Notebooks
 
 ROOT = Path(__file__).parents[2]
 STUDY = """
 import signal, sys
-from xmask.study import reproduce
+from xmask.study import reproduce, travel
 # as in a terminal: what a script starts in the background begins deaf to SIGINT
 signal.signal(signal.SIGINT, signal.default_int_handler)
-notebook = str(reproduce.Path("sleep.ipynb").absolute())
-steps = [reproduce.Step(f"sleep {n}", notebook, {"name": n}) for n in "ab"]
+if sys.argv[2] == "no shared folder":
+    travel.sees_all = lambda client, root: False
+steps = [reproduce.Step(f"sleep {n}", "sleep.ipynb", {"name": str(reproduce.Path(n).absolute())})
+         for n in "ab"]
 print(reproduce.run_steps("demo", steps, workers=2, threads=1, scheduler=sys.argv[1]), flush=True)
 """
 SLEEPS = ["name = ''", "import os, time\nfrom pathlib import Path",
@@ -48,6 +50,7 @@ def alive(pid: int) -> bool:
 def write(path, cells):
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
     notebook.cells[0].metadata["tags"] = ["parameters"]
+    path.parent.mkdir(exist_ok=True)
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "", "language": "python"}
     nbformat.write(notebook, path)
     return path
@@ -82,12 +85,15 @@ def scheduler():
         yield cluster.scheduler_address
 
 
-@pytest.mark.parametrize("number,far", [(signal.SIGKILL, False), (signal.SIGTERM, False),
-                                        (signal.SIGINT, False), (signal.SIGKILL, True)])
-def test_killing_a_study_ends_its_notebooks_within_five_seconds(tmp_path, number, far, scheduler):
-    write(tmp_path / "sleep.ipynb", SLEEPS)
-    study = subprocess.Popen([sys.executable, "-c", STUDY, scheduler if far else ""], cwd=tmp_path,
-                             env=os.environ | {"PYTHONPATH": str(ROOT)})
+@pytest.mark.parametrize("number,where", [
+    (signal.SIGKILL, "here"), (signal.SIGTERM, "here"), (signal.SIGINT, "here"),
+    (signal.SIGKILL, "far"), (signal.SIGKILL, "no shared folder"),
+    (signal.SIGINT, "no shared folder")])
+def test_killing_a_study_ends_its_notebooks_within_five_seconds(tmp_path, number, where, scheduler):
+    write(tmp_path / "notebooks" / "sleep.ipynb", SLEEPS)
+    study = subprocess.Popen(
+        [sys.executable, "-c", STUDY, "" if where == "here" else scheduler, where], cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)})
     try:
         started = noted(tmp_path, 4)
         started += {parent(papermill) for papermill in started[::2]}  # what forks
@@ -158,6 +164,73 @@ def test_the_steps_of_a_study_on_a_cluster_write_into_the_shared_folder(
     with open_client(scheduler=scheduler) as client, pytest.raises(
             ValueError, match="sees no such folder. All machines have to see it under the same"):
         list(work_in_order(client, Notebooks("/nowhere"), {"a": ((), ())}))
+
+
+WRITES = ["n = 0", "from pathlib import Path",
+          "folder = Path('results/demo')\nseen = sorted(one.name for one in folder.iterdir())",
+          "(folder / f'{n}.txt').write_text(' '.join(seen))\n(folder / 'old.txt').unlink(n < 2)"]
+
+
+def test_where_no_folder_is_shared_files_travel_to_the_notebooks_and_back(
+        tmp_path, monkeypatch, scheduler, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(travel, "sees_all", lambda client, root: False)
+    write(tmp_path / "notebooks" / "writes.ipynb", WRITES)
+    results = tmp_path / "results" / "demo"
+    results.mkdir(parents=True)
+    for name in ("old.txt", "mine.txt"):
+        (results / name).write_text("old")
+    steps = [reproduce.Step(str(n), "writes.ipynb", {"profile": "demo", "n": n}, [str(n - 1)] * (n > 0),
+                            outputs=[results.relative_to(tmp_path) / f"{n}.txt"]) for n in range(2)]
+    assert reproduce.run_steps("demo", steps, scheduler=scheduler) == []
+    found = {path.name: path.read_text() for path in results.iterdir()}
+    assert found == {"mine.txt": "old", "0.txt": "mine.txt old.txt", "1.txt": "0.txt mine.txt"}
+    assert reproduce.run_steps("demo", steps, scheduler=scheduler) == []
+    assert "".join(capsys.readouterr()).count(": unchanged") == 2
+    (results / "0.txt").write_text("edited")  # so step 0 is done again, with this file as it is
+    fails = reproduce.Step("2", "writes.ipynb", {"profile": "demo", "n": 2})
+    assert reproduce.run_steps("demo", [steps[0], fails], scheduler=scheduler) == ["2"]
+    shown = "".join(capsys.readouterr())
+    assert "FileNotFoundError" in shown and "log: work/demo/logs/2.log" in shown
+    assert (tmp_path / "work/demo/logs/2.log").is_file(), "what failed is told here, too"
+    assert (results / "0.txt").read_text() != "edited"
+
+
+def test_files_that_come_back_replace_none_that_was_changed_meanwhile(tmp_path):
+    for name in ("a.txt", "gone.txt", "folder/lock", "same.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("before")
+    sent = travel.pack(tmp_path, ["*"])
+    assert set(sent) == {"a.txt", "gone.txt", "same.txt"}
+    (tmp_path / "a.txt").write_text("after")
+    (tmp_path / "gone.txt").unlink()
+    (tmp_path / "new.txt").write_text("new")
+    changed = travel.changes(tmp_path, sent)
+    assert changed == {"a.txt": b"after", "gone.txt": None, "new.txt": b"new"}
+    with pytest.raises(ValueError, match="a.txt: changed here while a notebook made it anew"):
+        travel.take_back(tmp_path, sent, changed)
+    (tmp_path / "new.txt").unlink()
+    for name, content in sent.items():
+        (tmp_path / name).write_bytes(content)
+    travel.take_back(tmp_path, sent, changed)
+    assert travel.changes(tmp_path, sent) == changed
+
+
+def test_a_folder_is_seen_by_the_workers_of_this_machine(tmp_path, scheduler):
+    with open_client(scheduler=scheduler) as client:
+        assert travel.sees_all(client, tmp_path)
+        assert list(tmp_path.rglob("*")) == [tmp_path / "work"]
+
+
+def test_what_a_run_needs_to_travel_is_its_own():
+    """... and no other run's, nor the weights where only measures are read."""
+    needed = travel.needed({"profile": "demo", "dataset": "sha", "percent": 10, "seed": 1,
+                            "variant": "without-nnec", "overrides": {}})
+    assert {"results/demo/runs/sha-10-s1-without-nnec", "work/demo/phase1/sha-10-s1",
+            "work/demo/masks/sha-no-nnec", "work/demo/data"} <= set(needed)
+    assert not any(name in needed for name in ("results", "results/demo", "work/demo"))
+    assert "results/demo" in travel.needed({"profile": "demo", "runs": ["sha-10-s1"]})
+    assert "results" not in travel.needed({})
 
 
 def test_a_sweep_executes_a_notebook_for_every_change_and_names_what_failed(tmp_path, scheduler):

@@ -1,6 +1,7 @@
 """Processes that work for this one, by Dask: of this machine, or of any cluster of machines.
 
-All machines see the same folders under the same paths; what travels are names and numbers.
+What travels are names and numbers, so all machines have to see the same folders under the same
+paths; the jobs of `xmask.study.travel` bring their files along.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import dask
 from distributed import (
     CancelledError,
     Client,
+    Future,
     KilledWorker,
     LocalCluster,
     Worker,
@@ -141,30 +143,59 @@ def work_in_order(client: Client, job: Any,
     job: travels to each worker once; `job.begin()` is called there before its first item, and
     `job.end()` when no more is wanted, maybe during one.
     """
-    name, made = f"xmask-{secrets.token_hex(4)}", {}  # the name is the end of every task's key
+    made = {}
+    with carried(client, job) as name:
+        for k, (title, (items, before)) in enumerate(parts.items()):
+            made[title] = client.submit(_run, name, items, *(made[one] for one in before),
+                                        key=f"{title.split()[0]}-{k}-{name}", priority=-k,
+                                        retries=retries)
+        titles = {future.key: title for title, future in made.items()}
+        try:
+            for future in as_completed(list(made.values())):
+                yield titles[future.key], _found(future)
+        finally:
+            with suppress(OSError):  # a worker that has just died cannot be told
+                client.cancel(list(made.values()))
+
+
+@contextmanager
+def carried(client: Client, job: Any) -> Iterator[str]:
+    """Bring a job, as of `work_in_order`, to all workers; yields the name by which to `ask`."""
+    name = f"xmask-{secrets.token_hex(4)}"  # the end of every task's key
     client.register_plugin(_Carrier(job, name), name=name)
     try:
         try:
             client.run(_open, name)  # what cannot begin is known before anything is tried
         except OSError:
             raise RuntimeError(_DIED) from None
-        for k, (title, (items, before)) in enumerate(parts.items()):
-            made[title] = client.submit(_run, name, items, *(made[one] for one in before),
-                                        key=f"{title.split()[0]}-{k}-{name}", priority=-k,
-                                        retries=retries)
-        titles = {future.key: title for title, future in made.items()}
-        for future in as_completed(list(made.values())):
-            try:
-                found = future.exception() or future.result()
-                if isinstance(found, CancelledError):
-                    raise found
-            except (OSError, CancelledError):  # what a task itself raises is a result
-                raise RuntimeError(_GONE.format(client.scheduler.address)) from None
-            yield titles[future.key], found
+        yield name
     finally:
-        with suppress(OSError):  # a worker that has just died cannot be told
-            client.cancel(list(made.values()))
+        with suppress(OSError):
             client.unregister_worker_plugin(name)
+
+
+def ask(client: Client, name: str, title: str, item: Any) -> Any:
+    """What the job `carried` under this name makes of one item; waits for it.
+
+    title: how Dask's web page calls it. Raises what the job does, and RuntimeError where the
+    scheduler is gone.
+    """
+    future = client.submit(_run, name, [item], key=f"{title}-{secrets.token_hex(4)}-{name}")
+    found = _found(future)
+    if isinstance(found, Exception):
+        raise found
+    return found[0]
+
+
+def _found(future: Future) -> Any:
+    """A task's result, or the exception that it raised."""
+    try:
+        found = future.exception() or future.result()
+        if isinstance(found, CancelledError):
+            raise found
+    except (OSError, CancelledError):  # what a task itself raises is a result
+        raise RuntimeError(_GONE.format(future.client.scheduler.address)) from None
+    return found
 
 
 class _Carrier(WorkerPlugin):

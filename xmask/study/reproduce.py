@@ -1,8 +1,8 @@
 """`make reproduce`: plan the study, run what is missing or stale with papermill, compare.
 
 A step is one notebook with parameters, and one task of Dask, which knows what has to be done before
-it: on this machine, or on any cluster whose machines see the clone under the same path. A finished
-step is stamped, so that nothing finished is lost to a crash or to Ctrl-C. Executed notebooks lie in
+it: on this machine, or on any cluster, whose machines may see the clone or not. A finished step
+is stamped, so that nothing finished is lost to a crash or to Ctrl-C. Executed notebooks lie in
 `work/<profile>/notebooks`, since they hold times. At the end every table is compared with the
 committed one.
 """
@@ -22,10 +22,10 @@ from tqdm.auto import tqdm
 
 from xmask import files, provenance
 from xmask.config import Config, preset
-from xmask.data.cluster import KEEP_MEMORY, open_client, work_in_order
+from xmask.data.cluster import KEEP_MEMORY, work_in_order
 from xmask.presets import ABLATIONS, COMPARED, DATASETS, PERCENTS, SEEDS
 from xmask.study import claims, constants, steps, tables
-from xmask.study.execute import Notebooks
+from xmask.study.travel import Travelling, open_notebooks
 
 NOTEBOOKS = Path("notebooks")
 SCENES = 102  # on which claims about prompts rest
@@ -242,8 +242,8 @@ def run(profile: str, *, data: str = "", jobs: int | None = None, scheduler: str
     """Run a study; print what was done and whether the tables equal the committed ones.
 
     jobs: steps at a time; by default as many as runs fit on the CPU cores, one on CUDA.
-    scheduler, cluster: other machines instead, as of `xmask.data.cluster.open_client`; they have to
-    see the current folder under the same path.
+    scheduler, cluster: other machines instead, as of `xmask.data.cluster.open_client`. Where one
+    does not see the current folder, files travel to them and back.
     Returns False if a step failed; the others that do not need it still run.
     Raises ValueError, naming the other process, where one reproduces the same profile.
     """
@@ -295,11 +295,11 @@ def run_steps(profile: str, planned: list[Step], *, threads: int = 0, **where) -
     if threads:
         environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     failed = []
-    with (open_client(processes=False, **where) as client,
+    job = _Steps(os.getcwd(), environment, work=steps.work_folder(profile))
+    with (open_notebooks(job, **where) as client,
           tqdm(total=len(planned), unit="step", desc=f"reproduce {profile}") as bar):
         for name, found in work_in_order(
-                client, _Steps(os.getcwd(), environment, work=steps.work_folder(profile)),
-                {step.name: ([step], step.inputs) for step in planned}, retries=2):
+                client, job, {step.name: ([step], step.inputs) for step in planned}, retries=2):
             bar.update()
             (done, said), = [(False, f"FAILED\n{found}")] if isinstance(found, Exception) else found
             bar.write(f"- {name}: {said}")
@@ -309,7 +309,7 @@ def run_steps(profile: str, planned: list[Step], *, threads: int = 0, **where) -
 
 
 @dataclass
-class _Steps(Notebooks):
+class _Steps(Travelling):
     """Runs the steps of a study, in a worker. work: what is made on the way."""
 
     work: Path = Path("work")

@@ -180,6 +180,12 @@ def mask_folder(config: Config) -> Path:
     return work_folder(config.profile) / "masks" / "-".join(names)
 
 
+def phase1_folder(config: Config) -> Path:
+    """Where runs of the same labels and seed share the state at the end of phase 1."""
+    split = f"{config.dataset}-{config.percent}-s{config.seed}"
+    return work_folder(config.profile) / "phase1" / split
+
+
 def make_masks(config: Config, indices: list[int], data: str = "", *,
                progress: bool = True) -> Path:
     """EDP-SAM masks of training images; images done by the same code are kept."""
@@ -387,7 +393,7 @@ def _fit(config: Config, data: str, masks: Path, fingerprint: str,
     phase1 = provenance.fingerprint(("xmask.trainer", *_READING), dataset.checksum(), chosen)
     training.fit(trainer, folder, fingerprint=fingerprint, score=score, progress=progress,
                  finish=calibrate if calibrating else None,
-                 shared=(work_folder(config.profile) / "phase1", phase1))
+                 shared=(phase1_folder(config), phase1))
 
 
 def evaluate(config: Config, data: str = "", *, progress: bool = True) -> dict:

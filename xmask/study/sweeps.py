@@ -13,10 +13,10 @@ from pathlib import Path
 import pandas as pd
 
 from xmask import files, provenance
-from xmask.data.cluster import open_client, work_in_order
+from xmask.data.cluster import work_in_order
 from xmask.study import tables
-from xmask.study.execute import Notebooks
 from xmask.study.runs import by_dotted_name
+from xmask.study.travel import Travelling, open_notebooks
 
 _PARAMETERS = ("dataset", "percent", "seed", "variant")  # of notebooks; all else are overrides
 
@@ -39,7 +39,7 @@ def run(changes: Iterable[dict[str, object]], notebook: str = "12_evaluate.ipynb
 
     changes: as of `grid`. notebook: its name in the folder `notebooks` of the clone `root`.
     parameters: its parameters that stay the same. workers, scheduler, cluster: how many are
-    executed at a time, and where, as of `xmask.data.cluster.open_client`.
+    executed at a time, and where, as of `reproduce.run`.
     Raises RuntimeError, with the end of the log of each that failed, once the others are done.
     """
     root, items = Path(root).absolute(), {}
@@ -50,8 +50,9 @@ def run(changes: Iterable[dict[str, object]], notebook: str = "12_evaluate.ipynb
         executed = Path("work", "sweeps", f"{provenance.digest(notebook, given)[:8]}.ipynb")
         items[executed.as_posix()] = (Path("notebooks", notebook), executed, given,
                                       executed.with_suffix(".log"))
-    with open_client(workers, scheduler, cluster, processes=False) as client:
-        found = dict(work_in_order(client, Notebooks(str(root)), {
+    job = Travelling(str(root))
+    with open_notebooks(job, workers, scheduler, cluster) as client:
+        found = dict(work_in_order(client, job, {
             name: ([item], ()) for name, item in items.items()}, retries=2))
     failed = [str(one if isinstance(one, Exception) else one[0])
               for one in found.values() if one != [""]]
