@@ -13,7 +13,7 @@ import nbformat
 import pytest
 from distributed import LocalCluster
 
-from xmask.data.cluster import open_client, work_in_order
+from xmask.data.cluster import ask, open_client, work_in_order
 from xmask.study import reproduce, sweeps, travel
 from xmask.study.execute import Notebooks
 
@@ -220,6 +220,9 @@ def test_a_folder_is_seen_by_the_workers_of_this_machine(tmp_path, scheduler):
     with open_client(scheduler=scheduler) as client:
         assert travel.sees_all(client, tmp_path)
         assert list(tmp_path.rglob("*")) == [tmp_path / "work"]
+        client.close()
+        with pytest.raises(RuntimeError, match="the Dask scheduler is gone"):
+            ask(client, "job", "title", ())
 
 
 def test_what_a_run_needs_to_travel_is_its_own():

@@ -65,7 +65,8 @@ def open_client(workers: int = 2, scheduler: str = "", cluster: str = "",
     """
     if scheduler and cluster:
         raise ValueError("scheduler, cluster: give one of them")
-    for name in ("distributed", "bokeh"):  # a worker that died is our message, not their traceback
+    # a worker that died is our message, not their traceback
+    for name in ("distributed", "distributed.client", "bokeh"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     with ExitStack() as stack:
         if scheduler:
@@ -170,8 +171,9 @@ def carried(client: Client, job: Any) -> Iterator[str]:
             raise RuntimeError(_DIED) from None
         yield name
     finally:
-        with suppress(OSError):
-            client.unregister_worker_plugin(name)
+        if client.status == "running":
+            with suppress(OSError):
+                client.unregister_worker_plugin(name)
 
 
 def ask(client: Client, name: str, title: str, item: Any) -> Any:
@@ -180,6 +182,8 @@ def ask(client: Client, name: str, title: str, item: Any) -> Any:
     title: how Dask's web page calls it. Raises what the job does, and RuntimeError where the
     scheduler is gone.
     """
+    if client.status != "running":  # it would wait for ever
+        raise _gone(client)
     future = client.submit(_run, name, [item], key=f"{title}-{secrets.token_hex(4)}-{name}")
     found = _found(future)
     if isinstance(found, Exception):
@@ -194,8 +198,12 @@ def _found(future: Future) -> Any:
         if isinstance(found, CancelledError):
             raise found
     except (OSError, CancelledError):  # what a task itself raises is a result
-        raise RuntimeError(_GONE.format(future.client.scheduler.address)) from None
+        raise _gone(future.client) from None
     return found
+
+
+def _gone(client: Client) -> RuntimeError:
+    return RuntimeError(_GONE.format(client.scheduler.address if client.scheduler else "Dask"))
 
 
 class _Carrier(WorkerPlugin):
