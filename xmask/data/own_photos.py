@@ -15,7 +15,7 @@ import numpy as np
 from xmask import files
 from xmask.data.dot_formats import DOT_SUFFIXES, Listed, read_dot_file
 from xmask.data.images import SUFFIXES, is_image
-from xmask.data.mask_manifest import OWN_FILES
+from xmask.data.masks import OWN_FILES
 from xmask.data.readers import read_sample
 from xmask.data.sample import Sample
 
