@@ -352,6 +352,17 @@ def test_masks_that_a_killed_process_did_not_note_count_if_their_image_is_the_sa
     assert len(after["images"]) == 5 and after["todo"] == {}
 
 
+def test_an_image_that_broke_before_its_masks_were_noted_costs_no_other(tmp_path):
+    masks(tmp_path, ClassicalSegmenter())
+    manifest = files.read_json(tmp_path / "manifest.json")
+    manifest["todo"]["IMG_2"] = manifest["images"].pop("IMG_2")["checksum"]
+    files.write_json(tmp_path / "manifest.json", manifest)
+    with pytest.raises(MasksFailed, match="failed for 1 of 5 images, the first IMG_2"):
+        masks(tmp_path, ClassicalSegmenter(), broken=(2,))
+    after = files.read_json(tmp_path / "manifest.json")
+    assert len(after["images"]) == 4 and list(after["failed"]) == ["IMG_2"]
+
+
 def test_only_masks_that_the_record_lists_are_removed(tmp_path):
     masks(tmp_path, ClassicalSegmenter(), indices=[1, 2])
     with pytest.raises(KeyboardInterrupt):

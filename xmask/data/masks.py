@@ -16,7 +16,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Generator, Iterable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -174,13 +174,12 @@ class _Manifest:
         Raises ValueError, unless `anew`, rather than lose masks of another request, or of another
         photo of the same name.
         """
-        folder = self.folder
+        folder, request = self.folder, self.request
         before, self._known = self._read()
         done = self.all_of("images")
-        if before != self.request:
+        if before != request:
             if not anew and (done or (folder.shard and self.all_of("todo"))):
-                differ = [key for key in {**self.request, **before}
-                          if before.get(key) != self.request.get(key)]
+                differ = [k for k in {**request, **before} if before.get(k) != request.get(k)]
                 raise ValueError(
                     f"{folder.path}: holds masks of {len(done)} images that were made with "
                     f"another {' and '.join(differ)}. Give another folder (--out), or --overwrite "
@@ -225,9 +224,10 @@ class _Manifest:
             if state == "images":
                 return False
             if state == "todo" and noted == self.checksum(i):
-                table = pd.read_csv(paths[1], keep_default_na=False)
-                self.note(i, _statistics(table, self.dataset[i].repairs, self.segmenter))
-                return False
+                with suppress(OSError, ValueError):  # a broken image is to fail as any other
+                    table = pd.read_csv(paths[1], keep_default_na=False)
+                    self.note(i, _statistics(table, self.dataset[i].repairs, self.segmenter))
+                    return False
         try:
             self._remove(name)  # so that no old table stands beside a new label map
             for path in paths:
