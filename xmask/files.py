@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
+import psutil
 from filelock import FileLock, Timeout
 from PIL import Image
 
@@ -296,9 +297,10 @@ class OutputFolder:
             whole.enter_context(lock(self.path, _PATIENCE if self.shard else self.wait))
             own = self.shard.replace("/", "-of-")
             # shards of as many are apart; a whole call, and shards of another number, are not
-            for shard in [name for name in (
-                    one.name.removeprefix("shard-") for one in hidden.glob("shard-*"))
-                    if not own or name.split("-")[-1] != own.split("-")[-1]] + [own][:bool(own)]:
+            shards = [one.name.removeprefix("shard-") for one in hidden.glob("shard-*")]
+            if own:
+                shards = [one for one in shards if one.split("-")[-1] != own.split("-")[-1]] + [own]
+            for shard in shards:
                 held = whole.enter_context(ExitStack())
                 held.enter_context(_held(
                     hidden / f"shard-{shard}", self.wait, f"{self.path}: another process fills it "
@@ -505,25 +507,13 @@ def _cut_half_a_line(file: BinaryIO) -> None:
 def _remove_abandoned(folder: Path) -> None:
     """Half-written files of processes that were killed; a worker of theirs may live a little."""
     for half in folder.glob(".partial-*"):
-        writer = re.match(rf"\.partial-{_HOST}-(\d+)-", half.name)
+        writer = re.match(rf"\.partial-{_HOST}-(\d{{1,9}})-", half.name)
         try:
             if (time.time() - half.stat().st_mtime > _ABANDONED
-                    or (writer and not _is_alive(int(writer[1])))):
+                    or (writer and not psutil.pid_exists(int(writer[1])))):
                 half.unlink()
         except FileNotFoundError:  # its process has just finished it
             continue
-
-
-def _is_alive(process: int) -> bool:
-    if os.name != "posix":
-        return True  # asking would end it
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def _is_nobodys(path: Path) -> bool:

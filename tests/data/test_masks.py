@@ -352,6 +352,17 @@ def test_masks_that_a_killed_process_did_not_note_count_if_their_image_is_the_sa
     assert len(after["images"]) == 5 and after["todo"] == {}
 
 
+def test_an_image_that_broke_before_its_masks_were_noted_costs_no_other(tmp_path):
+    masks(tmp_path, ClassicalSegmenter())
+    manifest = files.read_json(tmp_path / "manifest.json")
+    manifest["todo"]["IMG_2"] = manifest["images"].pop("IMG_2")["checksum"]
+    files.write_json(tmp_path / "manifest.json", manifest)
+    with pytest.raises(MasksFailed, match="failed for 1 of 5 images, the first IMG_2"):
+        masks(tmp_path, ClassicalSegmenter(), broken=(2,))
+    after = files.read_json(tmp_path / "manifest.json")
+    assert len(after["images"]) == 4 and list(after["failed"]) == ["IMG_2"]
+
+
 def test_only_masks_that_the_record_lists_are_removed(tmp_path):
     masks(tmp_path, ClassicalSegmenter(), indices=[1, 2])
     with pytest.raises(KeyboardInterrupt):
@@ -480,7 +491,7 @@ def test_failures_of_images_that_nobody_asked_for_this_time_stay_listed(tmp_path
 def test_an_image_with_the_name_of_our_own_files_is_refused(tmp_path, name):
     dataset = Dataset()
     dataset.ids[2] = name
-    with pytest.raises(ValueError, match=f"image {name}: .*rename the image"):
+    with pytest.raises(ValueError, match=f"image '{name}': .*rename the image"):
         mask_dataset(dataset, [1, 2], ClassicalSegmenter(), tmp_path, progress=False)
     assert not list(tmp_path.iterdir())
     mask_dataset(dataset, [1], ClassicalSegmenter(), tmp_path, progress=False)
@@ -515,9 +526,12 @@ def test_unusable_mask_files_are_named(tmp_path):
 
 
 def test_a_label_map_holds_65535_heads_at_most(tmp_path):
-    table = pd.DataFrame({"head": np.arange(65536)})
-    with pytest.raises(ValueError, match="65536 heads do not fit"):
-        store._write_masks(tmp_path, "x", np.zeros((2, 2), np.int32), table)
+    class Crowd(Dataset):
+        def __getitem__(self, i):
+            return Sample(picture((24, 24), i), np.zeros((65536, 2), np.float32), None, "x")
+
+    with pytest.raises(MasksFailed, match="IMG_0: 65536 heads, and an image has at most 65535"):
+        mask_dataset(Crowd(), [0], ClassicalSegmenter(), tmp_path, progress=False)
 
 
 def test_a_half_written_file_of_a_dead_process_is_removed_at_once(tmp_path):

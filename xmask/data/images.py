@@ -79,9 +79,22 @@ def _opened(path: str | os.PathLike, wrong: str = _NO_IMAGE) -> Iterator[Image.I
     Whatever Pillow raises here or within is a ValueError that names the file; wrong: what it says,
     with {} for Pillow's words.
     """
+    limit = max_pixels()
     try:
-        with _bare(path) as image:
-            yield image
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about odd metadata; errors are raised
+            before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # the limit is our own
+            try:
+                image = Image.open(path, formats=FORMATS)
+            finally:
+                Image.MAX_IMAGE_PIXELS = before
+            with image:
+                if image.width * image.height > limit:
+                    raise _Unusable(
+                        f"{path}: {image.width} x {image.height} px, more than the {limit:,} "
+                        "allowed. Make it smaller or cut it in parts, or allow more with "
+                        "--max-pixels.")
+                yield image
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such image. Check the path.") from None
     except (_Unusable, PermissionError, IsADirectoryError):
@@ -89,27 +102,6 @@ def _opened(path: str | os.PathLike, wrong: str = _NO_IMAGE) -> Iterator[Image.I
     except _BROKEN as error:
         said = " ".join(str(error).split())[:120] or type(error).__name__
         raise ValueError(f"{path}: {wrong.format(said)}") from None
-
-
-@contextmanager
-def _bare(path: str | os.PathLike) -> Iterator[Image.Image]:
-    """`_opened`, with Pillow's own errors."""
-    limit = max_pixels()
-    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # the limit here is our own
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about odd metadata; errors are raised
-            image = Image.open(path, formats=FORMATS)
-    finally:
-        Image.MAX_IMAGE_PIXELS = before
-    with image:
-        if image.width * image.height > limit:
-            raise _Unusable(
-                f"{path}: {image.width} x {image.height} px, more than the {limit:,} allowed. "
-                "Make it smaller or cut it in parts, or allow more with --max-pixels.")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield image
 
 
 def max_pixels() -> int:

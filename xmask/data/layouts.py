@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from xmask.data.annotations import Annotation, read_jhu, read_qnrf, read_shanghaitech
 
@@ -46,16 +46,11 @@ class Layout:
 
     def describe(self) -> str:
         """The expected files, for messages."""
-        annotation = re.sub(r"\\d\+", "<n>", re.sub(r"[()]", "", self.annotation))
-        image = re.sub(r"\\d\+", "<n>", re.sub(r"[()]", "", self.image))
+        image, annotation = (re.sub(r"[()]", "", pattern).replace(r"\d+", "<n>")
+                             for pattern in (self.image, self.annotation))
         splits = ",".join(self.splits.values())
-        return (f"{self.folders[0]}/{{{splits}}}/"
-                f"{{{_join(self.images, image)}, {_join(self.annotations[0], annotation)}}}"
-                ).replace("\\", "")
-
-
-def _join(folder: str, name: str) -> str:
-    return f"{folder}/{name}" if folder else name
+        return (f"{self.folders[0]}/{{{splits}}}/{{{PurePosixPath(self.images, image)}, "
+                f"{PurePosixPath(self.annotations[0], annotation)}}}").replace("\\", "")
 
 
 _SHANGHAITECH = {

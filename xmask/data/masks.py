@@ -6,6 +6,7 @@ from, and how a run that was stopped goes on.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import logging
@@ -13,8 +14,9 @@ import os
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Generator, Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,17 +27,9 @@ import torch
 from tqdm.auto import tqdm
 
 from xmask import files
+from xmask.data.annotations import check_number
 from xmask.data.images import read_labels
-from xmask.data.mask_manifest import (
-    COUNTS,
-    OWN_FILES,
-    Manifest,
-    check_manifest,
-    paths_of,
-    statistics,
-    tries_of,
-)
-from xmask.edp_sam import ALGORITHM, generate_masks
+from xmask.edp_sam import ALGORITHM, generate_masks, source_names
 from xmask.segmenters import Segmenter
 
 try:
@@ -43,7 +37,14 @@ try:
 except ImportError:  # Windows does not tell a process its peak memory
     resource = None
 
+OWN_FILES = ("manifest", "times", "coco", "worst")  # beside the masks; no image's names
+_KEYS = {"algorithm", "segmenter", "options", "dataset", "images", "failed"}  # of a manifest
+_STATES = ("images", "failed", "todo")  # of an image; the rest is what all masks depend on
+_COUNTS = ("sources", "flags", "repairs")  # what the manifest counts for every image
 _TRIES = 3  # of an image whose worker dies
+_NOTE_EVERY = 10.0  # seconds between two writes of a growing manifest
+#: index, statistics or why there are no masks, line of times.csv
+_Result = tuple[int, "dict[str, Any] | str", dict[str, Any]]
 _log = logging.getLogger("xmask")
 
 # On record, options hold what nobody chose, too. Head sizes come from the samples, if wanted.
@@ -58,9 +59,8 @@ class MasksFailed(RuntimeError):
 def mask_dataset(
     dataset: Any, indices: Iterable[int], segmenter: Segmenter, out: str | os.PathLike, *,
     workers: int = 1, threads: int = 1, scheduler: str = "", cluster: str = "", shard: str = "",
-    progress: bool = True,
-    depends: dict[str, Any] | None = None, anew: bool = True, overwrite: bool = False,
-    wait: float = 0.0, **options: Any,
+    progress: bool = True, depends: dict[str, Any] | None = None, anew: bool = True,
+    overwrite: bool = False, wait: float = 0.0, **options: Any,
 ) -> Path:
     """Masks of many images as a folder; run again after an interruption, it goes on.
 
@@ -69,38 +69,36 @@ def mask_dataset(
     workers: processes; above 1 they are spawned, so a script needs the usual
     `if __name__ == "__main__":`. threads: of the segmenter in each; its last bits may depend
     on this number, while no result depends on the number of workers. scheduler, cluster: workers
-    on other machines, as of `xmask.data.cluster.open_client`; all see `out` and the images under
-    the same paths.
-    shard: "2/5" makes the second fifth of the images, in a process of its own that knows nothing
-    of the others; all write into the same `out`, and none of another shard's images is redone.
-    depends: further facts that the masks depend on (JSON values, such as versions): masks made
-    under other ones are made anew. They are stored as "depends".
-    anew: False refuses, instead, where the folder's masks were made under another request.
+    on other machines, which see the same paths; as of `xmask.data.cluster.open_client`.
+    shard: "2/5" makes every fifth image from the second on, in a process that knows nothing of
+    those that make the others in the same `out`, and redoes none of theirs.
+    depends: further facts that the masks depend on (JSON values, such as versions), stored as
+    "depends". anew: False refuses, instead of making anew, masks of another request.
     overwrite, wait: as of `files.OutputFolder`, which `out` is.
 
     Writes into `out`, per image, <id>.png (label map, 16-bit grey) and then <id>.csv (table),
     each in one move, so that an image with both is complete whenever the process is stopped.
     manifest.json holds what all masks depend on (algorithm, segmenter, every option, settings of
-    the data set), and for each image its checksum, statistics, and what was repaired in its
-    annotation, or why it failed, or that it is still to do.
+    the data set), and of each image its checksum, statistics and repairs, or why it failed, or
+    that it is still to do. times.csv has the seconds and memory (MB) of the images of this call.
     Images complete under the same manifest are skipped unless their own checksum changed (of a
     data set: name, height, width, annotation; edited pixels go unseen) or a file of theirs was
     damaged; other files than the folder's own are left alone.
-    times.csv tells how long the images of this call took, and the memory used.
 
-    Returns `out`. An image that fails does not stop the others.
-    Raises MasksFailed at the end if any failed, and at once what `files.OutputFolder` does, or
-    ValueError if an image has the name of a file that this package writes beside the masks.
+    Returns `out`. Raises MasksFailed at the end if any image failed, which stops no other; at once
+    what `files.OutputFolder` does, or ValueError for a name that no image can have there.
     """
     if not (1 <= workers <= 1024 and 1 <= threads <= 1024):
         raise ValueError(f"workers, threads: {workers}, {threads}; each has to be 1 or more, and "
                          "at most 1024")
     out, indices = Path(out), part_of(indices, shard)
-    _check_names([dataset.ids[i] for i in indices], out)
+    names = [dataset.ids[i] for i in indices]
+    _check_names(names, out)
     request = json.loads(json.dumps({
         "algorithm": ALGORITHM, "segmenter": segmenter.describe(),
         "options": {**_DEFAULTS, **options}, "dataset": dataset.settings,
         **({} if depends is None else {"depends": depends})}))
+    job = _Job(dataset, segmenter, request["segmenter"], out, threads, options, overwrite)
     with ExitStack() as stack:
         client = None
         if scheduler or cluster:  # before anything is written
@@ -108,72 +106,200 @@ def mask_dataset(
             client = stack.enter_context(open_client(workers, scheduler, cluster))
         folder = stack.enter_context(files.OutputFolder(
             out, overwrite=overwrite, shard=shard, wait=wait))
-        # reading all images takes a while, and the others need not wait for it
-        known = {dataset.ids[i]: dataset.image_checksum(i) for i in indices} if shard else {}
+        manifest = _Manifest(folder, request, dataset, segmenter,
+                             indices if shard else range(len(dataset)))
+        for i in indices if shard else ():  # it takes a while, and others need not wait for it
+            manifest.checksum(i)
         with folder.alone():
-            manifest = Manifest(folder, request, dataset, segmenter, anew and not shard,
-                                 indices, known)
-            todo = [i for i in indices if manifest.begins(i)]
-            manifest.write()
-        job = _Job(dataset, segmenter, request["segmenter"], out, threads, options, overwrite)
-        if not todo or workers == 1 and not client:
-            _make(_in_order(job, todo), todo, manifest, progress)
-        else:
+            todo = manifest.begin(indices, anew and not shard)
+        if todo and (workers > 1 or client):
             from xmask.data.cluster import open_client, work
             client = client or stack.enter_context(open_client(min(workers, len(todo))))
-            _make(work(client, job, todo, job.state), todo, manifest, progress)
-    failed = [dataset.ids[i] for i in indices if dataset.ids[i] in manifest.failed]
-    if failed:
+            _make(work(client, job, todo, job.state), len(todo), manifest, progress)
+        else:
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            _make((job.run(i) for i in todo), len(todo), manifest, progress)
+    failed = manifest.all_of("failed")
+    if mine := [name for name in names if name in failed]:
         raise MasksFailed(
-            f"{out}: masks failed for {len(failed)} of {len(indices)} images, the first "
-            f"{failed[0]} ({manifest.failed[failed[0]]}); all are listed in "
-            f"{out / 'manifest.json'}. The others are done: mend these and run again")
+            f"{out}: masks failed for {len(mine)} of {len(names)} images, the first {mine[0]} "
+            f"({failed[mine[0]]}); all are listed in {out / 'manifest.json'}. The others are done: "
+            "mend these and run again")
     return out
 
 
 def _check_names(names: list[str], out: Path) -> None:
-    seen: dict[str, str] = {}
+    """Raises ValueError for names that the files of an image cannot have, or not twice."""
+    taken = dict.fromkeys(OWN_FILES, f"{out} has files of its own with this name "
+                                     f"({', '.join(OWN_FILES)} are taken)")
     for name in names:
-        if not files.is_plain(name):
-            raise ValueError(f"image {name!r}: not a file name; rename the image and its "
-                             "annotation")
-        if name.lower() in OWN_FILES:
-            raise ValueError(
-                f"image {name}: {out} has files of its own with this name ("
-                f"{', '.join(OWN_FILES)} are taken); rename the image and its annotation")
-        if name.lower() in seen:
-            raise ValueError(f"image {name}: {seen[name.lower()]} has the same name, and so would "
-                             "its masks; rename one of the two")
-        seen[name.lower()] = name
+        why = taken.get(name.lower()) if files.is_plain(name) else "not a file name"
+        if why:
+            raise ValueError(f"image {name!r}: {why}; rename the image and its annotation")
+        taken[name.lower()] = f"{name!r} has the same name, and so would its masks"
 
 
 def part_of(indices: Iterable[int], shard: str = "") -> list[int]:
-    """The indices of one shard, "1/3" to "3/3", every third of them; "" is all.
-
-    Raises ValueError for what is no shard.
-    """
-    if not shard:
-        return list(indices)
-    found = re.fullmatch(r"([1-9][0-9]{0,5})/([1-9][0-9]{0,5})", shard)
+    """The indices of one shard, of "2/3" every third, from the second on; "" is all; ValueError
+    for what is no shard."""
+    found = re.fullmatch(r"([1-9][0-9]{0,5})/([1-9][0-9]{0,5})", shard or "1/1")
     if not found or int(found[1]) > int(found[2]):
         raise ValueError(f"shard: {shard!r}; 1/4 to 4/4 are the four shards of a data set")
     return list(indices)[int(found[1]) - 1::int(found[2])]
 
 
-def _make(results: Generator[_Result], todo: list[int], manifest: Manifest, progress: bool
-          ) -> None:
+class _Manifest:
+    """The manifest of a folder while masks are made. Of each image it knows a state, and what is
+    noted: "images" are done (checksum, statistics), "failed" (why), or "todo": these were begun
+    (checksum), and a killed process may have finished them.
+
+    request: what all masks depend on. own: the images of `dataset` that this process looks at;
+    those of other shards have processes of their own.
+    """
+
+    def __init__(self, folder: files.OutputFolder, request: dict[str, Any], dataset: Any,
+                 segmenter: Segmenter, own: Iterable[int]) -> None:
+        self.folder, self.request, self.segmenter = folder, request, segmenter
+        self.dataset, self.ids, self.own = dataset, dataset.ids, {dataset.ids[i]: i for i in own}
+        self.checksum = functools.cache(dataset.image_checksum)
+        self._known: dict[str, tuple[str, Any]] = {}  # image name -> state, what is noted
+
+    def all_of(self, state: str) -> dict[str, Any]:
+        """Name -> what is noted, of the images in a state."""
+        return {name: noted for name, (one, noted) in self._known.items() if one == state}
+
+    def begin(self, indices: list[int], anew: bool) -> list[int]:
+        """Take over what the folder holds; returns which of the images `indices` are to be made.
+
+        Raises ValueError, unless `anew`, rather than lose masks of another request, or of another
+        photo of the same name.
+        """
+        folder, request = self.folder, self.request
+        before, self._known = self._read()
+        done = self.all_of("images")
+        if before != request:
+            if not anew and (done or (folder.shard and self.all_of("todo"))):
+                differ = [k for k in {**request, **before} if before.get(k) != request.get(k)]
+                raise ValueError(
+                    f"{folder.path}: holds masks of {len(done)} images that were made with "
+                    f"another {' and '.join(differ)}. Give another folder (--out), or --overwrite "
+                    "to make masks anew in this one")
+            # Removed before the new manifest is there: stopped in between, the old one is still
+            # true of what is left.
+            for name in self._known:
+                self._remove(name)
+            self._known, done = {}, {}
+        for name, noted in done.items():
+            if name not in self.own:
+                if not folder.shard:
+                    self._check_other(name)
+            elif noted["checksum"] != (now := self._identity(self.own[name]))["checksum"]:
+                if not anew and noted.get("file") not in (None, now.get("file")):
+                    raise ValueError(
+                        f"{now.get('file')}: {folder.path} holds masks of {noted['file']}, which "
+                        "has the same name. Rename one of the two, give another folder (--out), "
+                        "or --overwrite to replace them")
+                self._remove(name)
+                del self._known[name]
+        todo = [i for i in indices if self._is_to_make(i)]
+        self.write()
+        return todo
+
+    def _check_other(self, name: str) -> None:
+        """An image that this call does not see: are its masks as they were?"""
+        bad = [path for path in _paths(self.folder.path, name) if not self.folder.is_intact(path)]
+        if not bad:
+            return
+        del self._known[name]
+        for path in bad:
+            self.folder.remove(path)
+        _log.warning("%s: %s not as xmask wrote it, so the masks of %s count no longer; make them "
+                     "again", self.folder.path, " and ".join(path.name for path in bad), name)
+
+    def _is_to_make(self, i: int) -> bool:
+        """Whether an image still needs masks; if so, their place is cleared."""
+        name, folder = self.ids[i], self.folder
+        paths, (state, noted) = _paths(folder.path, name), self._known.get(name, ("", None))
+        if all(map(folder.is_intact, paths)):
+            if state == "images":
+                return False
+            if state == "todo" and noted == self.checksum(i):
+                with suppress(OSError, ValueError):  # a broken image is to fail as any other
+                    table = pd.read_csv(paths[1], keep_default_na=False)
+                    self.note(i, _statistics(table, self.dataset[i].repairs, self.segmenter))
+                    return False
+        try:
+            self._remove(name)  # so that no old table stands beside a new label map
+            for path in paths:
+                folder.make_way(path)
+        except FileExistsError as error:
+            self.note(i, str(error))
+            return False
+        self._known[name] = "todo", self.checksum(i)
+        _tries(folder.path, name).unlink(missing_ok=True)
+        return True
+
+    def note(self, i: int, found: dict[str, Any] | str) -> None:
+        """What became of image i: its statistics, or why it failed."""
+        self._known[self.ids[i]] = (("failed", found) if isinstance(found, str) else
+                                    ("images", {**self._identity(i), **found}))
+
+    def _identity(self, i: int) -> dict[str, str]:
+        """Checksum and, of an own photo, file; images of a data set are known by their names."""
+        source = getattr(self.dataset, "source", None)
+        return {"checksum": self.checksum(i), **({"file": source(i)} if source else {})}
+
+    def write(self) -> None:
+        """Store it: images of earlier calls, then those of this data set, in its order."""
+        if self.folder.shard:  # of the others, what their processes have noted since
+            mine = {name: self._known[name] for name in self.own if name in self._known}
+            self._known = {name: one for name, one in self._read()[1].items()
+                           if name not in self.own} | mine
+        place = {name: k for k, name in enumerate(self.ids)}
+        self._known = dict(sorted(self._known.items(), key=lambda one: place.get(one[0], -1)))
+        files.write_json(self.folder.path / "manifest.json",
+                         self.request | {state: self.all_of(state) for state in _STATES})
+
+    def _remove(self, name: str) -> None:
+        """The table first: without it the image is not complete."""
+        for path in reversed(_paths(self.folder.path, name)):
+            self.folder.remove(path)
+
+    def _read(self) -> tuple[dict[str, Any], dict[str, tuple[str, Any]]]:
+        """Request and states of images in the folder's manifest; nothing of a damaged one, whose
+        masks are set aside, as nobody knows of what they are."""
+        folder, path, stored = self.folder, self.folder.path / "manifest.json", {}
+        if folder.is_listed(path) and path.is_file():
+            try:
+                stored = read_manifest(folder.path)
+            except ValueError as error:
+                _log.warning("%s", error)
+                for file in map(folder.path.joinpath, folder.names()):
+                    if (file.suffix in (".png", ".csv") and file.stem not in OWN_FILES
+                            and file.is_file()):
+                        folder.set_aside(file, "its manifest is damaged")
+        known = {name: (state, noted) for state in _STATES
+                 for name, noted in stored.pop(state, {}).items()}
+        return stored, known
+
+
+def _make(results: Generator[_Result], total: int, manifest: _Manifest, progress: bool) -> None:
     """Note every image as its masks are made."""
-    times: list[dict[str, Any]] = []
+    times, noted = [], time.monotonic()
     try:
-        for name, found, error, took in tqdm(
-                results, desc="masks", unit="image", total=len(todo), disable=not progress):
-            manifest.ends(name, found, error)
-            if error:
-                tqdm.write(f"masks of {name} failed: {error}", file=sys.stderr)
-            else:
-                times.append({"image": name, "heads": found["heads"], **took})
+        with closing(results):  # before what it works with is closed
+            for i, found, line in tqdm(results, desc="masks", unit="image", total=total,
+                                       disable=not progress):
+                manifest.note(i, found)
+                if line:
+                    times.append(line)
+                else:
+                    tqdm.write(f"masks of {manifest.ids[i]} failed: {found}", file=sys.stderr)
+                if time.monotonic() - noted > _NOTE_EVERY:
+                    with manifest.folder.alone():
+                        manifest.write()
+                    noted = time.monotonic()
     finally:
-        results.close()  # before what it works with is closed
         with manifest.folder.alone():
             manifest.write()
             _write_times(manifest.folder, times)
@@ -187,11 +313,8 @@ def _write_times(folder: files.OutputFolder, times: list[dict[str, Any]]) -> Non
     made = pd.DataFrame(times) if times else pd.DataFrame(columns=["image", "heads", "seconds"])
     if folder.shard and folder.is_intact(path) and path.stat().st_size > 1:
         before = pd.read_csv(path, dtype={"image": str}, keep_default_na=False)
-        made = pd.concat([before[~before["image"].isin({one["image"] for one in times})], made])
+        made = pd.concat([before[~before["image"].isin(made["image"])], made])
     files.write_text(path, made.to_csv(index=False, float_format="%.3f"))
-
-
-_Result = tuple[str, "dict[str, Any] | None", str, dict[str, float]]  # see `_Job.run`
 
 
 @dataclass(frozen=True)
@@ -226,83 +349,94 @@ class _Job:
 
     def run_in_worker(self, i: int) -> _Result:
         """As `run`; an image over which workers died is tried three times."""
-        torch.set_num_threads(self.threads)  # of this thread, which is not the one that begins
-        name = self.dataset.ids[i]
-        tries = tries_of(self.out, name)
+        tries = _tries(self.out, self.dataset.ids[i])
         tries.parent.mkdir(exist_ok=True)
         with open(tries, "ab") as file:
             if file.tell() >= _TRIES:
-                return name, None, (f"{_TRIES} processes died over it, most likely for want of "
-                                    "memory"), {}
+                return i, f"{_TRIES} processes died over it, most likely for want of memory", {}
             file.write(b"x")
         found = self.run(i)
         tries.unlink(missing_ok=True)
         return found
 
     def run(self, i: int) -> _Result:
-        """Name, statistics, error (or "") and times of image i, whose masks are then stored."""
-        name = self.dataset.ids[i]
-        began = time.perf_counter()
+        """Make and store the masks of image i."""
+        torch.set_num_threads(self.threads)  # of this thread; a worker begins in another one
+        name, options, began = self.dataset.ids[i], dict(self.options), time.perf_counter()
         try:
             sample = self.dataset[i]
-            options = dict(self.options)
             if options.pop("boxes", False):
                 if sample.boxes is None:
                     raise ValueError("boxes: this data set has no head sizes; leave --boxes out")
                 options["boxes"] = sample.boxes
+            check_number(len(sample.points), name)
             labels, table = generate_masks(
                 sample.image, sample.points, self.segmenter, **options)
-            took = {"seconds": time.perf_counter() - began}
-            took |= getattr(self.segmenter, "seconds", {}) if len(table) else {}
-            _write_masks(self.out, name, labels, table)
+            line = {"image": name, "heads": len(table), "seconds": time.perf_counter() - began}
+            line |= getattr(self.segmenter, "seconds", {}) if len(table) else {}
+            picture, numbers = _paths(self.out, name)
+            files.write_png(picture, labels.astype(np.uint16))
+            files.write_text(numbers, table.to_csv(index=False, float_format="%.6g"))
         except Exception as error:  # one broken image must not cost the night's other images
-            return name, None, f"{type(error).__name__}: {error}", {}
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 if resource else 0.0
-        found = statistics(table, sample.repairs, self.segmenter)
-        return name, found, "", {**took, "peak_mb": peak}
+            return i, f"{type(error).__name__}: {error}", {}
+        line["peak_mb"] = (
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 if resource else 0.0)
+        return i, _statistics(table, sample.repairs, self.segmenter), line
 
 
-def _in_order(job: _Job, todo: list[int]) -> Generator[_Result]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(job.threads)
-    try:
-        for i in todo:
-            yield job.run(i)
-    finally:
-        torch.set_num_threads(before)
+def _statistics(table: pd.DataFrame, repairs: dict[str, int], segmenter: Segmenter) -> dict:
+    """What the manifest says about an image."""
+    # as the table on disk says it, so that a number does not depend on who reads it
+    score = table["score"].map("{:.6g}".format).astype(float).mean()
+    return {
+        "heads": len(table),
+        "sources": {one: int((table["source"] == one).sum()) for one in source_names(segmenter)},
+        "flags": dict(sorted(Counter(" ".join(table["flags"]).split()).items())),
+        "score": float(f"{score:.4f}") if len(table) else None,
+        "repairs": {name: int(count) for name, count in repairs.items()},
+    }
+
+
+def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
+    """manifest.json of a folder of masks; ValueError if it is none, or leads out of the folder."""
+    path = Path(folder) / "manifest.json"
+    manifest = files.read_json(path)
+    # By hand: pydantic takes no text with the bytes of names that are not UTF-8.
+    if not (set(manifest) >= _KEYS
+            and all(isinstance(part, dict) and all(map(files.is_plain, part))
+                    for part in (manifest.get(state, {}) for state in _STATES))
+            and all(isinstance(noted, dict) and isinstance(noted.get("checksum"), str)
+                    and isinstance(noted.get("heads"), int)
+                    and isinstance(noted.get("file", ""), str)
+                    and all(isinstance(counts, dict) and set(map(type, counts.values())) <= {int}
+                            for counts in map(noted.get, _COUNTS))
+                    for noted in manifest["images"].values())):
+        raise ValueError(
+            f"{path}: not a manifest of masks, which has the fields {', '.join(sorted(_KEYS))} and "
+            "plain image names. Masks that it listed are set aside; make them anew")
+    return manifest
 
 
 def summary(out: str | os.PathLike, names: list[str]) -> str:
     """What became of the images `names` in a folder of masks, in a few lines."""
-    path = Path(out) / "manifest.json"
-    manifest = check_manifest(files.read_json(path), path)
+    manifest = read_manifest(out)
     done = [manifest["images"][name] for name in names if name in manifest["images"]]
-    failed = [name for name in names if name in manifest["failed"]]
-    heads = sum(one["heads"] for one in done)
+    failed = [f"failed: {name}: {manifest['failed'][name]}" for name in names
+              if name in manifest["failed"]]
     lines = [f"{len(done)} of {len(names)} images have masks, {len(failed)} failed"]
-    for key in COUNTS:
-        total: dict[str, int] = {}
-        for one in done:
-            for word, count in one[key].items():
-                total[word] = total.get(word, 0) + count
-        if total:
-            title = f"{heads} heads" if key == "sources" else key
-            lines.append(f"{title}: " + ", ".join(f"{n} {word}" for word, n in total.items()))
-    lines += [f"failed: {name}: {manifest['failed'][name]}" for name in failed]
-    return "\n".join(lines)
+    for key in _COUNTS:
+        total = pd.DataFrame([one[key] for one in done]).sum()
+        if len(total):
+            title = f"{sum(one['heads'] for one in done)} heads" if key == "sources" else key
+            lines.append(f"{title}: " + ", ".join(f"{n:.0f} {word}" for word, n in total.items()))
+    return "\n".join(lines + failed)
 
 
 def file_names(out: str | os.PathLike, dataset: Any) -> dict[str, str]:
     """Image name -> file name of all images with masks in a folder, `dataset` the last to come."""
-    known = {name: dataset.image_path(i).name for i, name in enumerate(dataset.ids)}
-    return {name: Path(one["file"]).name if "file" in one else known.get(name, name)
-            for name, one in masked(out).items()}
-
-
-def masked(out: str | os.PathLike) -> dict[str, dict[str, Any]]:
-    """Name -> what the manifest says, of all images with masks in a folder."""
-    path = Path(out) / "manifest.json"
-    return check_manifest(files.read_json(path), path)["images"]
+    known = {name: dataset.image_path(i) for i, name in enumerate(dataset.ids)}
+    return {name: Path(one.get("file", known.get(name, name))).name
+            for name, one in read_manifest(out)["images"].items()}
 
 
 def read_masks(out: str | os.PathLike, name: str) -> np.ndarray:
@@ -310,22 +444,19 @@ def read_masks(out: str | os.PathLike, name: str) -> np.ndarray:
 
     Raises FileNotFoundError if it is not there or not complete, ValueError if it is no label map.
     """
-    path, _ = paths_of(Path(out), name)
-    if not is_complete(Path(out), name):
+    paths = _paths(Path(out), name)
+    if not all(path.is_file() for path in paths):
         raise FileNotFoundError(
-            f"{path}: no complete masks of image {name} in {out}; run `xmask masks` for this "
+            f"{paths[0]}: no complete masks of image {name} in {out}; run `xmask masks` for this "
             "data set (it goes on where it stopped)")
-    return read_labels(path)
+    return read_labels(paths[0])
 
 
-def _write_masks(out: Path, name: str, labels: np.ndarray, table: pd.DataFrame) -> None:
-    if len(table) > np.iinfo(np.uint16).max:
-        raise ValueError(f"{len(table)} heads do not fit a 16-bit label map (at most 65535)")
-    picture, numbers = paths_of(out, name)
-    files.write_png(picture, labels.astype(np.uint16))
-    files.write_text(numbers, table.to_csv(index=False, float_format="%.6g"))
+def _paths(out: Path, name: str) -> tuple[Path, Path]:
+    """Label map and table of image `name` in the folder `out`."""
+    return out / f"{name}.png", out / f"{name}.csv"
 
 
-def is_complete(out: Path, name: str) -> bool:
-    """Whether image `name` has its masks in folder `out`."""
-    return all(path.is_file() for path in paths_of(out, name))
+def _tries(out: Path, name: str) -> Path:
+    """Holds a byte for every worker that began with an image and did not come to its end."""
+    return out / files.HIDDEN / "trying" / name

@@ -15,8 +15,8 @@ import numpy as np
 from xmask import files
 from xmask.data.dot_formats import DOT_SUFFIXES, Listed, read_dot_file
 from xmask.data.images import SUFFIXES, is_image
-from xmask.data.mask_manifest import OWN_FILES
-from xmask.data.readers import read_sample
+from xmask.data.masks import OWN_FILES
+from xmask.data.readers import first_few, read_sample
 from xmask.data.sample import Sample
 
 
@@ -150,8 +150,7 @@ def read_folder(folder: str | os.PathLike) -> tuple[OwnPhotos, OwnPhotos]:
             dots[image], origin[image] = points, path
     dotted = OwnPhotos([(p, dots[p]) for p in images if p in dots])
     dotted.files += origin.values()
-    return (dotted,
-            OwnPhotos([(p, None) for p in images if p not in dots]))
+    return dotted, OwnPhotos([(p, None) for p in images if p not in dots])
 
 
 class _Names:
@@ -186,7 +185,7 @@ class _Names:
         if missing:
             raise ValueError(
                 f"{table}: lists {len(missing)} images that are not beside it: "
-                f"{', '.join(name[:60] for name in missing[:5])}{', ...' * (len(missing) > 5)}; "
+                f"{first_few([name[:60] for name in missing])}; "
                 "copy them there, or take them out of the file")
         return [(image, points) for image, points in found if image is not None]
 

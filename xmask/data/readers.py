@@ -64,9 +64,7 @@ def open_dataset(
     listing = list_split(layout, folder, split)
     generator = read_marker(folder)
     expected = expected_images(layout, generator, split)
-    if not allow_partial:
-        _require_pairs(layout, listing)
-    _require_number(layout, listing, split, expected, allow_partial)
+    _require_whole(layout, listing, split, expected, allow_partial)
     return CrowdDataset(
         name, split, layout, listing, listing.pairs, generator=generator,
         max_side=(layout.max_side if max_side is None else int(max_side)) or None)
@@ -141,13 +139,9 @@ class CrowdDataset(Sequence):
         """SHA-256 over names, annotation bytes and stored image sizes, in order.
 
         Images are not decoded (one without a readable size counts as 0x0): it says which data a
-        run has seen, not whether pixels are intact
-        (for that see `check_dataset`).
+        run has seen, not whether pixels are intact (for that see `check_dataset`).
         """
-        digest = hashlib.sha256()
-        for i in range(len(self)):
-            digest.update(self._identity(i))
-        return digest.hexdigest()
+        return hashlib.sha256(b"".join(map(self._identity, range(len(self))))).hexdigest()
 
     def image_checksum(self, index: int) -> str:
         """SHA-256 over what `checksum` sees of one image: name, annotation, stored size."""
@@ -277,10 +271,9 @@ def expected_images(layout: Layout, generator: dict | None, split: str) -> int |
     return generator.get("images", {}).get(split)
 
 
-def first_few(paths: Sequence[Path], limit: int = 5) -> str:
-    """Names of the first few files, for messages."""
-    names = ", ".join(path.name for path in paths[:limit])
-    return f"{names}, ..." if len(paths) > limit else names
+def first_few(names: Sequence[object]) -> str:
+    """The first five of some names or numbers, for messages."""
+    return ", ".join([*map(str, names[:5])] + ["..."] * (len(names) > 5))
 
 
 def _draw_if_missing(folder: Path | None, root: str | os.PathLike) -> Path:
@@ -295,30 +288,26 @@ def _draw_if_missing(folder: Path | None, root: str | os.PathLike) -> Path:
     return folder
 
 
-def _require_pairs(layout: Layout, listing: Listing) -> None:
-    for paths, what in ((listing.without_annotation, "images without an annotation"),
-                        (listing.without_image, "annotations without an image")):
-        if paths:
-            raise ValueError(
-                f"{listing.folder}: {len(paths)} {what}: {first_few(paths)}. The data set is "
-                f"incomplete: download it again from {layout.source}, or pass allow_partial=True "
-                "to use the pairs that are there.")
-
-
-def _require_number(
+def _require_whole(
     layout: Layout, listing: Listing, split: str, expected: int | None, allow_partial: bool,
 ) -> None:
+    """Raises ValueError where a split has not the files it should have."""
+    rest = "or pass allow_partial=True to use"
+    for paths, what in ((listing.without_annotation, "images without an annotation"),
+                        (listing.without_image, "annotations without an image")):
+        if paths and not allow_partial:
+            raise ValueError(
+                f"{listing.folder}: {len(paths)} {what}: {first_few([one.name for one in paths])}. "
+                f"The data set is incomplete: download it again from {layout.source}, {rest} the "
+                "pairs that are there.")
     found = len(listing.pairs)
     if found == 0:
         raise ValueError(f"{listing.folder}: no pair of an image and its annotation. "
                          f"Looked for {layout.describe()}.")
-    if expected is None or found == expected or (allow_partial and found < expected):
-        return
-    if found < expected:
-        raise ValueError(
-            f"{listing.folder}: {found} images, but the {split} split of {layout.title} has "
-            f"{expected}. The data set is incomplete: download (or draw) it again, or pass "
-            "allow_partial=True to use what is there.")
-    raise ValueError(
-        f"{listing.folder}: {found} images, but the {split} split of {layout.title} has only "
-        f"{expected}. Is it another data set, or were files added? Remove what does not belong.")
+    title = f"{listing.folder}: {found} images, but the {split} split of {layout.title} has"
+    if expected and found < expected and not allow_partial:
+        raise ValueError(f"{title} {expected}. The data set is incomplete: download (or draw) it "
+                         f"again, {rest} what is there.")
+    if expected is not None and found > expected:
+        raise ValueError(f"{title} only {expected}. Is it another data set, or were files added? "
+                         "Remove what does not belong.")

@@ -8,7 +8,7 @@ from importlib import resources
 
 import numpy as np
 
-from xmask.data.readers import CrowdDataset
+from xmask.data.readers import CrowdDataset, first_few
 
 #: Data set -> its key in the published protocol.
 _PROTOCOLS = {"sha": "sha", "qnrf": "ucf", "jhu": "jhu"}
@@ -48,11 +48,10 @@ def labelled_ids(dataset: CrowdDataset, percent: float, *, seed: int = 2024) -> 
     position = {number: i for i, number in enumerate(dataset.numbers)}
     missing = sorted(number for number in protocol[key] if number not in position)
     if missing:
-        shown = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
         raise ValueError(
             f"{len(missing)} of the {len(protocol[key])} labelled images of the {key} percent "
-            f"protocol are not in this {dataset.layout.title}: numbers {shown}. Download the "
-            "data set again; image numbers must be the original ones.")
+            f"protocol are not in this {dataset.layout.title}: numbers {first_few(missing)}. "
+            "Download the data set again; image numbers must be the original ones.")
     return sorted(position[number] for number in protocol[key])
 
 

@@ -94,15 +94,17 @@ def write(folder: str | os.PathLike, names: dict[str, str], path: str | os.PathL
 
     names: image id -> file name. Ids of images count from 1 in that order.
     """
-    from xmask.data.masks import is_complete, read_masks
+    from xmask.data.masks import read_masks
 
     def entries() -> Iterator[tuple[dict[str, Any], Iterator[dict[str, Any]]]]:
         for name, file_name in names.items():
-            if is_complete(Path(folder), name):
+            try:
                 labels = read_masks(folder, name)
-                table = pd.read_csv(Path(folder) / f"{name}.csv", keep_default_na=False)
-                yield ({"file_name": file_name, "height": labels.shape[0],
-                        "width": labels.shape[1]}, annotations(labels, table))
+            except FileNotFoundError:  # they are not complete
+                continue
+            table = pd.read_csv(Path(folder) / f"{name}.csv", keep_default_na=False)
+            yield ({"file_name": file_name, "height": labels.shape[0],
+                    "width": labels.shape[1]}, annotations(labels, table))
 
     return write_document(
         path, {"description": "EDP-SAM masks of heads, made by XMask"}, entries())

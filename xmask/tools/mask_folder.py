@@ -58,11 +58,11 @@ def confidence(folder: str | os.PathLike) -> pd.DataFrame:
     failed: heads that got a disc, because no candidate was good enough.
     """
     rows = []
-    for path in (Path(folder) / f"{name}.csv" for name in sorted(masks.masked(folder))):
-        table = pd.read_csv(path, keep_default_na=False)
+    for name in sorted(masks.read_manifest(folder)["images"]):
+        table = pd.read_csv(Path(folder) / f"{name}.csv", keep_default_na=False)
         if len(table):
             failed = (table["source"] == "disc") | (table["area"] == 0)
-            rows.append({"image": path.stem, "confidence": table["score"].where(~failed, 0).mean(),
+            rows.append({"image": name, "confidence": table["score"].where(~failed, 0).mean(),
                          "heads": len(table), "failed": int(failed.sum())})
     table = pd.DataFrame(rows, columns=["image", "confidence", "heads", "failed"])
     return table.sort_values(["confidence", "image"], ignore_index=True)
