@@ -42,6 +42,7 @@ _KEYS = {"algorithm", "segmenter", "options", "dataset", "images", "failed"}  # 
 _STATES = ("images", "failed", "todo")  # of an image; the rest is what all masks depend on
 _COUNTS = ("sources", "flags", "repairs")  # what the manifest counts for every image
 _TRIES = 3  # of an image whose worker dies
+_PEAK_UNIT = 1 << (20 if sys.platform == "darwin" else 10)  # a MB, in what the system counts
 _NOTE_EVERY = 10.0  # seconds between two writes of a growing manifest
 #: index, statistics or why there are no masks, line of times.csv
 _Result = tuple[int, "dict[str, Any] | str", dict[str, Any]]
@@ -140,8 +141,7 @@ def _check_names(names: list[str], out: Path) -> None:
 
 
 def part_of(indices: Iterable[int], shard: str = "") -> list[int]:
-    """The indices of one shard, of "2/3" every third, from the second on; "" is all; ValueError
-    for what is no shard."""
+    """The indices of a shard, every third from the second on of "2/3", "" all; ValueError if none."""
     found = re.fullmatch(r"([1-9][0-9]{0,5})/([1-9][0-9]{0,5})", shard or "1/1")
     if not found or int(found[1]) > int(found[2]):
         raise ValueError(f"shard: {shard!r}; 1/4 to 4/4 are the four shards of a data set")
@@ -379,8 +379,8 @@ class _Job:
             files.write_text(numbers, table.to_csv(index=False, float_format="%.6g"))
         except Exception as error:  # one broken image must not cost the night's other images
             return i, f"{type(error).__name__}: {error}", {}
-        line["peak_mb"] = (
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 if resource else 0.0)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else 0
+        line["peak_mb"] = peak / _PEAK_UNIT
         return i, _statistics(table, sample.repairs, self.segmenter), line
 
 
