@@ -141,7 +141,7 @@ def _check_names(names: list[str], out: Path) -> None:
 
 
 def part_of(indices: Iterable[int], shard: str = "") -> list[int]:
-    """The indices of a shard: of "2/3" every third, from the second on; ValueError if it is none."""
+    """The indices of a shard: of "2/3" every third, from the second on. ValueError for none."""
     found = re.fullmatch(r"([1-9][0-9]{0,5})/([1-9][0-9]{0,5})", shard or "1/1")
     if not found or int(found[1]) > int(found[2]):
         raise ValueError(f"shard: {shard!r}; 1/4 to 4/4 are the four shards of a data set")
