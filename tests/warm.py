@@ -1,0 +1,59 @@
+"""Python programs that start at once, as they are forked from a process that has imported xmask.
+
+A new interpreter takes five seconds to import torch and all that needs it. What a test says about
+such seconds, about hash seeds or about memory needs a new interpreter; all else does not.
+"""
+
+import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["xmask.tools.learn", "xmask.tools.mask_folder",
+                               "xmask.tools.photos", "xmask.trainer"])
+
+
+class Program(_FORKS.Process):
+    """`python -m MODULE ARGUMENTS`, begun at once, in a session of its own.
+
+    log: the file that takes what it prints. environment: beside that of the test.
+    """
+
+    def __init__(self, module: str, *arguments: object, log: Path,
+                 environment: dict[str, str] | None = None) -> None:
+        super().__init__()
+        self.words, self.log, self.folder = [module, *map(str, arguments)], log, os.getcwd()
+        self.environment = os.environ | (environment or {})
+        self.start()
+
+    def run(self) -> None:
+        os.setsid()
+        os.chdir(self.folder)
+        os.environ.clear()
+        os.environ.update(self.environment)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal
+        with open(self.log, "wb") as file:
+            for stream in (1, 2):
+                os.dup2(file.fileno(), stream)
+        sys.argv = self.words
+        runpy.run_module(self.words[0], run_name="__main__", alter_sys=True)
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Its exit code; raises subprocess.TimeoutExpired as a `subprocess.Popen` does."""
+        self.join(timeout)
+        if self.exitcode is None:
+            raise subprocess.TimeoutExpired(self.words, timeout)
+        return self.exitcode
+
+    def kill_all(self) -> None:
+        """Kill it and what it has started."""
+        os.killpg(self.pid, signal.SIGKILL)
+        self.join()
+
+    def said(self) -> str:
+        """What it has printed."""
+        return self.log.read_text(encoding="utf-8")
