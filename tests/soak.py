@@ -86,7 +86,7 @@ def kill_and_compare(name: str, place: Path, *, kills: int, seed: int) -> dict:
     out = place / "killed-0"
     while True:
         begun = time.monotonic()
-        process = Program("xmask", *command, out, log=place / "log")
+        process = Program("-m", "xmask", *command, out, log=place / "log")
         try:
             code = process.wait(rng.uniform(0.2, 0.9) * took if done < kills else None)
         except subprocess.TimeoutExpired:

@@ -39,7 +39,7 @@ def by_hand(folder, fault):
     common = {"TORCHELASTIC_RUN_ID": "by-hand", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GROUP_RANK": "0",
               "OMP_NUM_THREADS": "1"}
-    return [Program("tests.two_processes", folder, fault, log=folder / f"log-{rank}",
+    return [Program("-m", "tests.two_processes", folder, fault, log=folder / f"log-{rank}",
                     environment=common | {"RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
 
 
@@ -50,7 +50,7 @@ def states(folder):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
-    program = Program("tests.two_processes", folder, log=folder / "log")
+    program = Program("-m", "tests.two_processes", folder, log=folder / "log")
     assert program.wait(300) == 0, program.said()
     return states(folder)
 

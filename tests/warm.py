@@ -14,19 +14,21 @@ from pathlib import Path
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["xmask.tools.learn", "xmask.tools.mask_folder",
-                               "xmask.tools.photos", "xmask.trainer"])
+                               "xmask.tools.photos", "xmask.study.reproduce"])
 
 
 class Program(_FORKS.Process):
-    """`python -m MODULE ARGUMENTS`, begun at once, in a session of its own.
+    """`python -m MODULE ARGUMENTS` or `python -c CODE ARGUMENTS`, begun at once, in a session of
+    its own.
 
     log: the file that takes what it prints. environment: beside that of the test.
     """
 
-    def __init__(self, module: str, *arguments: object, log: Path,
+    def __init__(self, option: str, *words: object, log: Path,
                  environment: dict[str, str] | None = None) -> None:
         super().__init__()
-        self.words, self.log, self.folder = [module, *map(str, arguments)], log, os.getcwd()
+        self.option, self.words = option, list(map(str, words))
+        self.log, self.folder = log, os.getcwd()
         self.environment = os.environ | (environment or {})
         self.start()
 
@@ -40,7 +42,10 @@ class Program(_FORKS.Process):
             for stream in (1, 2):
                 os.dup2(file.fileno(), stream)
         sys.argv = self.words
-        runpy.run_module(self.words[0], run_name="__main__", alter_sys=True)
+        if self.option == "-m":
+            runpy.run_module(self.words[0], run_name="__main__", alter_sys=True)
+        else:
+            exec(self.words[0], {"__name__": "__main__"})
 
     def wait(self, timeout: float | None = None) -> int:
         """Its exit code; raises subprocess.TimeoutExpired as a `subprocess.Popen` does."""
