@@ -10,11 +10,21 @@ import runpy
 import signal
 import subprocess
 import sys
+from contextlib import AbstractContextManager
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
+
+import dask
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["xmask.tools.learn", "xmask.tools.mask_folder",
                                "xmask.tools.photos", "xmask.study.reproduce"])
+
+
+def forked_workers() -> AbstractContextManager:
+    """Within it, workers of Dask that this process starts are forked, too."""
+    ensure_running()  # before Dask says what it should import
+    return dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"})
 
 
 class Program(_FORKS.Process):
