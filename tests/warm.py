@@ -16,8 +16,8 @@ from pathlib import Path
 
 import dask
 
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["xmask.tools.learn", "xmask.tools.mask_folder",
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["xmask.tools.learn", "xmask.tools.mask_folder",
                                "xmask.tools.photos", "xmask.study.reproduce"])
 
 
@@ -27,7 +27,7 @@ def forked_workers() -> AbstractContextManager:
     return dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"})
 
 
-class Program(_FORKS.Process):
+class Program(FORKS.Process):
     """`python -m MODULE ARGUMENTS` or `python -c CODE ARGUMENTS`, begun at once, in a session of
     its own.
 
