@@ -120,7 +120,13 @@ def test_a_stopped_run_goes_on_where_it_stopped(tmp_path):
     assert segmenter.images == 2  # nothing left to do
 
 
-def test_any_number_of_workers_gives_the_same_folder(tmp_path):
+@pytest.fixture
+def forked():
+    with forked_workers():
+        yield
+
+
+def test_any_number_of_workers_gives_the_same_folder(tmp_path, forked):
     alone = masks(tmp_path / "1", ClassicalSegmenter())
     together = masks(tmp_path / "3", ClassicalSegmenter(), workers=3)
     for path in alone.iterdir():
@@ -137,12 +143,6 @@ def test_workers_keep_freed_memory_and_have_the_threads_that_were_asked_for(tmp_
         job = store._Job(Dataset(), ClassicalSegmenter(), {}, tmp_path, 2, {}, False)
         (tmp_path / files.HIDDEN).mkdir()
         assert client.submit(lambda: (job.run_in_worker(0), torch.get_num_threads())[1]).result() == 2
-
-
-@pytest.fixture
-def forked():
-    with forked_workers():
-        yield
 
 
 def test_workers_go_on_when_an_image_fails(tmp_path, forked):
