@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -24,6 +22,7 @@ import psutil
 from PIL import Image
 
 from tests import hostile
+from tests.warm import Program
 from xmask import files
 from xmask.data.masks import mask_dataset
 from xmask.data.sample import Sample
@@ -49,6 +48,7 @@ def _photos(folder: Path, number: int, *, dotted: int = 0) -> Path:
 
 
 def _command(name: str, place: Path) -> list[str]:
+    """What follows `xmask`, but for the output folder."""
     if name == "masks":
         if not (place / "drawn").exists():
             write_dataset("sha", place / "drawn", train=4, test=1, seed=3, progress=False)
@@ -59,7 +59,7 @@ def _command(name: str, place: Path) -> list[str]:
             _photos(place / "photos", 6, dotted=3)
         words = (["predict", str(place / "photos"), "--device", "cpu"] if name == "predict" else
                  ["learn", str(place / "photos"), "--segmenter", "classical", *_SHORT])
-    return [sys.executable, "-m", "xmask", *words, "--out"]
+    return [*words, "--out"]
 
 
 def results(folder: Path) -> dict[str, str]:
@@ -72,34 +72,33 @@ def kill_and_compare(name: str, place: Path, *, kills: int, seed: int) -> dict:
     """Run a command, kill it `kills` times at random moments, run it to its end, and compare.
 
     A whole run takes far longer than the time between two kills, so the output folder is thrown
-    away whenever a run has come to its end and kills are left.
+    away whenever a run has come to its end and kills are left. The first run is a new interpreter;
+    the others are forked, so that kills meet its work and not its imports.
     Returns how many kills there were, and what was lost of finished images or differs.
     """
     rng = random.Random(f"{name} {seed}")
     command = _command(name, place)
     begun = time.monotonic()
-    subprocess.run([*command, str(place / "whole")], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "xmask", *command, str(place / "whole")], check=True,
+                   capture_output=True)
     took = time.monotonic() - begun
     whole, done, lost, different, ends = results(place / "whole"), 0, [], [], 0
     out = place / "killed-0"
     while True:
         begun = time.monotonic()
-        process = subprocess.Popen([*command, str(out)], stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.PIPE, start_new_session=True)
+        process = Program("-m", "xmask", *command, out, log=place / "log")
         try:
-            errors = process.communicate(
-                timeout=rng.uniform(0.2, 0.9) * took if done < kills else None)[1]
+            code = process.wait(rng.uniform(0.2, 0.9) * took if done < kills else None)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+            process.kill_all()
             done += 1
             if out.exists():  # whatever has its name is whole
                 lost += [f"{path.name} after kill {done}" for path in out.rglob("*.png")
                          if ".xmask" not in path.parts and not _is_whole(path)]
             continue
-        if process.returncode:
-            raise RuntimeError(errors.decode())
-        took = min(took, time.monotonic() - begun)  # the machine may be less busy than at first
+        if code:
+            raise RuntimeError(process.said())
+        took = min(took, time.monotonic() - begun)  # without imports
         found = results(out)
         different += [f"{name} in {out.name}" for name in {*whole, *found}
                       if whole.get(name) != found.get(name)]
@@ -121,24 +120,26 @@ def _is_whole(path: Path) -> bool:
 _MEASURE = """
 import resource, sys
 from xmask.cli import main
-status = main(sys.argv[1:])
-print("peak", status, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+for place in sys.argv[1:3]:
+    status = main([sys.argv[3], f"{place}/photos", "--out", f"{place}/out", *sys.argv[4:]])
+    print("peak", status, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
-def peak(command: str, place: Path, images: int) -> float:
-    """Peak memory, MB, of a process that predicts, or learns from, so many small images."""
-    photos = str(_photos(place / "photos", images, dotted=3))
-    words = [command, photos, "--out", str(place / "out")]
-    if command == "predict":
-        words += ["--device", "cpu"]
-    else:  # long enough to see 1,000 images
-        words += ["--segmenter", "classical", *_SHORT, "--set=schedule.steps_per_epoch=32"]
-    found = subprocess.run([sys.executable, "-c", _MEASURE, *words],
+def peaks(command: str, place: Path, few: int, many: int) -> list[float]:
+    """Peak memory, MB, of a process that predicts, or learns from, few small images, and after it
+    has done so with many, too."""
+    places = [place / str(number) for number in (few, many)]
+    for folder, number in zip(places, (few, many)):
+        _photos(folder / "photos", number, dotted=3)
+    options = ["--device", "cpu"]
+    if command != "predict":  # long enough to see 1,000 images
+        options = ["--segmenter", "classical", *_SHORT, "--set=schedule.steps_per_epoch=32"]
+    found = subprocess.run([sys.executable, "-c", _MEASURE, *map(str, places), command, *options],
                            check=True, capture_output=True, text=True).stdout
-    status, size = re.findall(r"^peak (\d+) (\d+)$", found, re.MULTILINE)[0]
-    assert status == "0"
-    return int(size) / 1024
+    measured = re.findall(r"^peak (\d+) (\d+)$", found, re.MULTILINE)
+    assert [status for status, _ in measured] == ["0", "0"]
+    return [int(size) / 1024 for _, size in measured]
 
 
 class TinyImages:
@@ -162,8 +163,8 @@ class TinyImages:
 
 
 def many_images(place: Path, number: int) -> dict:
-    """Masks of so many tiny images by two workers: seconds, and memory in MB of this process and
-    of the largest worker, when a tenth is done and at the end."""
+    """Masks of so many tiny images by two workers: seconds, and the most memory in MB of this
+    process and of a worker during the second and during the last tenth of the images."""
     me, sizes, begun, over = psutil.Process(), [], time.monotonic(), threading.Event()
 
     def watch() -> None:
@@ -183,9 +184,9 @@ def many_images(place: Path, number: int) -> dict:
         over.set()
         thread.join()
     sizes = [one for one in sizes if len(one) == 3]
-    early = next(one for one in sizes if one[0] >= 0.1)
-    late = max((one for one in sizes if one[0] > 0.8), key=lambda one: one[1] + one[2])
-    return {"seconds": time.monotonic() - begun, "early": early[1:], "late": late[1:]}
+    early, late = ([max(some) for some in zip(*(one[1:] for one in sizes if low <= one[0] <= high))]
+                   for low, high in ((0.1, 0.2), (0.9, 1.0)))
+    return {"seconds": time.monotonic() - begun, "early": early, "late": late}
 
 
 def hostile_images(place: Path, number: int) -> dict:
@@ -228,13 +229,13 @@ def main(arguments: list[str] | None = None) -> None:
         rows.append(("hostile files as photos", f"{one['files']} files in one call",
                      f"{one['tracebacks']} tracebacks, {one['said']} named"))
         for name in ("predict", "learn"):
-            few, many = (peak(name, place / f"{name}{n}", n) for n in (50, options.images))
+            few, many = peaks(name, place / f"of {name}", 50, options.images)
             rows.append((f"memory of `xmask {name}`", f"{options.images} images beside 50",
                          f"{many:.0f} MB beside {few:.0f} MB: {many / few:.3f} times"))
         one = many_images(place / "many", options.many)
         rows.append(("memory of `xmask masks` with two workers",
                      f"{options.many} tiny images, 25 a task, {one['seconds']:.0f} s", ", ".join(
-                         f"{name} {late:.0f} MB, {early:.0f} MB when a tenth was done"
+                         f"{name} at most {late:.0f} MB (last tenth), {early:.0f} MB (second tenth)"
                          for name, early, late in zip(("client", "largest worker"), one["early"],
                                                       one["late"]))))
     table = "\n".join(["| tried | how often | what happened |", "| --- | --- | --- |",

@@ -251,7 +251,7 @@ def test_a_killed_command_goes_on_and_ends_with_the_same_bytes(command, tmp_path
 
 
 def test_predicting_many_images_takes_no_more_memory_than_a_few(tmp_path):
-    few, many = (soak.peak("predict", tmp_path / str(n), n) for n in (3, 15))
+    few, many = soak.peaks("predict", tmp_path, 3, 15)
     assert many <= 1.1 * few
 
 

@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -15,20 +14,33 @@ from torch import distributed, nn
 
 from tests.test_trainer import CPU, images, tiny, trainer
 from tests.two_processes import EPOCHS, GENTLE
+from tests.warm import Program
 from xmask import processes
 from xmask.trainer import Trainer
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
 
-def start(*arguments, processes=2, module="tests.two_processes"):
-    """`torchrun` with so many processes; its exit code, what it said, and seconds."""
+def torchrun(*arguments, processes=2, module="tests.two_processes"):
+    """`torchrun` with so many processes; its exit code, and what it said."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "MKL_"))}
-    begun = time.monotonic()
     done = subprocess.run(
         [sys.executable, *TORCHRUN, str(processes), "-m", module, *map(str, arguments)],
         capture_output=True, text=True, timeout=300, env=clean | {"OMP_NUM_THREADS": "1"})
-    return done.returncode, done.stdout + done.stderr, time.monotonic() - begun
+    return done.returncode, done.stdout + done.stderr
+
+
+def by_hand(folder, fault):
+    """Two processes as torchrun starts them, which would end one before it can say why when the
+    other ends; the second has the fault."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"TORCHELASTIC_RUN_ID": "by-hand", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GROUP_RANK": "0",
+              "OMP_NUM_THREADS": "1"}
+    return [Program("-m", "tests.two_processes", folder, fault, log=folder / f"log-{rank}",
+                    environment=common | {"RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
 
 
 def states(folder):
@@ -38,14 +50,15 @@ def states(folder):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
-    subprocess.run([sys.executable, "-m", "tests.two_processes", folder], check=True)
+    program = Program("-m", "tests.two_processes", folder, log=folder / "log")
+    assert program.wait(300) == 0, program.said()
     return states(folder)
 
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
     folder = tmp_path_factory.mktemp("together")
-    code, said, _ = start(folder)
+    code, said = torchrun(folder)
     assert code == 0, said
     return states(folder)
 
@@ -89,29 +102,16 @@ def test_what_two_processes_saved_goes_on_in_one(together, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_in_one_process_stops_all(tmp_path):
-    code, said, seconds = start(tmp_path, "nan")
-    assert code != 0 and said.count("FloatingPointError: sha-40-s3: the loss is nan") == 2
-    assert seconds < 60
+    for stopped in by_hand(tmp_path, "nan"):
+        assert stopped.wait(60) == 1
+        assert "FloatingPointError: sha-40-s3: the loss is nan" in stopped.said()
 
 
 def test_a_killed_process_ends_the_other_within_a_minute(tmp_path):
-    """By hand, as torchrun would end the other before it can say why."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {"TORCHELASTIC_RUN_ID": "by-hand", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GROUP_RANK": "0",
-              "OMP_NUM_THREADS": "1"}
-    left, killed = (subprocess.Popen(
-        [sys.executable, "-m", "tests.two_processes", tmp_path, "kill"], text=True,
-        env=os.environ | common | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE)
-        for rank in ("0", "1"))
+    left, killed = by_hand(tmp_path, "kill")
     assert killed.wait(120) == -signal.SIGKILL
-    begun = time.monotonic()
-    said = left.communicate(timeout=60)[1]
-    assert left.returncode == 1 and time.monotonic() - begun < 60
-    assert "RuntimeError: another process of this training has ended" in said
-    killed.stderr.close()
+    assert left.wait(60) == 1
+    assert "RuntimeError: another process of this training has ended" in left.said()
 
 
 def test_crops_that_cannot_be_shared_are_refused(monkeypatch):

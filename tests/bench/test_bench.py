@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -16,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import reference
+from tests.warm import FORKS, Program
 from xmask import bench, decode, features, losses, model
 from xmask.bench import comparisons, dense, measure, report
 from xmask.config import Loss
@@ -124,7 +123,13 @@ def test_a_side_is_measured_in_its_own_process():
     assert large.peak > 0.95 * (1 << 27) > small.peak
 
 
-def test_a_failing_side_says_why():
+@pytest.fixture
+def forked(monkeypatch):
+    """Sides are forked from a process that has imported xmask: how they start is not the point."""
+    monkeypatch.setattr(measure, "get_context", lambda how: FORKS)
+
+
+def test_a_failing_side_says_why(forked):
     with pytest.raises(ValueError, match="no such thing"):
         measure.alternate([_broken], threads=1)
 
@@ -138,10 +143,10 @@ def test_a_side_ends_with_who_measures_it(tmp_path):
     code = ("from functools import partial; from pathlib import Path; "
             "from xmask.bench import measure; from tests.bench.test_bench import _says_who_it_is; "
             f"measure.alternate([partial(_says_who_it_is, Path({str(tmp_path / 'pid')!r}))], threads=1)")
-    with subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2]) as parent:
-        wait_for((tmp_path / "pid").is_file)
-        side = int((tmp_path / "pid").read_text())
-        parent.kill()
+    parent = Program("-c", code, log=tmp_path / "log")
+    wait_for((tmp_path / "pid").is_file)
+    side = int((tmp_path / "pid").read_text())
+    parent.kill()
     wait_for(lambda: not Path(f"/proc/{side}").exists())
 
 
@@ -161,7 +166,7 @@ def _tiny_rows():
                                  fewer=(10,), of=30, share=1e9)
 
 
-def test_a_run_writes_table_numbers_and_figure(tmp_path, monkeypatch):
+def test_a_run_writes_table_numbers_and_figure(tmp_path, monkeypatch, forked):
     monkeypatch.setattr(comparisons, "comparisons", _tiny_rows)
     bench.run(tmp_path, tmp_path, only=("decode", "network"), threads=1, progress=False)
     found = read_json(tmp_path / "bench.json")

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from tests.test_edp_sam import picture
+from tests.warm import Program, forked_workers
 from xmask import files
 from xmask.data import cluster
 from xmask.data import masks as store
@@ -119,7 +120,13 @@ def test_a_stopped_run_goes_on_where_it_stopped(tmp_path):
     assert segmenter.images == 2  # nothing left to do
 
 
-def test_any_number_of_workers_gives_the_same_folder(tmp_path):
+@pytest.fixture
+def forked():
+    with forked_workers():
+        yield
+
+
+def test_any_number_of_workers_gives_the_same_folder(tmp_path, forked):
     alone = masks(tmp_path / "1", ClassicalSegmenter())
     together = masks(tmp_path / "3", ClassicalSegmenter(), workers=3)
     for path in alone.iterdir():
@@ -138,7 +145,7 @@ def test_workers_keep_freed_memory_and_have_the_threads_that_were_asked_for(tmp_
         assert client.submit(lambda: (job.run_in_worker(0), torch.get_num_threads())[1]).result() == 2
 
 
-def test_workers_go_on_when_an_image_fails(tmp_path):
+def test_workers_go_on_when_an_image_fails(tmp_path, forked):
     with pytest.raises(MasksFailed, match="failed for 2 of 5 images, the first IMG_1"):
         masks(tmp_path, ClassicalSegmenter(), broken=(3, 1), workers=2)
     manifest = files.read_json(tmp_path / "manifest.json")
@@ -157,7 +164,8 @@ class Deadly(ClassicalSegmenter):
         super().set_image(image)
 
 
-def test_an_image_over_which_a_worker_dies_is_named_and_the_others_get_masks(tmp_path):
+def test_an_image_over_which_a_worker_dies_is_named_and_the_others_get_masks(
+        tmp_path, forked):
     segmenter = Deadly()
     segmenter.victim = int(Dataset()[3].image[0, 0, 0])
     others = [i for i in range(5) if Dataset()[i].image[0, 0, 0] != segmenter.victim]
@@ -168,13 +176,13 @@ def test_an_image_over_which_a_worker_dies_is_named_and_the_others_get_masks(tmp
     assert list(manifest["failed"]) == ["IMG_3"] and len(manifest["images"]) == 4
 
 
-def test_workers_that_cannot_even_start_are_not_started_for_every_image(tmp_path):
+def test_workers_that_cannot_even_start_are_not_started_for_every_image(tmp_path, forked):
     with pytest.raises(RuntimeError, match="workers died one after the other before they did any"):
         masks(tmp_path, Unopenable(), workers=2)
     assert not list(tmp_path.glob("*.png"))
 
 
-def test_the_workers_of_a_scheduler_that_runs_give_the_same_folder(tmp_path):
+def test_the_workers_of_a_scheduler_that_runs_give_the_same_folder(tmp_path, forked):
     from distributed import LocalCluster
     with LocalCluster(n_workers=1, threads_per_worker=2, processes=True, host="127.0.0.1",
                       dashboard_address=None) as cluster:
@@ -197,15 +205,12 @@ class Slow(ClassicalSegmenter):
 @contextmanager
 def scheduler_and_worker(folder):
     """The address of a Dask scheduler that has one worker, and its process."""
-    program, file = [sys.executable, "-m"], folder / "scheduler.json"
+    file = folder / "scheduler.json"
     file.unlink(missing_ok=True)
-    processes = [subprocess.Popen([*program, f"distributed.cli.dask_{name}", *words],
-                                  stderr=subprocess.DEVNULL)
-                 for name, words in (
-        ("scheduler", ["--host", "127.0.0.1", "--port", "0", "--no-dashboard",
-                       "--scheduler-file", file]),
-        ("worker", ["--scheduler-file", file, "--nthreads", "1", "--no-dashboard",
-                    "--local-directory", folder]))]
+    processes = [Program("-m", f"distributed.cli.dask_{name}", "--scheduler-file", file,
+                         "--no-dashboard", *words, log=folder / name) for name, words in (
+        ("scheduler", ["--host", "127.0.0.1", "--port", "0"]),
+        ("worker", ["--nthreads", "1", "--local-directory", folder]))]
     try:
         while not file.exists():
             time.sleep(0.1)
@@ -232,8 +237,8 @@ def test_a_scheduler_that_is_killed_and_started_again_costs_no_image(tmp_path, m
             masks(out, Slow(), scheduler=address)
     assert 2 <= len(list(out.glob("*.csv"))) < 5
     with scheduler_and_worker(tmp_path) as (address, _):
-        masks(out, Slow(), scheduler=address)
-    alone = masks(tmp_path / "alone", Slow())
+        masks(out, ClassicalSegmenter(), scheduler=address)
+    alone = masks(tmp_path / "alone", ClassicalSegmenter())
     for path in alone.iterdir():
         if path.name not in ("times.csv", ".xmask"):
             assert files.sha256(path) == files.sha256(out / path.name)

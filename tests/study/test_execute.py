@@ -13,6 +13,7 @@ import nbformat
 import pytest
 from distributed import LocalCluster
 
+from tests.warm import Program
 from xmask.data.cluster import ask, open_client, work_in_order
 from xmask.study import reproduce, sweeps, travel
 from xmask.study.execute import Notebooks
@@ -64,7 +65,7 @@ def noted(folder: Path, count: int) -> list[int]:
     """The processes that notebooks have noted, once there are so many."""
     end, found = time.monotonic() + 90, []
     while len(found) < count and time.monotonic() < end:
-        time.sleep(0.2)
+        time.sleep(0.05)
         found = " ".join(path.read_text() for path in sorted(folder.glob("*.pids"))).split()
     assert len(found) == count
     return [int(pid) for pid in found]
@@ -77,8 +78,16 @@ def all_end(pids, seconds=5) -> bool:
     return not any(map(alive, pids))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def light():
+    """The notebooks of these tests need nothing of what others need: see light/sitecustomize.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{Path(__file__).parent / 'light'}{os.pathsep}{ROOT}")
+        yield
+
+
 @pytest.fixture(scope="module")
-def scheduler():
+def scheduler(light):
     """A cluster of two processes that runs already."""
     with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, host="127.0.0.1",
                       dashboard_address=None) as cluster:
@@ -89,20 +98,21 @@ def scheduler():
     (signal.SIGKILL, "here"), (signal.SIGTERM, "here"), (signal.SIGINT, "here"),
     (signal.SIGKILL, "far"), (signal.SIGKILL, "no shared folder"),
     (signal.SIGINT, "no shared folder")])
-def test_killing_a_study_ends_its_notebooks_within_five_seconds(tmp_path, number, where, scheduler):
+def test_killing_a_study_ends_its_notebooks_within_five_seconds(
+        tmp_path, monkeypatch, number, where, scheduler):
     write(tmp_path / "notebooks" / "sleep.ipynb", SLEEPS)
-    study = subprocess.Popen(
-        [sys.executable, "-c", STUDY, "" if where == "here" else scheduler, where], cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)})
+    monkeypatch.chdir(tmp_path)
+    study = Program("-c", STUDY, "" if where == "here" else scheduler, where,
+                    log=tmp_path / "log")
     try:
         started = noted(tmp_path, 4)
         started += {parent(papermill) for papermill in started[::2]}  # what forks
         assert len(started) == 6 and all(map(alive, started))
-        study.send_signal(number)
+        os.kill(study.pid, number)
         assert all_end(started)
     finally:
         study.kill()
-        study.wait()
+        study.join()
 
 
 @pytest.mark.parametrize("victim", ["kernel", "fork", "worker"])
@@ -251,7 +261,9 @@ def test_a_sweep_executes_a_notebook_for_every_change_and_names_what_failed(tmp_
         sweeps.run([*changes[1:], {"seed": 0}], "n.ipynb", scheduler=scheduler, **given)
 
 
-def test_each_notebook_has_a_kernel_of_its_own_and_what_forks_has_no_threads(tmp_path):
+def test_each_notebook_has_a_kernel_of_its_own_and_what_forks_has_no_threads(
+        tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # with all that it imports
     path = write(tmp_path / "n.ipynb", ["n = 0", "print(n, 'seen' in globals(), flush=True)",
                                         "seen, n = 1, 1 / n"])
     job, log = Notebooks(str(tmp_path)), tmp_path / "log"

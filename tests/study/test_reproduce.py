@@ -49,7 +49,7 @@ def test_a_study_made_anew_changes_no_tracked_file(inside, capsys):
 
     before = status()
     shutil.rmtree("work")
-    assert reproduce.run("photo", **NARROW)
+    assert reproduce.run("photo", **NARROW | {"jobs": 1})
     assert status() == before
     assert not list(Path("results").rglob("*.ipynb"))
     shown = capsys.readouterr().out.splitlines()[-1]
@@ -69,7 +69,7 @@ def test_a_failing_step_is_named_its_log_kept_and_the_rest_does_not_start(inside
     image.write_bytes(b"no image")
     steps._open.cache_clear()
     try:
-        ok = reproduce.run("photo", **NARROW)
+        ok = reproduce.run("photo", **NARROW | {"jobs": 1})
     finally:
         for path, content in saved.items():
             path.write_bytes(content)

@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -17,6 +15,7 @@ import torch
 from PIL import Image
 from scipy.io import savemat
 
+from tests.warm import Program
 from xmask import files
 from xmask.cli import main
 from xmask.data.masks import read_masks
@@ -54,15 +53,12 @@ def test_a_dataset_gets_masks_a_manifest_coco_and_a_contact_sheet(drawn, tmp_pat
 
 
 def test_a_killed_run_leaves_nothing_half_written_and_goes_on(drawn, tmp_path):
-    command = [sys.executable, "-m", "xmask", "masks", "--dataset", "sha", "--root", str(drawn),
-               "--out", str(tmp_path / "killed"), *CLASSICAL, "--workers", "2"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                               start_new_session=True)
+    process = Program("-m", "xmask", "masks", "--dataset", "sha", "--root", drawn, "--out",
+                      tmp_path / "killed", *CLASSICAL, "--workers", "2", log=tmp_path / "log")
     deadline = time.monotonic() + 300
     while not list((tmp_path / "killed").glob("IMG_*.csv")) and time.monotonic() < deadline:
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill_all()
     done = {p: p.stat().st_mtime_ns for p in (tmp_path / "killed").glob("IMG_*.csv")}
     assert done
     for path in done:
@@ -191,29 +187,24 @@ def test_one_image_and_a_table_of_points(tmp_path, capsys):
 
 def test_ctrl_c_ends_the_workers_without_a_traceback(drawn, tmp_path):
     out = tmp_path / "out"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "xmask", "masks", "--dataset", "sha", "--root", str(drawn), "--out",
-         str(out), "--workers", "2"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    process = Program("-m", "xmask", "masks", "--dataset", "sha", "--root", drawn, "--out", out,
+                      "--workers", "2", log=tmp_path / "log")
     deadline = time.monotonic() + 300
     while not list(out.glob("IMG_*.csv")) and time.monotonic() < deadline:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
-    shown = process.communicate()[1]
-    assert process.returncode == 130 and "the same command goes on from here" in shown
+    code, shown = process.wait(), process.said()
+    assert code == 130 and "the same command goes on from here" in shown
     assert "Traceback" not in shown and "Interrupt" not in shown
 
 
 def test_shards_at_the_same_time_give_what_one_call_gives(drawn, tmp_path):
-    command = [sys.executable, "-m", "xmask", "masks", "--dataset", "sha", "--root", str(drawn),
-               "--out", str(tmp_path / "parts"), *CLASSICAL, "--shard"]
-    shards = [subprocess.Popen([*command, f"{k}/2"], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True) for k in (1, 2)]
+    command = ["masks", "--dataset", "sha", "--root", drawn, "--out", tmp_path / "parts",
+               *CLASSICAL, "--shard"]
+    shards = [Program("-m", "xmask", *command, f"{k}/2", log=tmp_path / f"log-{k}") for k in (1, 2)]
     for shard in shards:
-        said, errors = shard.communicate()
-        assert shard.returncode == 0, errors
-        assert "2 of 2 images have masks, 0 failed" in said
+        assert shard.wait() == 0, shard.said()
+        assert "2 of 2 images have masks, 0 failed" in shard.said()
     assert masks(drawn, tmp_path / "whole", *CLASSICAL) == 0
     names = {path.name for path in (tmp_path / "whole").iterdir()}
     assert names == {path.name for path in (tmp_path / "parts").iterdir()}

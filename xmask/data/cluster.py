@@ -153,7 +153,9 @@ def work_in_order(client: Client, job: Any,
         titles = {future.key: title for title, future in made.items()}
         try:
             for future in as_completed(list(made.values())):
-                yield titles[future.key], _found(future)
+                title = titles[future.key]
+                del made[title]  # so that its worker need not keep the result
+                yield title, _found(future)
         finally:
             with suppress(OSError):  # a worker that has just died cannot be told
                 client.cancel(list(made.values()))
