@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import pickle
 import secrets
 import signal
@@ -81,6 +82,8 @@ def open_client(workers: int = 2, scheduler: str = "", cluster: str = "",
             made.scale(jobs=workers)
             client = stack.enter_context(Client(made))
         else:
+            if os.environ.get("MALLOC_TRIM_THRESHOLD_") == "65536":
+                del os.environ["MALLOC_TRIM_THRESHOLD_"]  # left by a cluster of Dask's own
             stack.enter_context(dask.config.set({
                 **_IN_ORDER, "logging.distributed": "critical",
                 "distributed.nanny.pre-spawn-environ": KEEP_MEMORY | {"OMP_NUM_THREADS": "1"},
