@@ -6,6 +6,7 @@ import io
 import math
 import os
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -66,17 +67,11 @@ def write_dataset(layout: str, root: str | os.PathLike, *, train: int, test: int
     missing = _missing(tasks, folder)
     if missing:
         marker.unlink(missing_ok=True)
-        bar = tqdm(total=len(missing), desc=f"drawing {layout}", unit="image",
-                   disable=not progress)
-        with bar:
-            if jobs == 1:
-                for task in missing:
-                    _write_image(task)
-                    bar.update()
-            else:
-                with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-                    for _ in pool.map(_write_image, missing):
-                        bar.update()
+        with ProcessPoolExecutor(jobs, get_context("spawn")) if jobs > 1 else nullcontext() as pool:
+            drawn = (pool.map if pool else map)(_write_image, missing)
+            for _ in tqdm(drawn, desc=f"drawing {layout}", unit="image", total=len(missing),
+                          disable=not progress):
+                pass
     if layout == "jhu":
         _write_image_labels(tasks, folder)
     files.write_json(marker, settings)
@@ -233,7 +228,7 @@ def _write_image_labels(tasks: list[Task], folder: Path) -> None:
     rows: dict[str, list[str]] = {split: [] for split in CHARACTERS["jhu"].splits}
     for task in tasks:
         scene = plan_scenery(np.random.default_rng(task.scene_seed), task.shape, task.people,
-                      CHARACTERS["jhu"])
+                               CHARACTERS["jhu"])
         rows[task.image.parent.parent.name].append(
             f"{task.name},{task.people},{scene.kind},{scene.weather},{int(task.people == 0)}\n")
     for split, lines in rows.items():
