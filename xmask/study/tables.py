@@ -302,9 +302,8 @@ def _headings(measures: Sequence[Measure], kind: str, what: str = "") -> list[st
     return [f"{measure.heading}{what}, {kind} (ours)" for measure in measures]
 
 
-def _cells(measures: Sequence[Measure], group: pd.DataFrame, kind: str, what: str = ""
-           ) -> dict[str, Cell | None]:
-    return dict(zip(_headings(measures, kind, what), (one.cell(group) for one in measures)))
+def _cells(measures: Sequence[Measure], group: pd.DataFrame, kind: str) -> dict[str, Cell | None]:
+    return dict(zip(_headings(measures, kind), (one.cell(group) for one in measures)))
 
 
 def _comparison(name: str, caption: str, runs: pd.DataFrame, measures: list[Measure],
