@@ -54,13 +54,13 @@ def _pick(look: dict, k: np.ndarray) -> dict:
     return {name: values[k] for name, values in look.items()}
 
 
-def _heads(rng, scene: Scenery, everyone: dict) -> list[Sprite]:
+def _heads(rng, scene: Scenery, everyone: dict) -> dict[int, Sprite]:
     """Heads: skull, hair, face, hat.
 
     style: 0 bald, 1 short, 2 long, 3 afro, 4 bun or tail, 5 headscarf.
     hats: 0 none, 1 cap, 2 beanie, 3 brimmed hat, 4 helmet, 5 hood.
     """
-    made: list[Sprite | None] = [None] * len(everyone["r"])
+    made: dict[int, Sprite] = {}
     for members in chunks(everyone["r"], 3.8 * 4.2):
         p = _pick(everyone, members)
         b = Patches(p["x"], p["y"], p["r"], (-1.75, -1.75, 1.75, 1.85), p["lean"])
@@ -80,8 +80,7 @@ def _heads(rng, scene: Scenery, everyone: dict) -> list[Sprite]:
         b.rgb *= shade
         b.rgb += shine * b.alpha
         np.clip(b.rgb, 0, b.alpha, out=b.rgb)
-        for i, sprite in zip(members, b.sprites()):
-            made[i] = sprite
+        made.update(zip(members.tolist(), b.sprites()))
     return made
 
 
@@ -200,9 +199,9 @@ def _paint_hat(b: Patches, p: dict, above_view: float) -> None:
             hard[(p["extra"][k] * 4).astype(int)])
 
 
-def _bodies(rng, scene: Scenery, everyone: dict) -> list[Sprite]:
+def _bodies(rng, scene: Scenery, everyone: dict) -> dict[int, Sprite]:
     """Neck, trunk, arms and, where people stand loosely, legs; with a soft shadow round them."""
-    made: list[Sprite | None] = [None] * len(everyone["r"])
+    made: dict[int, Sprite] = {}
     seated, q = scene.kind == "stands", scene.tilt
     for members in chunks(everyone["r"], 5.6 * 10 * q):
         p = _pick(everyone, members)
@@ -240,8 +239,7 @@ def _bodies(rng, scene: Scenery, everyone: dict) -> list[Sprite]:
         solid = b.alpha > .5
         b.alpha += halo * (1 - b.alpha)  # black, so rgb stays
         np.clip(b.rgb, 0, b.alpha, out=b.rgb)
-        for i, sprite in zip(members, b.sprites(solid)):
-            made[i] = sprite
+        made.update(zip(members.tolist(), b.sprites(solid)))
     return made
 
 
@@ -336,8 +334,7 @@ def _props(rng, scene: Scenery, everyone: dict) -> dict[int, Sprite]:
                         inside=True)
         b.rgb *= (scene.ambient * .5 + .5) * (1 + .1 * b.grain(rng, 9, 9))
         np.clip(b.rgb, 0, b.alpha, out=b.rgb)
-        for i, sprite in zip(members, b.sprites()):
-            made[int(i)] = sprite
+        made.update(zip(members.tolist(), b.sprites()))
     return made
 
 

@@ -55,7 +55,6 @@ class Explorer:
 
     image: (H, W, 3) uint8. points: (N, 2) (x, y) px. embedding: (D, h, w) tensor at stride 4 that
     covers the image. sigmas: the smoothings to prepare, px.
-    Preparing costs a smoothing and a pass over the incidence list for each sigma.
     """
 
     def __init__(self, image: np.ndarray, points: np.ndarray, embedding: torch.Tensor, *,
