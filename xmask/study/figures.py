@@ -163,7 +163,7 @@ def iou_bars(runs: pd.DataFrame) -> DescribedFigure:
 def ablation_bars(runs: pd.DataFrame, dataset: str, percent: float) -> DescribedFigure:
     """MAE and mean IoU of every variant on the seeds it shares with the full method.
 
-    The line is the full method on all its seeds. Raises what `tables.ablation_table` raises.
+    The line is the full method on all its seeds. Raises what `tables.ablation_pairs` raises.
     """
     pairs = tables.ablation_pairs(runs, dataset, percent)
     used = pd.concat([group.reset_index() for group, _ in pairs.values()])
