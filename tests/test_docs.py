@@ -186,7 +186,7 @@ def test_the_numbers_of_the_evidence_are_those_of_the_claims(tmp_path):
     lost = tmp_path / "page.md"
     lost.write_text("nothing")
     with pytest.raises(ValueError, match="page.md: no lines .* Restore"):
-        pages.write_block(lost, claims.BEGIN, claims.END, "")
+        pages.write_block(lost, f"{claims.BEGIN}\n{claims.END}")
 
 
 def test_what_the_readme_says_of_claims_is_what_they_say():

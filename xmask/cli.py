@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from xmask.presets import ABLATIONS, DATASETS, PERCENTS, PROFILES, VARIANTS
@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
                              "command without it")
         status = options.function(options)
         _flush()
-        return status
+        return status or 0
     except KeyboardInterrupt:
         print("\nstopped; the same command " + (
             "goes on from here" if options.goes_on else "begins anew"), file=sys.stderr)
@@ -100,8 +100,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _reproduce_command(command: Callable) -> None:
     made = command("reproduce", _reproduce, "run the study: what is missing or stale, then compare")
-    made.add_argument("--profile", choices=PROFILES, default="demo")
-    made.add_argument("--data", default="", help="folder of the real datasets")
+    _profile(made)
     made.add_argument("--sam", default="", help="SAM checkpoint (.pth) or vit_b, vit_l, vit_h; "
                       "default: classical")
     made.add_argument("--datasets", type=names, default=DATASETS, help="e.g. sha,qnrf")
@@ -109,8 +108,7 @@ def _reproduce_command(command: Callable) -> None:
     made.add_argument("--seeds", type=numbers, help="e.g. 1,2,3; default: 1; full: 1 to 5")
     made.add_argument("--jobs", type=positive, help="steps at a time")
     _elsewhere(made, "--jobs")
-    made.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE",
-                      help="change a field of every run, e.g. --set loss.tau=0.5")
+    _set(made, "a field of every run, e.g. --set loss.tau=0.5")
     made.add_argument("--no-extras", action="store_true",
                       help="leave out supervised-only runs and ablations")
 
@@ -172,8 +170,7 @@ def _own_photo_commands(command: Callable) -> None:
     made.add_argument("--segmenter", default="bundled", help="of the masks; or classical (faster), "
                       "a SAM checkpoint (.pth), or vit_b, vit_l, vit_h")
     made.add_argument("--seed", type=number, default=1)
-    made.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE",
-                      help="change a field, e.g. --set schedule.phase1=60")
+    _set(made, "a field, e.g. --set schedule.phase1=60")
     _guards(made)
 
 
@@ -203,28 +200,21 @@ def _training_commands(command: Callable) -> None:
 
 def _run_commands(command: Callable) -> None:
     for name, function, text in (
-        ("train", _train, "train one run of the study"),
-        ("evaluate", _evaluate, "evaluate one run of the study (training it if needed)"),
-    ):
+            ("train", _train, "train one run of the study"),
+            ("evaluate", _evaluate, "evaluate one run of the study (training it if needed)")):
         made = command(name, function, text)
-        made.add_argument("--profile", choices=PROFILES, default="demo")
+        _profile(made)
         made.add_argument("--dataset", choices=(*DATASETS, "shb"), default="sha")
         made.add_argument("--percent", type=int, default=10)
         made.add_argument("--seed", type=number, default=1)
         made.add_argument("--variant", choices=VARIANTS, default="xmask",
                           help="an ablation: " + ", ".join(ABLATIONS))
-        made.add_argument("--data", default="", help="folder of the real datasets")
         made.add_argument("--sam", default="", help="SAM checkpoint (.pth)")
-        made.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE",
-                          help="change a field, e.g. --set loss.tau=0.5")
+        _set(made, "a field, e.g. --set loss.tau=0.5")
 
-    for name, function, text in (
-        ("tables", _tables, "regenerate the tables of a profile from its run folders"),
-        ("figures", _figures, "regenerate the figures of a profile from its run folders"),
-    ):
-        made = command(name, function, text)
-        made.add_argument("--profile", choices=PROFILES, default="demo")
-        made.add_argument("--data", default="", help="folder of the real datasets")
+    for name, function in (("tables", _tables), ("figures", _figures)):
+        _profile(command(name, function,
+                         f"regenerate the {name} of a profile from its run folders"))
 
 
 def _page_commands(command: Callable) -> None:
@@ -243,9 +233,8 @@ def _page_commands(command: Callable) -> None:
                       help="instead, run these walkthroughs (e.g. 01; default: all) and store "
                            "their outputs")
     made = command("report", _report, "one HTML page of a profile's results, to share")
-    made.add_argument("--profile", choices=PROFILES, default="demo")
+    _profile(made, ", for --pictures")
     made.add_argument("--out", type=Path, help="default: results/PROFILE/report.html")
-    made.add_argument("--data", default="", help="folder of the real datasets, for --pictures")
     made.add_argument("--pictures", action="store_true",
                       help="show real photographs, too: mind their terms before you share the page")
     made.add_argument("--overwrite", action="store_true", help="replace the file --out if it is "
@@ -254,15 +243,13 @@ def _page_commands(command: Callable) -> None:
 
 def _data_commands(command: Callable, commands: argparse._SubParsersAction) -> None:
     data = commands.add_parser("data", help="look at datasets").add_subparsers(
-        required=True, metavar="COMMAND"
-    )
-    made = command("check", _check, "what is missing or odd in a dataset folder", data)
-    made.add_argument("--dataset", required=True, choices=(*DATASETS, "shb", "synthetic"))
-    made.add_argument("--root", required=True, type=Path)
+        required=True, metavar="COMMAND")
+    check = command("check", _check, "what is missing or odd in a dataset folder", data)
     made = command("coverage", _coverage, "how many exclusion circles cover a pixel, counted over "
                    "all images (walkthrough 01)", data)
-    made.add_argument("--dataset", required=True, choices=(*DATASETS, "shb", "synthetic"))
-    made.add_argument("--root", required=True, type=Path)
+    for one in (check, made):
+        one.add_argument("--dataset", required=True, choices=(*DATASETS, "shb", "synthetic"))
+        one.add_argument("--root", required=True, type=Path)
     made.add_argument("--out", required=True, type=Path, help="a .csv file")
     made.add_argument("--overwrite", action="store_true", help="replace a file that is there")
     made = command("draw", _draw, "draw a synthetic dataset in an official layout", data)
@@ -272,6 +259,16 @@ def _data_commands(command: Callable, commands: argparse._SubParsersAction) -> N
     made.add_argument("--test", type=number, default=16)
     made.add_argument("--seed", type=number, default=2024)
     made.add_argument("--jobs", type=positive, default=1)
+
+
+def _profile(made: argparse.ArgumentParser, use: str = "") -> None:
+    made.add_argument("--profile", choices=PROFILES, default="demo")
+    made.add_argument("--data", default="", help=f"folder of the real datasets{use}")
+
+
+def _set(made: argparse.ArgumentParser, what: str) -> None:
+    made.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE",
+                      help=f"change {what}")
 
 
 def _elsewhere(made: argparse.ArgumentParser, workers: str) -> None:
@@ -301,7 +298,7 @@ def _reproduce(o: argparse.Namespace) -> int:
     return 0 if ok else 1
 
 
-def _masks(o: argparse.Namespace) -> int:
+def _masks(o: argparse.Namespace) -> None:
     from xmask import files
     from xmask.data import open_dataset
     from xmask.data.own_photos import OwnPhotos
@@ -326,17 +323,15 @@ def _masks(o: argparse.Namespace) -> int:
     print("\n".join(told))
     if failure:
         raise failure
-    return 0
 
 
-def _sam_weights(o: argparse.Namespace) -> int:
+def _sam_weights(o: argparse.Namespace) -> None:
     from xmask.segmenting import checkpoints
 
     print(checkpoints.download(o.name))
-    return 0
 
 
-def _train_sam(o: argparse.Namespace) -> int:
+def _train_sam(o: argparse.Namespace) -> None:
     import torch
 
     from xmask import files
@@ -349,10 +344,9 @@ def _train_sam(o: argparse.Namespace) -> int:
     chosen = {name: getattr(o, name) for name in ("seed", "scenes", "steps", "stop")}
     plan = sam_training.Training(**{k: value for k, value in chosen.items() if value is not None})
     print(json.dumps(sam_training.train(plan, out), indent=1))
-    return 0
 
 
-def _edp_study(o: argparse.Namespace) -> int:
+def _edp_study(o: argparse.Namespace) -> None:
     from xmask.study import edp_study
 
     options = {"scenes": o.scenes, "segmenters": o.segmenters, "overwrite": o.overwrite}
@@ -360,10 +354,9 @@ def _edp_study(o: argparse.Namespace) -> int:
     if o.boxes or o.negatives:
         o.goes_on = False  # unlike the comparison, they keep no finished scenes
         print((edp_study.run_boxes if o.boxes else edp_study.run_negatives)(o.out, **options))
-        return 0
-    edp_study.run(o.out, jobs=o.jobs, **options)
-    print((o.out / "table.md").read_text(encoding="utf-8"))
-    return 0
+    else:
+        edp_study.run(o.out, jobs=o.jobs, **options)
+        print((o.out / "table.md").read_text(encoding="utf-8"))
 
 
 def _predict(o: argparse.Namespace) -> int:
@@ -388,7 +381,7 @@ def _predict(o: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _export(o: argparse.Namespace) -> int:
+def _export(o: argparse.Namespace) -> None:
     from xmask import files
     from xmask.tools import models
 
@@ -398,17 +391,16 @@ def _export(o: argparse.Namespace) -> int:
     files.check_new(out, o.overwrite)
     if not as_onnx:
         print(models.load(models.export(o.run, out, half=o.half), "cpu"))
-        return 0
+        return
     from xmask.tools import onnx_export
     model = models.load(o.run, "cpu")
     differences = onnx_export.export(model, out)
     print(f"{model!r}\n{out}: " + (
         ", ".join(f"{name} within {value:.0e}" for name, value in differences.items())
         + " of torch" if differences else "not compared with torch: no onnxruntime is installed"))
-    return 0
 
 
-def _learn(o: argparse.Namespace) -> int:
+def _learn(o: argparse.Namespace) -> None:
     from xmask import files
     from xmask.tools import learn
 
@@ -424,7 +416,6 @@ def _learn(o: argparse.Namespace) -> int:
         print("No photo was held out, so nothing says how good the new model is: give dots to ten "
               "photos or more.")
     print(run)
-    return 0
 
 
 def _configuration(o: argparse.Namespace):
@@ -450,51 +441,46 @@ def _changes(texts: list[str]) -> dict[str, object]:
     return changes
 
 
-def _train(o: argparse.Namespace) -> int:
+def _train(o: argparse.Namespace) -> None:
     from xmask.study import steps
 
     folder = steps.train(_configuration(o), o.data)
     if os.environ.get("RANK", "0") == "0":  # of the processes of torchrun one speaks
         print(folder)
-    return 0
 
 
-def _evaluate(o: argparse.Namespace) -> int:
+def _evaluate(o: argparse.Namespace) -> None:
     from xmask.study import steps
 
     result = steps.evaluate(_configuration(o), o.data)
     print(json.dumps({k: result[k] for k in ("run", "synthetic", "counting", "localization",
                                              "segmentation", "baselines")}, indent=1))
-    return 0
 
 
-def _tables(o: argparse.Namespace) -> int:
+def _say(lines: Iterable[object]) -> None:
+    for line in lines:
+        print(line)
+
+
+def _tables(o: argparse.Namespace) -> None:
     from xmask.study import steps, tables
 
     results = steps.results_folder(o.profile)
-    for path in tables.write_tables(results, results / "tables"):
-        print(path)
-    return 0
+    _say(tables.write_tables(results, results / "tables"))
 
 
-def _figures(o: argparse.Namespace) -> int:
+def _figures(o: argparse.Namespace) -> None:
     from xmask.study import figures, steps
 
-    paths = figures.write_figures(
+    _say(figures.write_figures(
         steps.results_folder(o.profile), Path("figures") / o.profile,
-        lambda run: steps.test_images_of(run, o.data),
-    )
-    for path in paths:
-        print(path)
-    return 0
+        lambda run: steps.test_images_of(run, o.data)))
 
 
-def _code(o: argparse.Namespace) -> int:
+def _code(o: argparse.Namespace) -> None:
     from xmask.study import commits
 
-    for line in commits.find(o.wanted, o.limit):
-        print(line)
-    return 0
+    _say(commits.find(o.wanted, o.limit))
 
 
 def _bench(o: argparse.Namespace) -> int:
@@ -511,22 +497,23 @@ def _bench(o: argparse.Namespace) -> int:
     return 0
 
 
-def _docs(o: argparse.Namespace) -> int:
+def _docs(o: argparse.Namespace) -> None:
     from xmask.study import claims, diagram, elsewhere, model_card, pages, steps, walkthroughs
 
     root = steps.enter_root()
     if o.diagram:
         made = diagram.write()
     elif o.walkthroughs is None:
-        made = [page.refresh(root) for page in (pages, model_card, elsewhere, claims)]
+        made = [pages.refresh(root),
+                *(pages.write_block(root / page, block(root)) for page, block in (
+                    (model_card.CARD, model_card.card_block),
+                    (model_card.CARD, elsewhere.card_block), (claims.PAGE, claims.evidence_block)))]
     else:
         made = map(walkthroughs.execute, walkthroughs.walkthroughs(only=o.walkthroughs))
-    for path in made:
-        print(path)
-    return 0
+    _say(made)
 
 
-def _report(o: argparse.Namespace) -> int:
+def _report(o: argparse.Namespace) -> None:
     from xmask import files
     from xmask.study import report, steps
 
@@ -536,7 +523,6 @@ def _report(o: argparse.Namespace) -> int:
     print(report.write_report(
         results, o.out or results / "report.html", figures_folder=Path("figures") / o.profile,
         datasets=lambda run: steps.test_images_of(run, o.data), pictures=o.pictures))
-    return 0
 
 
 def _check(o: argparse.Namespace) -> int:
@@ -547,7 +533,7 @@ def _check(o: argparse.Namespace) -> int:
     return 1 if (table["status"] == "error").any() else 0
 
 
-def _coverage(o: argparse.Namespace) -> int:
+def _coverage(o: argparse.Namespace) -> None:
     from xmask import files
     from xmask.data import open_dataset
     from xmask.study import illustrations
@@ -557,14 +543,12 @@ def _coverage(o: argparse.Namespace) -> int:
     table = illustrations.coverage_table((s.points, s.shape) for split in splits for s in split)
     files.write_text(o.out, table.to_csv(index=False))
     print(o.out)
-    return 0
 
 
-def _draw(o: argparse.Namespace) -> int:
+def _draw(o: argparse.Namespace) -> None:
     from xmask.synthetic import write_dataset
 
     print(write_dataset(o.layout, o.out, train=o.train, test=o.test, seed=o.seed, jobs=o.jobs))
-    return 0
 
 
 # Stopped, these go on where they were; the others begin anew.

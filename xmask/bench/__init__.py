@@ -24,10 +24,8 @@ from xmask.bench import comparisons, measure, report
 GROUPS = ("nnec", "decode", "losses", "metrics", "sam", "masks", "network")
 
 
-def run(
-    results: Path, figures: Path, *, only: Sequence[str] = GROUPS, threads: int = 2,
-    progress: bool = True,
-) -> dict[str, Any]:
+def run(results: Path, figures: Path, *, only: Sequence[str] = GROUPS, threads: int = 2,
+        progress: bool = True) -> dict[str, Any]:
     """Measure the rows of the groups in `only`; write bench.json, bench.md and bench.png.
 
     Groups that are left out keep the numbers of an earlier bench.json of the same machine.
@@ -41,8 +39,9 @@ def run(
         raise ValueError(f"--only: {', '.join(unknown)} unknown; known: {', '.join(GROUPS)}")
     path, rows = results / "bench.json", list(comparisons.comparisons())
     found: dict[str, Any] = {"machine": _machine(threads), "load_average_before": _load()}
-    done = {row["name"]: row for row in _earlier(path, found["machine"])
-            if row["group"] not in only}
+    earlier = files.read_json(path) if path.is_file() else {}
+    done = {row["name"]: row for row in earlier.get("rows", ())
+            if earlier.get("machine") == found["machine"] and row["group"] not in only}
     failed: dict[str, str] = {}
     try:
         for row in tqdm([row for row in rows if row.group in only], desc="bench", unit="row",
@@ -75,7 +74,8 @@ def compare(row: comparisons.Comparison, *, threads: int) -> dict[str, Any]:
     """
     size = {"make": row.make, "heads": row.heads, "shape": row.shape}
     sides = [partial(_side, 0, **size)]
-    sides += [partial(_side, 1, **size, only=few) for few in row.fewer or (None,)]
+    sides += [partial(_side, 1, **size, only=few) for few in row.fewer] or [
+        partial(_side, 1, **size)]
     ours, *others = measure.alternate(sides, threads=threads)
     mine, other = _numbers(ours), _numbers(others[-1])
     if row.fewer:
@@ -118,12 +118,6 @@ def _extrapolated(sides: list[dict[str, Any]], sizes: Sequence[int], whole: int)
     # the spread of an extrapolation is that of its two ends, carried along
     found["low"], found["high"] = sorted((found["low"], found["high"]))
     return found | {"extrapolated_from": list(sizes)}
-
-
-def _earlier(path: Path, machine: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of bench.json, if it is of the same machine."""
-    earlier = files.read_json(path) if path.is_file() else {}
-    return earlier["rows"] if earlier.get("machine") == machine else []
 
 
 def _machine(threads: int) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What is compared: every row of the benchmark with its two sides and its target.
 
 Each maker takes the number of heads and the shape (H, W) of the image, makes inputs, and returns
-two calls: ours and the other. With `only`, the other side works on that many heads (or crops).
+two calls: ours and the other. Some take `only`: the other side works on that many heads (or crops).
 
 All inputs are random with a fixed seed (labelled synthetic in the table): heads uniform over the
 image, embeddings of unit length, label maps of discs. What a call costs depends on their size
@@ -48,7 +48,7 @@ Sides = tuple[Callable[[], Any], Callable[[], Any]]
 class Comparison:
     """One row.
 
-    make: (heads, shape, only) -> the calls of both sides.
+    make: (heads, shape, only where there is `fewer`) -> the calls of both sides.
     fewer: the other side is measured with these sizes only, and a straight line through them (and
         through nothing, if it is one) gives its time and memory for the size `of` (default: all
         heads): dense code is linear in heads, a network in crops.
@@ -211,7 +211,7 @@ def decoding(heads: int, shape: Shape, only: int | None = None) -> Sides:
                                        radius_of=radii).numpy())
 
 
-def growth(heads: int, shape: Shape, only: int | None = None) -> Sides:
+def growth(heads: int, shape: Shape) -> Sides:
     """Our decoding of many and of few heads."""
     return decoding(heads, shape)[0], decoding(CROWDS[0], shape)[0]
 
@@ -232,7 +232,7 @@ def exclusivity(heads: int, shape: Shape, only: int | None = None) -> Sides:
                 embedding, points[:only], labels, radius_of=radii)))
 
 
-def segmentation(heads: int, shape: Shape, only: int | None = None) -> Sides:
+def segmentation(heads: int, shape: Shape) -> Sides:
     """Mean IoU, AP50, PQ and AJI, rounded: the order of a sum is no difference."""
     pred, true = two_maps(heads, shape)
 
@@ -260,7 +260,7 @@ def _sam() -> nn.Module:
     return sam_model_registry["vit_b"]().eval()
 
 
-def sam_prompts(heads: int, shape: Shape, only: int | None = None, batch: int = 64) -> Sides:
+def sam_prompts(heads: int, shape: Shape, batch: int = 64) -> Sides:
     """One point a head, three candidates, to a label map: the nearest head wins."""
     sam, points = _sam(), crowd(heads, shape)
     sam.image_encoder = _GivenFeatures()
@@ -296,7 +296,7 @@ def sam_prompts(heads: int, shape: Shape, only: int | None = None, batch: int = 
     return partial(label_map, ours), partial(label_map, stock)
 
 
-def sam_image(heads: int, shape: Shape, only: int | None = None) -> Sides:
+def sam_image(heads: int, shape: Shape) -> Sides:
     """All that EDP-SAM does for one drawn image, and one pass of SAM's encoder, which does most
     of it. Time and memory do not depend on what the weights are."""
     sam, scene = _sam(), draw_scene(0, shape=shape, people=heads)
@@ -309,7 +309,7 @@ def sam_image(heads: int, shape: Shape, only: int | None = None) -> Sides:
     return ours, lambda: predictor.set_image(scene.image)
 
 
-def classical_masks(heads: int, shape: Shape, only: int | None = None) -> Sides:
+def classical_masks(heads: int, shape: Shape) -> Sides:
     """EDP-SAM with the classical segmenter, which needs no weights; and the watershed of the
     gradient from the heads, inside their exclusion circles. Both on a drawn scene."""
     scene, segmenter = draw_scene(0, shape=shape, people=heads), ClassicalSegmenter()
@@ -329,8 +329,7 @@ def classical_masks(heads: int, shape: Shape, only: int | None = None) -> Sides:
 # The network's own cost
 
 
-def after_network(heads: int, shape: Shape, only: int | None = None, *, score: bool = False
-                  ) -> Sides:
+def after_network(heads: int, shape: Shape, *, score: bool = False) -> Sides:
     """Points and masks of one test image (score: and its metrics); and VGG16-BN with both
     decoders, as `xmask.predict.predict_image` runs them."""
     decoding = preset("paper", "sha", 40).evaluation

@@ -42,10 +42,9 @@ def incidences(points: Tensor, shape: tuple[int, int]) -> int:
 
 
 @torch.no_grad()
-def instance_map(
-    embedding: Tensor, points: Tensor, *, threshold: float = 1.1, geometry_weight: float = 0.8,
-    sigma: float = 3.0, radius_of: Tensor | None = None,
-) -> Tensor:
+def instance_map(embedding: Tensor, points: Tensor, *, threshold: float = 1.1,
+                 geometry_weight: float = 0.8, sigma: float = 3.0, radius_of: Tensor | None = None
+                 ) -> Tensor:
     """`xmask.decode.instance_map` with an energy of every pixel for every head.
 
     radius_of: (N,) radii of the points, for some heads of a larger crowd; None computes them.
@@ -67,10 +66,9 @@ def instance_map(
     return labels
 
 
-def exclusivity_loss(
-    embedding: Tensor, points: Tensor, label_map: Tensor, *, tau: float = 0.6,
-    margin: float = 0.1, sigma: float = 1.5, radius_of: Tensor | None = None,
-) -> Tensor:
+def exclusivity_loss(embedding: Tensor, points: Tensor, label_map: Tensor, *, tau: float = 0.6,
+                     margin: float = 0.1, sigma: float = 1.5, radius_of: Tensor | None = None
+                     ) -> Tensor:
     """`xmask.losses.exclusivity_loss` with N x D x H x W differences, all heads at once."""
     shape = tuple(label_map.shape)
     features = smooth(embedding, sigma)

@@ -61,9 +61,8 @@ def figure(found: dict[str, Any]) -> DescribedFigure:
 def _draw_growth(axes: Axes, rows: list[dict[str, Any]]) -> None:
     """Ours as a line, dense code dashed, its extrapolated times hollow."""
     for operation, label, colour in (
-        ("decoding, every head", "decoding", BLUE),
-        ("exclusivity loss with gradient", "exclusivity loss + gradient", VERMILION),
-    ):
+            ("decoding, every head", "decoding", BLUE),
+            ("exclusivity loss with gradient", "exclusivity loss + gradient", VERMILION)):
         series = [row for row in rows
                   if row["operation"] == operation and row["shape"] == [768, 1024]]
         if not series:  # left out; a log axis needs something

@@ -76,10 +76,10 @@ def compared_curves(results: str | Path, dataset: str, percents: tuple[int, ...]
     results: of one profile. What phase 2 weighs the term by is taken back. It is the loss on
     labelled images: what a method learns from the others shows in the tables, not here.
     """
-    found = {percent: {variant: _curves(Path(results) / "runs", dataset, percent, variant)
-                       for variant in METHODS} for percent in percents}
-    found = {percent: {variant: curves for variant, curves in part.items() if len(curves)}
-             for percent, part in found.items()}
+    folder = Path(results) / "runs"
+    found = {percent: {variant: curves for variant in METHODS
+                       if len(curves := _curves(folder, dataset, percent, variant))}
+             for percent in percents}
     trained = [percent for percent in percents if found[percent]] or percents[:1]
     figure = DescribedFigure((3.4 * len(trained) + 0.4, 3.0))
     axes = figure.subplots(1, len(trained), squeeze=False, sharey=True)[0]

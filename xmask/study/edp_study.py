@@ -12,29 +12,17 @@ Simple methods, without a segmenter:
 - Voronoi-limited discs: the local head radius s_i of EDP-SAM, and the nearest head wins;
 - watershed: of the colour gradient, from the heads and from everything outside the circles.
 
-Building up: the prompts without NNEC, that is, nothing is derived from distances between heads.
-There are no circles, no neighbours as negative points, and no head radius from the crowd's
-geometry or by vote. But a crop has to show heads at some size, SLIC needs a scale and a mask has
-to end somewhere: one head radius for everybody serves all three, the best one of HEAD_RADII on
-these very scenes (an advantage, as for fixed discs). Masks are looked for within 4 of these
-radii, as EDP-SAM does; a contested pixel goes to the higher logit, and of every mask only the
-piece at the head stays.
+Building up and taking away are explained on the page that `markdown` writes. Besides: without NNEC
+there is no head radius from the crowd's geometry or by vote either; masks are looked for within 4
+radii, as EDP-SAM does; a contested pixel goes to the higher logit, and of every mask only the piece
+at the head stays.
 
-- point prompt only: the head as the one positive point, three candidates; the one that the
-  segmenter trusts most, among those that hold the head;
-- superpixel prompt only: the box around the superpixels at the head, and the head as a positive
-  point in it; one candidate;
-- both, without NNEC: scored and merged by EDP-SAM's rule, without its judgement of sizes;
-- EDP-SAM: with NNEC and all that follows from it.
-
-Taking away: EDP-SAM with one part switched off (`generate_masks`).
-
-- without the superpixel prompt; without the point prompt (nor the vote on sizes that rests on
-  its candidates): still with circles, negatives and sizes, so not the prompts of above;
-- without the clip: masks may reach twice as far as the circle; all else still knows it;
+- point prompt only: three candidates, of which only those that hold the head count;
+- superpixel prompt only: one candidate;
+- without the superpixel or the point prompt: still with circles, negatives and sizes, so not the
+  prompts of "building up";
 - without negatives: a head's neighbours are no longer negative points of its prompts;
-- without size agreement: no vote on sizes, and candidates are not judged by theirs;
-- without enlarged crops: the whole image at the model's input size (SAM only).
+- without size agreement: no vote on sizes, and candidates are not judged by theirs.
 """
 
 from __future__ import annotations
@@ -70,20 +58,16 @@ HEAD_RADII = (7, 10, 14)  # px, tried for the prompts without NNEC
 FIXED, FULL = "fixed discs", "EDP-SAM"
 # Blocks of the table, in its order. Building up: which prompts; taking away: options that go.
 SIMPLE, BUILD, TAKE = "simple", "building up", "taking away"
-PROMPTS = {
-    "point prompt only": ("point",),
-    "superpixel prompt only": ("superpixel",),
-    "both, without NNEC": ("point", "superpixel"),
-}
-PARTS = {
-    "without the superpixel prompt": {"superpixel_prompt": False},
-    "without the point prompt": {"point_prompt": False},
-    "without the clip": {"nnec": False},
-    "without negatives": {"negatives": False},
-    "without size agreement": {"size_agreement": False},
-}
+PROMPTS = {"point prompt only": ("point",), "superpixel prompt only": ("superpixel",),
+           "both, without NNEC": ("point", "superpixel")}
+PARTS = {"without the superpixel prompt": {"superpixel_prompt": False},
+         "without the point prompt": {"point_prompt": False},
+         "without the clip": {"nnec": False},
+         "without negatives": {"negatives": False},
+         "without size agreement": {"size_agreement": False}}
 WHOLE = "without enlarged crops"
 THIRDS = ("densest", "middle", "sparsest")
+Method = tuple[dict[str, Any], Callable[[Sample], np.ndarray]]
 
 
 def draw_evaluation_scene(number: int, seed: int = SEED) -> Sample:
@@ -116,10 +100,8 @@ def watershed_masks(image: np.ndarray, points: np.ndarray) -> np.ndarray:
     return np.where(labels == background, 0, labels).astype(np.int32)
 
 
-def prompted_masks(
-    image: np.ndarray, points: np.ndarray, segmenter: Segmenter, prompts: tuple[str, ...],
-    radius: float,
-) -> np.ndarray:
+def prompted_masks(image: np.ndarray, points: np.ndarray, segmenter: Segmenter,
+                   prompts: tuple[str, ...], radius: float) -> np.ndarray:
     """The prompts without NNEC, as "building up" says: label map (H, W) int32.
 
     points: (N, 2) px. prompts: "point", "superpixel" or both. radius: px, of every head.
@@ -139,7 +121,7 @@ def prompted_masks(
     return edp_sam.keep_connected(near.lowest_wins(-logit, threshold=0.0), points)
 
 
-def simple_methods() -> Iterator[tuple[dict[str, Any], Callable[[Sample], np.ndarray]]]:
+def simple_methods() -> Iterator[Method]:
     """What a row says of a method, and its label map (H, W) int32 of a scene; fixed discs once
     per radius."""
     for radius in RADII:
@@ -152,9 +134,7 @@ def simple_methods() -> Iterator[tuple[dict[str, Any], Callable[[Sample], np.nda
     yield {"method": "watershed"}, lambda s: watershed_masks(s.image, s.points.astype(float))
 
 
-def segmenter_methods(
-    spec: str
-) -> Iterator[tuple[dict[str, Any], Callable[[Sample], np.ndarray]]]:
+def segmenter_methods(spec: str) -> Iterator[Method]:
     """What a row says of a segmenter's methods, and their label maps (H, W) int32 of a scene, for
     both blocks; EDP-SAM itself once."""
     segmenter = open_segmenter(spec)
@@ -210,17 +190,15 @@ def run(out: str | os.PathLike, *, scenes: int = 18, seed: int = SEED,
     """The comparison; writes scenes.csv, thirds.csv, table.md and study.json into `out`.
 
     overwrite: as of `files.OutputFolder`, which `out` is. In the repository's own folder
-    `results`, a file that was edited is set aside.
-
-    Finished scenes are kept in work/edp_study until code, segmenters or versions change.
-
+    `results`, a file that was edited is set aside. Finished scenes are kept in work/edp_study
+    until code, segmenters or versions change.
     Returns the table of `thirds`. Raises ValueError for fewer than three scenes.
     """
     if scenes < 3:
         raise ValueError(f"scenes: {scenes}; give 3 or more, one for each density third")
     out, segmenters, folder = Path(out), tuple(segmenters), _folder(out, overwrite)
     described = {spec: describe(spec) for spec in segmenters}
-    # Scenes are kept, so that a stopped comparison goes on, and a larger one starts from it.
+    # so that a stopped comparison goes on, and a larger one starts from it
     kept = Path("work") / "edp_study" / provenance.digest(
         seed, described, provenance.code("xmask.study.edp_study"), provenance.versions())[:16]
     paths = [kept / f"{number}.json" for number in range(scenes)]
@@ -270,7 +248,7 @@ def run_boxes(out: str | os.PathLike, *, scenes: int = 12, seed: int = SEED + 50
     """What annotated head sizes add, on scenes like JHU-CROWD++: writes boxes.csv into `out`.
 
     Columns: segmenter, sizes ("none", "exact" or "off by 20%", a log-normal error of each side),
-    heads, mean IoU. Drawn sizes are those of the visible head; JHU-CROWD++'s own are rougher.
+    heads, mean_iou. Drawn sizes are those of the visible head; JHU-CROWD++'s own are rougher.
     overwrite: as of `run`.
     """
     rows, folder = [], _folder(out, overwrite)

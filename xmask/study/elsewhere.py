@@ -16,8 +16,6 @@ from tqdm.auto import tqdm
 from xmask import files, provenance
 from xmask.data.own_photos import OwnPhotos
 from xmask.study.claims import paired
-from xmask.study.model_card import CARD
-from xmask.study.pages import write_block
 from xmask.study.tables import markdown_table
 from xmask.tools import learn, models
 
@@ -72,8 +70,7 @@ def trial(dataset: Sequence, out: str | Path, *, dotted: int = 20, bare: int = 4
                                             "modules": ["xmask.study.elsewhere"]}})
         if (run / "report.json").is_file():
             files.write_json(folder.path / "report.json", files.read_json(run / "report.json"))
-        with files.replacing(folder.path / "counts.csv") as temporary:
-            pd.DataFrame(rows).to_csv(temporary, index=False)
+        files.write_text(folder.path / "counts.csv", pd.DataFrame(rows).to_csv(index=False))
     return Path(out)
 
 
@@ -115,8 +112,3 @@ def card_block(root: Path) -> str:
     return "\n".join([BEGIN, *markdown_table(table), "",
                       f"Learning changes the MAE by {-mean:+.1f} people (95% interval {-high:+.1f} "
                       f"to {-low:+.1f}, over trials and photos).", END])
-
-
-def refresh(root: str | Path = ".") -> Path:
-    """Write this part of the model card anew; return its path."""
-    return write_block(Path(root) / CARD, BEGIN, END, card_block(Path(root)))

@@ -91,17 +91,14 @@ def evaluate(network: nn.Module, dataset, config: Config, folder: Path, *,
         discs = {name: best_fixed_disc(predicted, truths, exclusive=name == "exclusive_disc",
                                        progress=progress) for name in discs}
     return {
-        "run": config.run,
-        **identity(config, dataset.synthetic),
-        "images": len(rows),
+        "run": config.run, **identity(config, dataset.synthetic), "images": len(rows),
         "counting": metrics.counting(*counts),
         "counting_uncalibrated": metrics.counting(
             [r["uncalibrated"] for r in rows], counts[1]) if calibrated else None,
         "interval": None if calibrated is None or calibrated.factor is None else _coverage(
             rows, calibrated),
-        "localization": {
-            str(s): metrics.localization_total(near) for s, near in zip(
-                LOCALISATION_SIGMAS, zip(*located))},
+        "localization": {str(s): metrics.localization_total(near)
+                         for s, near in zip(LOCALISATION_SIGMAS, zip(*located))},
         "segmentation": segmentation,
         "baselines": {"constant_count": best_constant_count(counts[1]), **discs},
         "per_image": rows,
@@ -111,9 +108,9 @@ def evaluate(network: nn.Module, dataset, config: Config, folder: Path, *,
 def _coverage(rows: list[dict], calibrated: Calibration) -> dict[str, float]:
     """How many true counts lie in the intervals, how many should, and how wide these are."""
     inside = [r["low"] <= r["true_count"] <= r["high"] for r in rows]
+    width = [r["high"] - r["low"] for r in rows]
     return {"coverage": float(np.mean(inside)), "wanted": calibrated.coverage,
-            "mean_width": float(np.mean([r["high"] - r["low"] for r in rows])),
-            "median_width": float(np.median([r["high"] - r["low"] for r in rows]))}
+            "mean_width": float(np.mean(width)), "median_width": float(np.median(width))}
 
 
 def identity(config: Config, synthetic: bool) -> dict[str, object]:
@@ -145,12 +142,13 @@ def best_fixed_disc(points: list[np.ndarray], truths: list[np.ndarray], *, exclu
     to the nearest point, so that neighbours cut each other down to size.
     """
     values: dict[float, float] = {}
+    people = sum(np.count_nonzero(np.bincount(truth.ravel())[1:]) for truth in truths)
 
     def search(radii: np.ndarray) -> float:
         for radius in tqdm(radii, desc="fixed discs", disable=not progress, leave=False):
             iou = sum(_disc_iou(dots, radius, truth, exclusive)
                       for dots, truth in zip(points, truths))
-            values[float(radius)] = iou / max(sum(_people(truth) for truth in truths), 1)
+            values[float(radius)] = iou / max(people, 1)
         return max(values, key=values.get)
 
     best = search(2 * 1.5 ** np.arange(8))
@@ -166,13 +164,8 @@ def _disc_iou(points: np.ndarray, radius: float, truth: np.ndarray, exclusive: b
     return metrics.overlapping_iou_sum(discs, truth)
 
 
-def _people(truth: np.ndarray) -> int:
-    return int(np.count_nonzero(np.bincount(truth.ravel())[1:]))
-
-
 def _write_prediction(folder: Path, name: str, prediction: decode.Prediction) -> None:
     files.write_png(folder / f"{name}.png", prediction.instances.astype(np.uint16))
-    with files.replacing(folder / f"{name}.csv") as temporary:
-        table = pd.DataFrame(prediction.points, columns=["x", "y"])
-        table = table.assign(score=prediction.scores, counted=prediction.counted.astype(int))
-        table.to_csv(temporary, index=False, float_format="%.6g")
+    table = pd.DataFrame(prediction.points, columns=["x", "y"]).assign(
+        score=prediction.scores, counted=prediction.counted.astype(int))
+    files.write_text(folder / f"{name}.csv", table.to_csv(index=False, float_format="%.6g"))

@@ -163,7 +163,7 @@ def iou_bars(runs: pd.DataFrame) -> DescribedFigure:
 def ablation_bars(runs: pd.DataFrame, dataset: str, percent: float) -> DescribedFigure:
     """MAE and mean IoU of every variant on the seeds it shares with the full method.
 
-    The line is the full method on all its seeds. Raises what `tables.ablation_table` raises.
+    The line is the full method on all its seeds. Raises what `tables.ablation_pairs` raises.
     """
     pairs = tables.ablation_pairs(runs, dataset, percent)
     used = pd.concat([group.reset_index() for group, _ in pairs.values()])
@@ -210,8 +210,7 @@ def figure_predictions(dataset, run_folder: str | Path,
     dataset: test split with `.ids` and `.counts()`; run_folder: one with `predictions/`.
     ids: image names; by default a sparse, a middle and a dense one. Where the dataset has no
     truth masks, its head points stand in the middle column.
-    The function draws any dataset; whether a picture of real people may be kept in the
-    repository is another question, which `write_figures` answers with no.
+    Whether a picture of real people may be kept in the repository: see `write_figures`.
     Raises FileNotFoundError without the predicted files, ValueError for an unknown image name or
     a prediction of another size.
     """
@@ -385,16 +384,9 @@ def pictured(runs: pd.DataFrame) -> pd.DataFrame:
     return order.drop_duplicates(["dataset", "synthetic"]).sort_index()
 
 
-def _of_all_percents(runs: pd.DataFrame, dataset: str, seed: int) -> list[str]:
-    """Folders of the full method's runs of a dataset and seed, by percentage."""
-    full = _full(runs)
-    chosen = full[(full["dataset"] == dataset) & (full["seed"] == seed)]
-    return list(chosen.sort_values("percent")["path"])
-
-
 def _write_predictions(runs: pd.DataFrame, out: Path, ending: str,
                        datasets: Callable[[str], object]) -> list[Path]:
-    paths = []
+    paths, full = [], _full(runs).sort_values("percent")
     for run in pictured(runs).itertuples():
         split = datasets(run.path)
         if split is None:
@@ -411,8 +403,8 @@ def _write_predictions(runs: pd.DataFrame, out: Path, ending: str,
         folder = out if split.synthetic else Path(run.path) / "pictures"
         figure = figure_predictions(split, run.path)
         paths.append(figure.write(folder / f"predictions_{run.dataset}{ending}"))
-        others = [path for path in _of_all_percents(runs, run.dataset, run.seed)
-                  if (Path(path) / "predictions").is_dir()]
+        alike = full[(full["dataset"] == run.dataset) & (full["seed"] == run.seed)]
+        others = [path for path in alike["path"] if (Path(path) / "predictions").is_dir()]
         if len(others) > 1:
             figure = figure_by_percent(split, others)
             paths.append(figure.write(folder / f"percents_{run.dataset}{ending}"))

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 
 from xmask import files, metrics
-from xmask.study.pages import write_block
 from xmask.study.tables import markdown_table
 
 CARD = Path("docs") / "model_card.md"
@@ -56,8 +55,3 @@ def _row(name: str, images: list[dict]) -> list[str]:
     inside = [r["low"] <= r["true_count"] <= r["high"] for r in images]
     width = np.median([r["high"] - r["low"] for r in images])
     return [*cells, f"{100 * np.mean(inside):.0f}", f"{width:.0f}"]
-
-
-def refresh(root: str | Path = ".") -> Path:
-    """Write the numbers of the model card anew; return its path."""
-    return write_block(Path(root) / CARD, BEGIN, END, card_block(Path(root)))

@@ -48,12 +48,11 @@ def results_block(root: Path, day: str) -> str:
         f"[`{SUMMARY.as_posix()}`]({SUMMARY.as_posix()}):", "", *markdown_table(rows), END])
 
 
-def write_block(path: Path, begin: str, end: str, block: str) -> Path:
-    """Replace what stands between two markers of a page, they included; return its path.
-
-    Raises ValueError if the page has lost its markers.
-    """
+def write_block(path: Path, block: str) -> Path:
+    """Put a block, whose first and last line are its markers, into a page in the place of the one
+    that is there; return the page's path. Raises ValueError if it has lost its markers."""
     text = path.read_text(encoding="utf-8")
+    begin, *_, end = block.splitlines()
     before, found, rest = text.partition(begin)
     _, closed, after = rest.partition(end)
     if not found or not closed:
@@ -86,4 +85,4 @@ def refresh(root: str | Path = ".") -> Path:
     block, day = stored_block((root / README).read_text(encoding="utf-8"))
     if results_block(root, day) != block:
         block = results_block(root, date.today().isoformat())
-    return write_block(root / README, BEGIN, END, block)
+    return write_block(root / README, block)

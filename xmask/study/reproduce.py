@@ -115,13 +115,17 @@ def _mask_steps(runs: list[tuple[Config, str]], settings: dict) -> Iterator[Step
             outputs=[steps.results_folder(run.profile) / "masks" / folder.name / "masks.csv"])
 
 
+def _arguments(settings: dict, run: Config, variant: str) -> dict:
+    return settings | {"dataset": run.dataset, "percent": run.percent, "seed": run.seed,
+                       "variant": variant}
+
+
 def _run_steps(runs: list[tuple[Config, str]], settings: dict) -> Iterator[Step]:
     full = {(run.dataset, run.percent, run.seed): run.run for run, v in runs if v == "xmask"}
     # seed by seed, so that what is there after a stop can be compared; the longest first
     for run, variant in sorted(runs, key=lambda one: (one[0].seed, -one[0].percent)):
         folder, data = steps.run_folder(run), settings["data"]
-        arguments = settings | {"dataset": run.dataset, "percent": run.percent, "seed": run.seed,
-                                "variant": variant}
+        arguments = _arguments(settings, run, variant)
         inputs = [f"masks {steps.mask_folder(run).name}"]
         if variant not in ("xmask", "points-only"):  # it takes phase 1 from the full method
             inputs.append(f"train {full[run.dataset, run.percent, run.seed]}")
@@ -140,11 +144,10 @@ def _report_steps(runs: list[Config], common: dict, compared: dict | None) -> It
               for name in ("metrics.json", "history.csv", "config.json")]
     last = common | {"runs": [run.run for run in runs]}
     fingerprint = partial(_report_fingerprint, inputs)
-    for title, notebook, folder in (
-        ("tables", "20_tables.ipynb", steps.results_folder(profile) / "tables"),
-        ("figures", "21_figures.ipynb", Path("figures") / profile),
-    ):
-        yield Step(title, notebook, last, evaluated, fingerprint, [folder])
+    yield Step("tables", "20_tables.ipynb", last, evaluated, fingerprint,
+               [steps.results_folder(profile) / "tables"])
+    yield Step("figures", "21_figures.ipynb", last, evaluated, fingerprint,
+               [Path("figures") / profile])
     if compared:
         yield Step("ablations", "22_ablations.ipynb", last | compared, evaluated, fingerprint)
 
@@ -157,14 +160,11 @@ def _claim_steps(runs: list[tuple[Config, str]], settings: dict, evaluated: list
     scenes = steps.results_folder(profile) / "edp_sam"
     if profile in steps.DRAWN:
         for step, notebook, variants, depends, file in (
-            ("compare", "16_other_masks.ipynb", ("xmask",), steps.comparison_fingerprint,
-             "other_masks.json"),
-            ("calibrate", "18_calibrated_counts.ipynb", ("xmask", *COMPARED[profile]),
-             steps.calibrated_fingerprint, "calibrated.json"),
-        ):
-            made += [Step(f"{step} {run.run}", notebook,
-                          settings | {"dataset": run.dataset, "percent": run.percent,
-                                      "seed": run.seed, "variant": variant},
+                ("compare", "16_other_masks.ipynb", ("xmask",), steps.comparison_fingerprint,
+                 "other_masks.json"),
+                ("calibrate", "18_calibrated_counts.ipynb", ("xmask", *COMPARED[profile]),
+                 steps.calibrated_fingerprint, "calibrated.json")):
+            made += [Step(f"{step} {run.run}", notebook, _arguments(settings, run, variant),
                           [f"evaluate {run.run}"], partial(depends, run, settings["data"]),
                           [steps.run_folder(run) / file])
                      for run, variant in runs if variant in variants]

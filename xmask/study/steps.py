@@ -50,8 +50,7 @@ def enter_root() -> Path:
             return folder
     raise FileNotFoundError(
         f"{here} is not inside a clone of the repository (no folder above it holds `notebooks` "
-        "and `pyproject.toml`); start Jupyter or papermill in the clone"
-    )
+        "and `pyproject.toml`); start Jupyter or papermill in the clone")
 
 
 def check_parameters(inputs: Sequence[str]) -> None:
@@ -65,26 +64,21 @@ def check_parameters(inputs: Sequence[str]) -> None:
         for name in sorted(_assigned(cell) - known) if injected else ():
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(
-                f"unknown parameter {name!r}: {hint}This notebook has {', '.join(sorted(known))}"
-            )
+            raise ValueError(f"unknown parameter {name!r}: {hint}This notebook has "
+                             f"{', '.join(sorted(known))}")
 
 
 def _assigned(cell: str) -> set[str]:
-    return {
-        target.id
-        for node in ast.parse(cell).body if isinstance(node, (ast.Assign, ast.AnnAssign))
-        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
-        if isinstance(target, ast.Name)
-    }
+    return {target.id for node in ast.parse(cell).body
+            if isinstance(node, (ast.Assign, ast.AnnAssign))
+            for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+            if isinstance(target, ast.Name)}
 
 
 def configure(profile: str, dataset: str, percent: int, seed: int, *, variant: str = "xmask",
               sam: str = "", overrides: dict[str, object] | None = None) -> Config:
     """The configuration of a run from a notebook's parameters; sam: path of a SAM checkpoint."""
-    changes = dict(overrides or {})
-    if sam:
-        changes["masks.segmenter"] = sam
+    changes = (overrides or {}) | ({"masks.segmenter": sam} if sam else {})
     return preset(profile, dataset, percent, seed=seed, variant=variant, overrides=changes)
 
 
@@ -123,14 +117,12 @@ def data_root(profile: str, dataset: str, data: str = "", *, jobs: int = 1) -> P
         if not data:
             raise ValueError(
                 f"data: profile {profile!r} runs on real photographs; give the folder that holds "
-                "the datasets (`make reproduce PROFILE=... DATA=/path`, or `-p data /path`)"
-            )
+                "the datasets (`make reproduce PROFILE=... DATA=/path`, or `-p data /path`)")
         return Path(data)
     if data:
         raise ValueError(
             f"data: profile {profile!r} draws its own synthetic crowds and would ignore {data}; "
-            "use PROFILE=photo or PROFILE=paper for real photographs"
-        )
+            "use PROFILE=photo or PROFILE=paper for real photographs")
     root = work_folder(profile) / "data"
     write_dataset(dataset, root, **DRAWN[profile], jobs=jobs)
     return root
@@ -350,8 +342,7 @@ def _is_run(folder: Path) -> bool:
 def _fit(config: Config, data: str, masks: Path, fingerprint: str,
          held: files.OutputFolder | None, progress: bool) -> None:
     """held: the run folder; None in a process that does not write."""
-    dataset, chosen = open_train(config, data), labelled(config, data)
-    folder = run_folder(config)
+    dataset, chosen, folder = open_train(config, data), labelled(config, data), run_folder(config)
     score = None
     if config.selection == "best-on-test":
         def score(network):
@@ -367,19 +358,13 @@ def _fit(config: Config, data: str, masks: Path, fingerprint: str,
         "backbone": {"name": config.network.backbone, "initialisation": trainer.initialisation},
         "segmenter": _segmenter(config.masks.segmenter),
         "code": _code(_training(config)),
-        "versions": provenance.versions(),
-        "device": device().type,
-        "processes": processes.count(),
+        "versions": provenance.versions(), "device": device().type, "processes": processes.count(),
         "data": {
-            "checksum": dataset.checksum(),
-            "settings": dataset.settings,
+            "checksum": dataset.checksum(), "settings": dataset.settings,
             "labelled": [dataset.ids[i] for i in chosen],
             "held_out": [dataset.ids[i] for i in calibrating],
-            "unlabelled": len(dataset) if config.schedule.unlabelled else 0,
-        },
-        "calibration": None,
-        "config": config.to_dict(),
-    }
+            "unlabelled": len(dataset) if config.schedule.unlabelled else 0},
+        "calibration": None, "config": config.to_dict()}
     if held:
         for stale in ("metrics.json", "model.safetensors"):  # of an earlier configuration or code
             held.remove(folder / stale)

@@ -302,9 +302,8 @@ def _headings(measures: Sequence[Measure], kind: str, what: str = "") -> list[st
     return [f"{measure.heading}{what}, {kind} (ours)" for measure in measures]
 
 
-def _cells(measures: Sequence[Measure], group: pd.DataFrame, kind: str, what: str = ""
-           ) -> dict[str, Cell | None]:
-    return dict(zip(_headings(measures, kind, what), (one.cell(group) for one in measures)))
+def _cells(measures: Sequence[Measure], group: pd.DataFrame, kind: str) -> dict[str, Cell | None]:
+    return dict(zip(_headings(measures, kind), (one.cell(group) for one in measures)))
 
 
 def _comparison(name: str, caption: str, runs: pd.DataFrame, measures: list[Measure],
@@ -381,12 +380,8 @@ def _as_printed(line: Any) -> Cell:
 
 
 def summary_table(runs: pd.DataFrame) -> Table:
-    """Our numbers as ratios to the baselines, per dataset and percentage, and their mean.
-
-    MAE / constant-count MAE: below 1 is better than the best single number for all images.
-    Mean IoU / mean IoU of discs: above 1 is better than equal discs at the same points, once
-    whole and once exclusive.
-    """
+    """Our numbers as ratios to the baselines, per dataset and percentage, and their mean: MAE by
+    that of the best constant count, mean IoU by that of equal discs, whole and exclusive."""
     order = main_variants(runs)
     runs = runs[runs["variant"].isin(order)].assign(
         mae_ratio=(runs["mae"] / runs["constant_mae"]).where(runs["constant_mae"] > 0),
@@ -428,7 +423,8 @@ def ablation_pairs(runs: pd.DataFrame, dataset: str, percent: float) -> dict[str
     """{variant: (its runs, the full runs of the same seeds)}, the full method first.
 
     Both frames are indexed by seed. A variant that shares no seed with the full method keeps its
-    own runs, and its second frame is empty. Raises ValueError if there is nothing to compare.
+    own runs, and its second frame is empty. Raises ValueError if there is no full run, no variant,
+    or a mixture of selections or of drawn and real runs.
     """
     part = runs[(runs["dataset"] == dataset) & (runs["percent"] == percent)]
     if "xmask" not in set(part["variant"]) or part["variant"].nunique() < 2:
@@ -451,10 +447,7 @@ def ablation_pairs(runs: pd.DataFrame, dataset: str, percent: float) -> dict[str
 
 def ablation_table(runs: pd.DataFrame, dataset: str, percent: float) -> Table:
     """Every variant against the full method on the same seeds: numbers and paired differences.
-
-    Raises ValueError if there is no full run, no variant, or a mixture of selections or of
-    drawn and real runs.
-    """
+    Raises what `ablation_pairs` raises."""
     pairs = ablation_pairs(runs, dataset, percent)
     synthetic = bool(pairs["xmask"][0]["synthetic"].iloc[0])
     kind, measures = kind_of(synthetic), [MAE, RMSE, *_f1(runs), IOU]

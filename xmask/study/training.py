@@ -52,11 +52,9 @@ NOT_READ_IN_WARMUP = NOT_READ_IN_PHASE_1 + (
 )
 
 
-def fit(
-    trainer: Trainer, folder: str | os.PathLike, *, fingerprint: str = "",
-    shared: tuple[Path, str] | None = None, score: Callable[[nn.Module], float] | None = None,
-    finish: Callable[[nn.Module], None] | None = None, progress: bool = True,
-) -> nn.Module:
+def fit(trainer: Trainer, folder: str | os.PathLike, *, fingerprint: str = "",
+        shared: tuple[Path, str] | None = None, score: Callable[[nn.Module], float] | None = None,
+        finish: Callable[[nn.Module], None] | None = None, progress: bool = True) -> nn.Module:
     """Train to the end and write history.csv and model.safetensors into `folder`.
 
     Goes on from the folder's checkpoint, else from a shared state. Ctrl-C loses at most
@@ -138,9 +136,8 @@ def _save(path: Path, trainer: Trainer, key: str, best: tuple[float, dict] | Non
         torch.save(trainer.state() | {"fingerprint": key, "best": best}, temporary)
 
 
-def _resume(
-    trainer: Trainer, checkpoint: Path, key: str, states: dict[int, Path]
-) -> tuple[float, dict] | None:
+def _resume(trainer: Trainer, checkpoint: Path, key: str, states: dict[int, Path]
+            ) -> tuple[float, dict] | None:
     """Take up the run's own checkpoint, else the latest shared state, else start anew.
 
     Returns the best score so far and its network, None without one.
@@ -187,5 +184,4 @@ def _set_aside(path: Path, error: Exception) -> None:
 
 def _write_history(folder: Path, trainer: Trainer) -> None:
     table = pd.DataFrame(trainer.history, columns=list(HISTORY))
-    with files.replacing(folder / "history.csv") as temporary:
-        table.to_csv(temporary, index=False, float_format="%.6g")
+    files.write_text(folder / "history.csv", table.to_csv(index=False, float_format="%.6g"))

@@ -13,7 +13,7 @@ from xmask.synthetic.sprites import cloud_field
 
 
 def photograph(rng, scene: Scenery, canvas: np.ndarray) -> np.ndarray:
-    """The camera: haze, rain or snow, colour cast, exposure, blur, noise, JPEG; uint8 (H, W, 3)."""
+    """The picture (H, W, 3) uint8 that the camera takes of a painted scene (3, H, W) float32."""
     height, width = scene.shape
     rows = np.arange(height, dtype=np.float32)
     if scene.weather:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from scipy.ndimage import find_objects
 
 from xmask.synthetic.people import draw_people, draw_things
 from xmask.synthetic.places import Room
@@ -104,8 +105,6 @@ def annotate(rng, instances: np.ndarray, people: int) -> tuple[np.ndarray, np.nd
     strayed = instances[nearest[:, 1], nearest[:, 0]] != np.arange(1, people + 1)
     shift = rng.uniform(-.3, .3, (people, 2))
     moved[strayed] = np.clip(pixel + shift, 0, limit)[strayed]
-    low = np.full((people, 2), 10 ** 6)
-    high = np.full((people, 2), -1)
-    np.minimum.at(low, head, np.stack([x, y], 1))
-    np.maximum.at(high, head, np.stack([x, y], 1))
-    return moved, (high - low + 1).astype(np.float32)
+    sizes = [(across.stop - across.start, down.stop - down.start)
+             for down, across in find_objects(instances)]
+    return moved, np.array(sizes, np.float32)

@@ -6,6 +6,7 @@ import io
 import math
 import os
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -16,7 +17,7 @@ from scipy.io import savemat
 from tqdm.auto import tqdm
 
 from xmask import files
-from xmask.data.layouts import LAYOUTS
+from xmask.data.layouts import LAYOUTS, MARKER
 from xmask.data.sample import Sample
 from xmask.synthetic.drawing import draw
 from xmask.synthetic.scene import CHARACTERS, Character, plan_scenery
@@ -58,7 +59,7 @@ def write_dataset(layout: str, root: str | os.PathLike, *, train: int, test: int
     folder = Path(root) / CHARACTERS[layout].folder
     settings = {"generator": GENERATOR, "version": VERSION, "layout": layout, "seed": seed,
                 "images": images}
-    marker = folder / "synthetic.json"
+    marker = folder / MARKER
     if marker.exists() and (found := files.read_json(marker)) != settings:
         raise ValueError(f"{marker}: drawn with {found}, but {settings} was asked for; "
                          "delete the folder or choose another root")
@@ -66,17 +67,11 @@ def write_dataset(layout: str, root: str | os.PathLike, *, train: int, test: int
     missing = _missing(tasks, folder)
     if missing:
         marker.unlink(missing_ok=True)
-        bar = tqdm(total=len(missing), desc=f"drawing {layout}", unit="image",
-                   disable=not progress)
-        with bar:
-            if jobs == 1:
-                for task in missing:
-                    _write_image(task)
-                    bar.update()
-            else:
-                with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-                    for _ in pool.map(_write_image, missing):
-                        bar.update()
+        with ProcessPoolExecutor(jobs, get_context("spawn")) if jobs > 1 else nullcontext() as pool:
+            drawn = (pool.map if pool else map)(_write_image, missing)
+            for _ in tqdm(drawn, desc=f"drawing {layout}", unit="image", total=len(missing),
+                          disable=not progress):
+                pass
     if layout == "jhu":
         _write_image_labels(tasks, folder)
     files.write_json(marker, settings)
@@ -111,8 +106,8 @@ def _tasks(layout: str, folder: Path, images: dict[str, int], seed: int) -> list
     character, lies = CHARACTERS[layout], LAYOUTS[layout]
     image_name, annotation_name = NAMES[layout]
     tasks, total = [], 0
-    for split_number, split in enumerate(character.splits):
-        place = folder / lies.splits[split]
+    for split_number, (split, below) in enumerate(lies.splits.items()):
+        place = folder / below
         base = (seed, sorted(CHARACTERS).index(layout), split_number)
         counts = stratified_counts(np.random.SeedSequence(base), images[split], character)
         if character.giant and split == "train":
@@ -230,10 +225,10 @@ def _write_image_labels(tasks: list[Task], folder: Path) -> None:
 
     Weather: 0 clear, 1 fog, 2 rain, 3 snow; distractor: 1 for a picture without people.
     """
-    rows: dict[str, list[str]] = {split: [] for split in CHARACTERS["jhu"].splits}
+    rows: dict[str, list[str]] = {split: [] for split in LAYOUTS["jhu"].splits}
     for task in tasks:
         scene = plan_scenery(np.random.default_rng(task.scene_seed), task.shape, task.people,
-                      CHARACTERS["jhu"])
+                               CHARACTERS["jhu"])
         rows[task.image.parent.parent.name].append(
             f"{task.name},{task.people},{scene.kind},{scene.weather},{int(task.people == 0)}\n")
     for split, lines in rows.items():

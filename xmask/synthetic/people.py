@@ -43,28 +43,24 @@ def draw_people(rng, scene: Scenery, places: np.ndarray) -> list[Figure]:
         "hats": rng.choice(6, n, p=(.79, .08, .05, .03, .02, .03)),
         "extra": rng.random(n), "face": rng.random(n),
     }
-    bodies, props, heads = _bodies(rng, scene, look), _props(rng, scene, look), _heads(
-        rng, scene, look)
+    bodies, props, heads = (paint(rng, scene, look) for paint in (_bodies, _props, _heads))
     # who stands in front is decided by the ground, not by the head: tall people hide more
     depth = look["y"] + rng.normal(0, .25, n) * places[:, 2]
-    figures = []
-    for i in range(n):
-        parts = [bodies[i], *([props[i]] if i in props else []), heads[i]]
-        figures.append(Figure(float(depth[i]), parts))
-    return figures
+    return [Figure(float(depth[i]), [bodies[i], *([props[i]] if i in props else []), heads[i]])
+            for i in range(n)]
 
 
 def _pick(look: dict, k: np.ndarray) -> dict:
     return {name: values[k] for name, values in look.items()}
 
 
-def _heads(rng, scene: Scenery, everyone: dict) -> list[Sprite]:
+def _heads(rng, scene: Scenery, everyone: dict) -> dict[int, Sprite]:
     """Heads: skull, hair, face, hat.
 
     style: 0 bald, 1 short, 2 long, 3 afro, 4 bun or tail, 5 headscarf.
     hats: 0 none, 1 cap, 2 beanie, 3 brimmed hat, 4 helmet, 5 hood.
     """
-    made: list[Sprite | None] = [None] * len(everyone["r"])
+    made: dict[int, Sprite] = {}
     for members in chunks(everyone["r"], 3.8 * 4.2):
         p = _pick(everyone, members)
         b = Patches(p["x"], p["y"], p["r"], (-1.75, -1.75, 1.75, 1.85), p["lean"])
@@ -84,8 +80,7 @@ def _heads(rng, scene: Scenery, everyone: dict) -> list[Sprite]:
         b.rgb *= shade
         b.rgb += shine * b.alpha
         np.clip(b.rgb, 0, b.alpha, out=b.rgb)
-        for i, sprite in zip(members, b.sprites()):
-            made[i] = sprite
+        made.update(zip(members.tolist(), b.sprites()))
     return made
 
 
@@ -130,9 +125,7 @@ def _paint_skull(b: Patches, p: dict) -> np.ndarray:
     return skull
 
 
-def _paint_face(
-    b: Patches, p: dict, skull: np.ndarray, above_view: float, scene: Scenery
-) -> None:
+def _paint_face(b: Patches, p: dict, skull: np.ndarray, above_view: float, scene: Scenery) -> None:
     """The face turns with the head: it narrows and moves to the side, and is gone from behind."""
     a, h, style, turned, toward = (p[name] for name in ("a", "b", "style", "turned", "toward"))
     wide = a * np.clip(.44 + .40 * toward, 0, .82) * np.where(style <= 1, 1.1, 1.0)
@@ -153,10 +146,9 @@ def _paint_face(
     _paint_features(b, p, k, skull, cover, middle, low, wide, self_hair, scene)
 
 
-def _paint_features(
-    b: Patches, p: dict, k: np.ndarray, skull: np.ndarray, cover: np.ndarray, middle: np.ndarray,
-    low: np.ndarray, wide: np.ndarray, self_hair: np.ndarray, scene: Scenery,
-) -> None:
+def _paint_features(b: Patches, p: dict, k: np.ndarray, skull: np.ndarray, cover: np.ndarray,
+                    middle: np.ndarray, low: np.ndarray, wide: np.ndarray, self_hair: np.ndarray,
+                    scene: Scenery) -> None:
     """Eyes, brows, nose, lips and glasses of the faces of persons k, where heads are large enough
     to show them; middle, low: where the face is; cover: what it covers."""
     if b.r.max() <= 4:
@@ -207,9 +199,9 @@ def _paint_hat(b: Patches, p: dict, above_view: float) -> None:
             hard[(p["extra"][k] * 4).astype(int)])
 
 
-def _bodies(rng, scene: Scenery, everyone: dict) -> list[Sprite]:
+def _bodies(rng, scene: Scenery, everyone: dict) -> dict[int, Sprite]:
     """Neck, trunk, arms and, where people stand loosely, legs; with a soft shadow round them."""
-    made: list[Sprite | None] = [None] * len(everyone["r"])
+    made: dict[int, Sprite] = {}
     seated, q = scene.kind == "stands", scene.tilt
     for members in chunks(everyone["r"], 5.6 * 10 * q):
         p = _pick(everyone, members)
@@ -247,14 +239,12 @@ def _bodies(rng, scene: Scenery, everyone: dict) -> list[Sprite]:
         solid = b.alpha > .5
         b.alpha += halo * (1 - b.alpha)  # black, so rgb stays
         np.clip(b.rgb, 0, b.alpha, out=b.rgb)
-        for i, sprite in zip(members, b.sprites(solid)):
-            made[i] = sprite
+        made.update(zip(members.tolist(), b.sprites(solid)))
     return made
 
 
-def _paint_limbs(
-    rng, b: Patches, p: dict, wide: np.ndarray, q: float, seated: bool, whole: bool
-) -> None:
+def _paint_limbs(rng, b: Patches, p: dict, wide: np.ndarray, q: float, seated: bool, whole: bool
+                 ) -> None:
     """Knees or legs, and arms. wide: (n,) half widths of the trunks; q: tilt of the scene."""
     every, zero = slice(None), np.zeros(len(wide))
     if seated:
@@ -280,9 +270,7 @@ def _paint_limbs(
         b.paint(every, b.capsule(every, start, sleeve, .46), p["cloth"] * .8)
 
 
-def _paint_clothes(
-    b: Patches, p: dict, pattern: np.ndarray, trunk: np.ndarray, q: float
-) -> None:
+def _paint_clothes(b: Patches, p: dict, pattern: np.ndarray, trunk: np.ndarray, q: float) -> None:
     """What is on or over the trunk: stripes, checks, a jacket, a print, a rucksack.
 
     pattern: (n,) in 0..1, who wears what; trunk: (n, h, w), the share of each pixel it covers.
@@ -315,8 +303,6 @@ def _props(rng, scene: Scenery, everyone: dict) -> dict[int, Sprite]:
     share = {"concert": .14, "stands": .1, "street": .05, "park": .03}.get(scene.kind, .02)
     chosen = np.flatnonzero(rng.random(n) < share)
     made: dict[int, Sprite] = {}
-    if not len(chosen):
-        return made
     for group in chunks(everyone["r"][chosen], 5.6 * 7):
         members = chosen[group]
         p = _pick(everyone, members)
@@ -348,8 +334,7 @@ def _props(rng, scene: Scenery, everyone: dict) -> dict[int, Sprite]:
                         inside=True)
         b.rgb *= (scene.ambient * .5 + .5) * (1 + .1 * b.grain(rng, 9, 9))
         np.clip(b.rgb, 0, b.alpha, out=b.rgb)
-        for i, sprite in zip(members, b.sprites()):
-            made[int(i)] = sprite
+        made.update(zip(members.tolist(), b.sprites()))
     return made
 
 

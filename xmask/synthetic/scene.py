@@ -32,7 +32,6 @@ class Character:
     """
 
     folder: str
-    splits: tuple[str, ...]
     shapes: tuple[tuple[int, int], tuple[int, int]]
     counts: tuple[int, int]
     kinds: tuple[str, ...]
@@ -45,16 +44,13 @@ class Character:
 # a kind named twice is twice as frequent
 KINDS = ("street", "street", "park", "park", "square", "square", "stands", "concert", "hall")
 CHARACTERS = {
-    "sha": Character(
-        "ShanghaiTech/part_A", ("train", "test"), ((368, 492), (436, 582)), (20, 400),
-        KINDS, (0.05, 0.0, 0.0)),
-    "qnrf": Character(
-        "UCF-QNRF_ECCV18", ("train", "test"), ((436, 640), (666, 966)), (40, 500),
-        ("street", "park", "square", "square", "stands", "concert"),
-        (0.08, 0.0, 0.0), giant=1500),
-    "jhu": Character(
-        "jhu_crowd_v2.0", ("train", "val", "test"), ((308, 414), (364, 482)), (10, 300),
-        KINDS, (0.16, 0.12, 0.1), blur=0.4, empty=0.06),
+    "sha": Character("ShanghaiTech/part_A", ((368, 492), (436, 582)), (20, 400), KINDS,
+                     (0.05, 0.0, 0.0)),
+    "qnrf": Character("UCF-QNRF_ECCV18", ((436, 640), (666, 966)), (40, 500),
+                      ("street", "park", "square", "square", "stands", "concert"),
+                      (0.08, 0.0, 0.0), giant=1500),
+    "jhu": Character("jhu_crowd_v2.0", ((308, 414), (364, 482)), (10, 300), KINDS,
+                     (0.16, 0.12, 0.1), blur=0.4, empty=0.06),
 }
 WEATHER = ("clear", "fog", "rain", "snow")  # the order of the codes in JHU-CROWD++
 

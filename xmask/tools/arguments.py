@@ -18,12 +18,9 @@ def names(text: str) -> tuple[str, ...]:
 def numbers(text: str) -> tuple[int, ...]:
     """Whole numbers, separated by commas or spaces."""
     try:
-        found = tuple(int(part) for part in text.replace(",", " ").split())
-    except ValueError:
-        found = ()
-    if found:
-        return found
-    raise ArgumentTypeError(f"{text!r}: expected whole numbers, e.g. 5,40")
+        return tuple(map(int, names(text)))
+    except (ValueError, ArgumentTypeError):
+        raise ArgumentTypeError(f"{text!r}: expected whole numbers, e.g. 5,40") from None
 
 
 def number(text: str) -> int:

@@ -65,10 +65,8 @@ def annotations(labels: np.ndarray, table: pd.DataFrame) -> Iterator[dict[str, A
             "score": float(row.score), "source": str(row.source)}
 
 
-def write_document(
-    path: str | os.PathLike, info: dict[str, Any],
-    entries: Iterable[tuple[dict[str, Any], Iterable[dict[str, Any]]]],
-) -> Path:
+def write_document(path: str | os.PathLike, info: dict[str, Any],
+                   entries: Iterable[tuple[dict[str, Any], Iterable[dict[str, Any]]]]) -> Path:
     """Write a COCO file image by image: it never lies in memory whole.
 
     entries: per image its fields and its annotations, both without ids; ids count from 1 in the

@@ -25,10 +25,8 @@ from xmask.segmenters import Prompts, Segmenter
 ACTIONS = ("drop", "disc", "prompt")
 
 
-def apply(
-    labels: np.ndarray, points: np.ndarray, edits: list[dict[str, Any]],
-    image: np.ndarray | None = None, segmenter: Segmenter | None = None,
-) -> np.ndarray:
+def apply(labels: np.ndarray, points: np.ndarray, edits: list[dict[str, Any]],
+          image: np.ndarray | None = None, segmenter: Segmenter | None = None) -> np.ndarray:
     """The label map after the edits: (H, W) int32; `labels` itself is left alone.
 
     labels: (H, W) int, 0 background, k the mask of points[k - 1]. An edit is a dictionary with
@@ -137,14 +135,14 @@ def read_corrected(folder: str | os.PathLike, name: str) -> np.ndarray:
 
 
 def close_up(image: np.ndarray, labels: np.ndarray, points: np.ndarray, k: int,
-             box: list[float] | None = None, *, side: int = 420) -> np.ndarray:
-    """Head k and its neighbours, enlarged, with masks and a box: (side, side, 3) uint8.
+             box: list[float] | None = None) -> np.ndarray:
+    """Head k and its neighbours, enlarged, with masks and a box: (420, 420, 3) uint8.
 
     image: (H, W, 3) uint8; labels: (H, W) label map; points: (N, 2) px; box: x0, y0, x1, y1 px.
     """
     from xmask.tools.overlay import overlay
 
-    radius = float(nnec.exclusion_radii(points, labels.shape)[k - 1])
+    side, radius = 420, float(nnec.exclusion_radii(points, labels.shape)[k - 1])
     half = max(round(2.5 * radius), 12)
     x, y = np.rint(points[k - 1]).astype(int)
     pad = ((half, half), (half, half))

@@ -55,7 +55,6 @@ class Explorer:
 
     image: (H, W, 3) uint8. points: (N, 2) (x, y) px. embedding: (D, h, w) tensor at stride 4 that
     covers the image. sigmas: the smoothings to prepare, px.
-    Preparing costs a smoothing and a pass over the incidence list for each sigma.
     """
 
     def __init__(self, image: np.ndarray, points: np.ndarray, embedding: torch.Tensor, *,
@@ -154,12 +153,11 @@ def explore(explorer: Explorer, settings: ExplorerSettings | None = None) -> ipy
     settings = settings or ExplorerSettings()
     style = {"description_width": "9em"}
     wide = w.Layout(width="32em", max_width="98%")
-    slider = dict(style=style, layout=wide, continuous_update=True, readout_format=".2f")
+    slider = dict(min=0, max=2, step=0.05, style=style, layout=wide, readout_format=".2f")
     controls = {
-        "theta": w.FloatSlider(settings.theta, min=0, max=2, step=0.05,
-                               description="θ, threshold", **slider),
-        "geometry_weight": w.FloatSlider(settings.geometry_weight, min=0, max=2, step=0.05,
-                                         description="λ, geometry", **slider),
+        "theta": w.FloatSlider(settings.theta, description="θ, threshold", **slider),
+        "geometry_weight": w.FloatSlider(settings.geometry_weight, description="λ, geometry",
+                                         **slider),
         "sigma": w.SelectionSlider(options=explorer.sigmas, value=settings.sigma, style=style,
                                    layout=wide, description="σ, smoothing (px)"),
         "show": w.ToggleButtons(options=PICTURES, value=settings.show,

@@ -47,13 +47,12 @@ def configure(overrides: dict[str, object] | None = None, *, seed: int = 1) -> C
 
 
 def learn(dotted: OwnPhotos, bare: OwnPhotos, out: str | os.PathLike, settings: Config, *,
-          segmenter: str = "bundled", start: bool = True, overwrite: bool = False,
-          progress: bool = True) -> Path:
-    """Train on photos with dots and photos without; return the run folder `out`.
+          segmenter: str = "bundled", overwrite: bool = False, progress: bool = True) -> Path:
+    """Train the package's model for photographs on photos with dots and photos without; return the
+    run folder `out`.
 
-    dotted, bare: as of `read_folder`. settings: as of `configure`. segmenter: "bundled",
-    "classical" (faster), or a SAM checkpoint. start: begin with the weights of the package's model
-    for photographs instead of ImageNet's; the network must be its. overwrite: as of
+    dotted, bare: as of `read_folder`. settings: as of `configure`; the network must be the model's.
+    segmenter: "bundled", "classical" (faster), or a SAM checkpoint. overwrite: as of
     `files.OutputFolder`, which `out` is.
     `out` gets config.json, history.csv, model.safetensors, and masks/, a label map per dotted
     photo. Where enough photos have dots (`held_out`), some are kept from training: they calibrate
@@ -66,7 +65,7 @@ def learn(dotted: OwnPhotos, bare: OwnPhotos, out: str | os.PathLike, settings: 
         raise ValueError("no dots: training needs at least one photo with dots beside it")
     with files.OutputFolder(out, overwrite=overwrite,
                             kept=[*dotted.files, *bare.files]) as folder:
-        return _learn(dotted, bare, folder, settings, segmenter, start, progress)
+        return _learn(dotted, bare, folder, settings, segmenter, progress)
 
 
 def held_out(dotted: OwnPhotos, share: float) -> list[int]:
@@ -79,14 +78,12 @@ def held_out(dotted: OwnPhotos, share: float) -> list[int]:
 
 
 def _learn(dotted: OwnPhotos, bare: OwnPhotos, folder: files.OutputFolder, settings: Config,
-           segmenter: str, start: bool, progress: bool) -> Path:
+           segmenter: str, progress: bool) -> Path:
     out = folder.path
     weights, record, report = (out / n for n in ("model.safetensors", "config.json", "report.json"))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    described = segmenters.describe(segmenter)
-    shipped = models.load(device=device) if start else None
-    initialisation = (f"weights of the package (sha256 {shipped.record['sha256'][:12]})"
-                      if shipped else "")
+    shipped = models.load()
+    device, described = shipped.device, segmenters.describe(segmenter)
+    initialisation = f"weights of the package (sha256 {shipped.record['sha256'][:12]})"
     checksum = provenance.digest(dotted.checksum(), bare.checksum())
     fingerprint = provenance.fingerprint(
         ("xmask.study.training", "xmask.study.evaluate", "xmask.data.masks",
@@ -111,18 +108,15 @@ def _learn(dotted: OwnPhotos, bare: OwnPhotos, folder: files.OutputFolder, setti
     everything = ConcatDataset([Subset(dotted, learnt), bare])
     trainer = Trainer(settings, Kept(labelled, _CACHE), BareImages(Kept(everything, _CACHE)),
                       device=device)
-    if shipped:
-        for network in (trainer.student, trainer.teacher):
-            network.load_state_dict(shipped.network.state_dict())
-        trainer.initialisation = initialisation
+    for network in (trainer.student, trainer.teacher):
+        network.load_state_dict(shipped.network.state_dict())
+    trainer.initialisation = initialisation
     for stale in (weights, report):  # of other photos or settings: not to stand beside a new record
         folder.remove(stale)
     written = {
         **evaluation.identity(settings, synthetic=False),
-        "backbone": {"name": settings.network.backbone,
-                     "initialisation": trainer.initialisation},
-        "start": shipped.record["sha256"] if shipped else None,
-        "segmenter": described,
+        "backbone": {"name": settings.network.backbone, "initialisation": initialisation},
+        "start": shipped.record["sha256"], "segmenter": described,
         "versions": provenance.versions(), "device": device.type,
         "data": {"checksum": checksum, "labelled": [dotted.ids[i] for i in learnt],
                  "held_out": [dotted.ids[i] for i in measured], "unlabelled": len(bare),
@@ -141,23 +135,22 @@ def _learn(dotted: OwnPhotos, bare: OwnPhotos, folder: files.OutputFolder, setti
     return out
 
 
-def _check_start(settings: Config, shipped: Predictor | None) -> None:
+def _check_start(settings: Config, shipped: Predictor) -> None:
     """Raises ValueError, before masks are made, for a network that cannot be built or started."""
     network = model.build(settings.network)[0]
-    if shipped:
-        try:
-            network.load_state_dict(shipped.network.state_dict())
-        except RuntimeError:
-            raise ValueError("network (--set network...): the model of the package, which training "
-                             "starts from, has another network; leave these fields as they are"
-                             ) from None
+    try:
+        network.load_state_dict(shipped.network.state_dict())
+    except RuntimeError:
+        raise ValueError("network (--set network...): the model of the package, which training "
+                         "starts from, has another network; leave these fields as they are"
+                         ) from None
 
 
-def compare(before: Predictor | None, network: torch.nn.Module, photos: Sequence[Sample],
+def compare(before: Predictor, network: torch.nn.Module, photos: Sequence[Sample],
             settings: Config, *, progress: bool = True) -> tuple[Calibration, dict]:
     """What learning changed, on photos with dots that it did not see.
 
-    before: the model it started from, None for none. network: the one it led to. photos: three or
+    before: the model it started from. network: the one it led to. photos: three or
     more. Returns the calibration of the network by all of these photos, and the report: for
     `before` (as it is) and `after` (each photo by the calibration of the others) `mae`, `bias`
     (mean of count - dots), `precision` and `recall` of heads within 8 px, and `coverage`, the
@@ -171,21 +164,19 @@ def compare(before: Predictor | None, network: torch.nn.Module, photos: Sequence
         after.append((sample, predict_image(network, sample.image,
                                             others.applied(settings.evaluation),
                                             calibration=others)))
-        if before:
-            earlier.append((sample, before.predict(sample.image)))
+        earlier.append((sample, before.predict(sample.image)))
     return found, {"photos": len(after), "dots": sum(len(sample.points) for sample, _ in after),
-                   "before": _measures(earlier) if before else None, "after": _measures(after)}
+                   "before": _measures(earlier), "after": _measures(after)}
 
 
 def in_words(report: dict) -> str:
     """The report of `compare` for the terminal."""
     lines = [f"On {report['photos']} photos with {report['dots']} dots that were held out:"]
-    for name, m in (("before", report["before"]), ("after", report["after"])):
-        if m:
-            covered = "" if m["coverage"] is None else f", {m['coverage']:.0%} inside the interval"
-            lines.append(
-                f"  {name:6} count wrong by {m['mae']:.1f} ({m['bias']:+.1f} with its sign), "
-                f"precision {m['precision']:.2f}, recall {m['recall']:.2f}{covered}")
+    for name in ("before", "after"):
+        m = report[name]
+        covered = "" if m["coverage"] is None else f", {m['coverage']:.0%} inside the interval"
+        lines.append(f"  {name:6} count wrong by {m['mae']:.1f} ({m['bias']:+.1f} with its sign), "
+                     f"precision {m['precision']:.2f}, recall {m['recall']:.2f}{covered}")
     return "\n".join(lines)
 
 

@@ -12,10 +12,11 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -57,7 +58,7 @@ def load(weights: str | os.PathLike | None = None, device: str | torch.device | 
                      calibration.from_dict(record.get("calibration")))
 
 
-def load_network(path: str | os.PathLike, device: str | torch.device = "cpu"
+def load_network(path: str | os.PathLike
                  ) -> tuple[nn.Module, configuration.Config, dict[str, str]]:
     """A trained network in evaluation mode, its configuration and its safetensors metadata.
 
@@ -93,7 +94,7 @@ def load_network(path: str | os.PathLike, device: str | torch.device = "cpu"
             "Give a run folder or a file made by `xmask export`, or train it again."
         ) from error
     _check_finite(state, path)
-    return network.to(device).eval(), config, metadata
+    return network.eval(), config, metadata
 
 
 def export(run: str | os.PathLike, out: str | os.PathLike, *, half: bool = False) -> Path:
@@ -123,18 +124,13 @@ def _read_run(folder: Path) -> tuple[nn.Module, configuration.Config, dict[str, 
     try:
         run = files.read_json(file)
         config = configuration.from_dict(run["config"])
-        data, selection = run["data"], run["selection"]
         record = {
             "backbone": run["backbone"]["name"],
             "initialisation": run["backbone"]["initialisation"],
-            "trained_on": _trained_on(run, data),
-            "run": folder.resolve().name,
-            "profile": run["profile"],
-            "selection": selection,
-            "calibration": run.get("calibration"),
-            "measured": measured(folder),
-            "versions": run["versions"],
-        }
+            "trained_on": _trained_on(run), "run": folder.resolve().name,
+            "profile": run["profile"], "selection": run["selection"],
+            "calibration": run.get("calibration"), "measured": measured(folder),
+            "versions": run["versions"]}
         calibration.from_dict(record["calibration"])
     except KeyError as error:
         raise ValueError(f"{file}: field {error} is missing. Train the run again.") from error
@@ -160,8 +156,9 @@ def _read_run(folder: Path) -> tuple[nn.Module, configuration.Config, dict[str, 
     return network, config, record
 
 
-def _trained_on(run: dict, data: dict) -> dict[str, Any]:
-    synthetic, labelled = bool(run["synthetic"]), len(data["labelled"])
+def _trained_on(run: dict) -> dict[str, Any]:
+    data, synthetic = run["data"], bool(run["synthetic"])
+    labelled = len(data["labelled"])
     kind = "drawn crowds" if synthetic else "photographs"
     rest = f" and {data['unlabelled']} unlabelled" if data["unlabelled"] else ""
     return {"dataset": run["dataset"], "synthetic": synthetic, "labelled": labelled,
@@ -181,13 +178,16 @@ def measured(folder: Path) -> dict[str, Any] | None:
                       "this model is not known. Evaluate the run again.", stacklevel=2)
         return None
     rows = sorted(found["per_image"], key=lambda row: row["count"])
-    thirds = [rows[len(rows) * k // 3:len(rows) * (k + 1) // 3] for k in range(3)]
+    thirds = []
+    for k in range(3):
+        if part := rows[len(rows) * k // 3:len(rows) * (k + 1) // 3]:
+            error = np.array([row["count"] - row["true_count"] for row in part], float)
+            thirds.append({"from": part[0]["count"], "to": part[-1]["count"], "images": len(part),
+                           "mae": round(np.abs(error).mean().item(), 2),
+                           "bias": round(error.mean().item(), 2)})
     return {"dataset": found["dataset"], "synthetic": found["synthetic"],
             "images": found["images"], **found["counting"], "interval": found.get("interval"),
-            "thirds": [{"from": part[0]["count"], "to": part[-1]["count"], "images": len(part),
-                        "mae": _mean(abs(r["count"] - r["true_count"]) for r in part),
-                        "bias": _mean(r["count"] - r["true_count"] for r in part)}
-                       for part in thirds if part]}
+            "thirds": thirds}
 
 
 def reliability(record: dict[str, Any], counts: Sequence[int]) -> str:
@@ -204,11 +204,6 @@ def reliability(record: dict[str, Any], counts: Sequence[int]) -> str:
             f"which this model finds {part['from']} to {part['to']} heads, its count is wrong by "
             f"{part['mae']:.0f} on average ({part['bias']:+.0f} with its sign). Photographs of "
             "another kind can be far worse: see docs/model_card.md.")
-
-
-def _mean(values: Iterable[float]) -> float:
-    every = list(values)
-    return round(sum(every) / len(every), 2)
 
 
 def _check_finite(state: dict[str, Tensor], path: Path) -> None:
