@@ -212,9 +212,10 @@ def _run_commands(command: Callable) -> None:
         made.add_argument("--sam", default="", help="SAM checkpoint (.pth)")
         _set(made, "a field, e.g. --set loss.tau=0.5")
 
-    for name, function in (("tables", _tables), ("figures", _figures)):
-        _profile(command(name, function,
-                         f"regenerate the {name} of a profile from its run folders"))
+    text = "regenerate the {} of a profile from its run folders"
+    _profile(command("figures", _figures, text.format("figures")))
+    made = command("tables", _tables, text.format("tables"))
+    made.add_argument("--profile", choices=PROFILES, default="demo")
 
 
 def _page_commands(command: Callable) -> None:

@@ -62,16 +62,19 @@ class Travelling(Notebooks):
     client: Client | None = field(default=None, repr=False)
 
     def begin(self) -> None:
+        """In a thread of this process, before its first notebook."""
         super().begin()
         if self.far:
             self.client = Client(self.far[0], set_as_default=False)
 
     def end(self) -> None:
+        """End the notebook that runs, wherever it does."""
         super().end()
         if self.client:  # what it waits for ends with it. Dask would wait for itself here
             threading.Thread(target=self.client.close).start()
 
     def execute(self, source: Path, target: Path, parameters: dict[str, Any], log: Path) -> str:
+        """As of `Notebooks`. Raises ValueError where a file that comes back was changed here."""
         if not self.client:
             return super().execute(source, target, parameters, log)
         root = Path(self.root)
