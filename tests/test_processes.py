@@ -1,11 +1,13 @@
 """Several processes that train together learn what one learns, and end together."""
 
 import copy
+import itertools
 import os
 import signal
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -112,6 +114,19 @@ def test_a_killed_process_ends_the_other_within_a_minute(tmp_path):
     assert killed.wait(120) == -signal.SIGKILL
     assert left.wait(60) == 1
     assert "RuntimeError: another process of this training has ended" in left.said()
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_so_many_processes_see_together_the_crops_that_one_sees(count):
+    run = trainer(tiny(optimisation__batch=4, **EPOCHS))
+
+    def seen(rank, count):
+        run.fabric = SimpleNamespace(global_rank=rank, world_size=count)
+        return [torch.stack([labelled.images, unlabelled.images, unlabelled.strong])
+                for labelled, unlabelled in itertools.islice(run._draw(8), 3)]
+
+    for whole, *parts in zip(seen(0, 1), *(seen(rank, count) for rank in range(count))):
+        assert torch.equal(whole, torch.cat(parts, dim=1))
 
 
 def test_crops_that_cannot_be_shared_are_refused(monkeypatch):
