@@ -217,6 +217,8 @@ def test_files_that_come_back_replace_none_that_was_changed_meanwhile(tmp_path):
     (tmp_path / "new.txt").write_text("new")
     changed = travel.changes(tmp_path, sent)
     assert changed == {"a.txt": b"after", "gone.txt": None, "new.txt": b"new"}
+    travel.take_back(tmp_path, sent, changed)  # is so already
+    (tmp_path / "a.txt").write_text("edited")
     with pytest.raises(ValueError, match="a.txt: changed here while a notebook made it anew"):
         travel.take_back(tmp_path, sent, changed)
     (tmp_path / "new.txt").unlink()
@@ -224,6 +226,14 @@ def test_files_that_come_back_replace_none_that_was_changed_meanwhile(tmp_path):
         (tmp_path / name).write_bytes(content)
     travel.take_back(tmp_path, sent, changed)
     assert travel.changes(tmp_path, sent) == changed
+    state = tmp_path / "work" / "phase1" / "key.pt"  # two notebooks made it at the same time
+    state.parent.mkdir(parents=True)
+    state.write_text("the first")
+    travel.take_back(tmp_path, sent, changed | {"work/phase1/key.pt": b"the second"})
+    assert state.read_text() == "the first"
+    travel.take_back(tmp_path, {"work/phase1/key.pt": b"the first"},
+                     {"work/phase1/key.pt": b"made anew"})
+    assert state.read_text() == "made anew"
 
 
 def test_a_folder_is_seen_by_the_workers_of_this_machine(tmp_path, scheduler):

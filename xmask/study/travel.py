@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 import threading
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -66,6 +67,7 @@ class Travelling(Notebooks):
         super().begin()
         if self.far:
             self.client = Client(self.far[0], set_as_default=False)
+            warnings.filterwarnings("ignore", "Sending large graph")  # files, as is meant
 
     def end(self) -> None:
         """End the notebook that runs, wherever it does."""
@@ -146,16 +148,21 @@ def changes(root: Path, sent: dict[str, bytes]) -> dict[str, bytes | None]:
 def take_back(root: Path, sent: dict[str, bytes], changed: dict[str, bytes | None]) -> None:
     """Make the same changes here, where all files are still what was sent.
 
+    A state of phase 1 that another notebook brought meanwhile stays: its name says what it is of.
     Raises ValueError, naming it, for a file that was changed here meanwhile, before any is written.
     """
-    for name in changed:
+    wanted = dict(changed)
+    for name, content in changed.items():
         path = root / name
-        if (path.read_bytes() if path.is_file() else None) != sent.get(name):
+        here = path.read_bytes() if path.is_file() else None
+        if here == content or (here and "/phase1/" in name and name not in sent):
+            del wanted[name]
+        elif here != sent.get(name):
             raise ValueError(f"{path}: changed here while a notebook made it anew elsewhere. Both "
                              "cannot stay: move this one away, then run the same command again")
     # a folder's record lists what it holds before that is there; a stamp comes when all is
-    for name in sorted(changed, key=lambda name: ("/stamps/" in name, files.HIDDEN not in name)):
-        if (content := changed[name]) is None:
+    for name in sorted(wanted, key=lambda name: ("/stamps/" in name, files.HIDDEN not in name)):
+        if (content := wanted[name]) is None:
             (root / name).unlink()
         else:
             with files.replacing(root / name) as temporary:
