@@ -226,14 +226,15 @@ def test_files_that_come_back_replace_none_that_was_changed_meanwhile(tmp_path):
         (tmp_path / name).write_bytes(content)
     travel.take_back(tmp_path, sent, changed)
     assert travel.changes(tmp_path, sent) == changed
-    state = tmp_path / "work" / "phase1" / "key.pt"  # two notebooks made it at the same time
-    state.parent.mkdir(parents=True)
-    state.write_text("the first")
-    travel.take_back(tmp_path, sent, changed | {"work/phase1/key.pt": b"the second"})
-    assert state.read_text() == "the first"
-    travel.take_back(tmp_path, {"work/phase1/key.pt": b"the first"},
-                     {"work/phase1/key.pt": b"made anew"})
-    assert state.read_text() == "made anew"
+    masks = "work/demo/masks/sha/"  # two notebooks made them at the same time
+    first = {f"{masks}manifest.json": b"one", f"{masks}same.png": b"same"}
+    second = first | {f"{masks}manifest.json": b"two", f"{masks}more.png": b"more",
+                      "work/demo/stamps/mine.json": b"done"}
+    travel.take_back(tmp_path, {}, first)
+    travel.take_back(tmp_path, {}, second)
+    assert travel.pack(tmp_path, ["work"]) == first | {"work/demo/stamps/mine.json": b"done"}
+    travel.take_back(tmp_path, first, {f"{masks}manifest.json": b"made anew"})
+    assert (tmp_path / masks / "manifest.json").read_text() == "made anew"
 
 
 def test_a_folder_is_seen_by_the_workers_of_this_machine(tmp_path, scheduler):

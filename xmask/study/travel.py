@@ -24,7 +24,7 @@ from xmask.data.cluster import ask, carried, open_client
 from xmask.study import steps
 from xmask.study.execute import Notebooks
 
-_ALWAYS = ("pyproject.toml", "notebooks", "xmask")
+_ALWAYS = ("pyproject.toml", "xmask")  # beside the notebook itself
 _LEFT = ("lock", "record.lock", "holder.json", "__pycache__")  # of no use elsewhere
 
 
@@ -148,18 +148,22 @@ def changes(root: Path, sent: dict[str, bytes]) -> dict[str, bytes | None]:
 def take_back(root: Path, sent: dict[str, bytes], changed: dict[str, bytes | None]) -> None:
     """Make the same changes here, where all files are still what was sent.
 
-    A state of phase 1 that another notebook brought meanwhile stays: its name says what it is of.
-    Raises ValueError, naming it, for a file that was changed here meanwhile, before any is written.
+    A folder of masks, states or drawn crowds that another notebook has made meanwhile stays as it
+    is: it can be made again, while two halves make no whole.
+    Raises ValueError, naming it, for a result that was changed here meanwhile, before any is
+    written.
     """
-    wanted = dict(changed)
-    for name, content in changed.items():
-        path = root / name
-        here = path.read_bytes() if path.is_file() else None
-        if here == content or (here and "/phase1/" in name and name not in sent):
-            del wanted[name]
-        elif here != sent.get(name):
-            raise ValueError(f"{path}: changed here while a notebook made it anew elsewhere. Both "
-                             "cannot stay: move this one away, then run the same command again")
+    here = {name: (root / name).read_bytes() if (root / name).is_file() else None
+            for name in changed}
+    met = [name for name in changed if here[name] not in (sent.get(name), changed[name])]
+    for name in met:
+        if not name.startswith("work/"):
+            raise ValueError(
+                f"{root / name}: changed here while a notebook made it anew elsewhere. Both cannot "
+                "stay: move this one away, then run the same command again")
+    stay = {_place(name) for name in met}
+    wanted = {name: content for name, content in changed.items()
+              if here[name] != content and _place(name) not in stay}
     # a folder's record lists what it holds before that is there; a stamp comes when all is
     for name in sorted(wanted, key=lambda name: ("/stamps/" in name, files.HIDDEN not in name)):
         if (content := wanted[name]) is None:
@@ -167,3 +171,8 @@ def take_back(root: Path, sent: dict[str, bytes], changed: dict[str, bytes | Non
         else:
             with files.replacing(root / name) as temporary:
                 temporary.write_bytes(content)
+
+
+def _place(name: str) -> tuple[str, ...]:
+    """The folder that is made as one: work/<profile>/<kind>/<name>."""
+    return Path(name).parts[:4]
