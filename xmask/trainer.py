@@ -74,7 +74,8 @@ class Trainer:
     the labelled ones among them (their points and masks, if any, are never read).
     device: where it runs, "cpu" or "cuda". student, teacher: the two networks. epoch: epochs done.
     history: one row a done epoch, `step`, `epoch`, `phase`, `weight` and the mean of every term of
-    the loss. steps: of an epoch. initialisation: how the network started, in words.
+    the loss. steps: of an epoch. initialisation: how the network started, in words. precision: of
+    the network's products, as Fabric names it: "32-true", "bf16-mixed" or "16-mixed".
     """
 
     def __init__(self, config: Config, labelled: Sequence[Sample], unlabelled: Sequence[Sample], *,
@@ -85,7 +86,8 @@ class Trainer:
         if o.batch % processes.count():
             raise ValueError(f"optimisation.batch: {o.batch} crops cannot be shared equally by "
                              f"{processes.count()} processes; choose a multiple of these")
-        self.config, self.fabric = config, processes.open_fabric(device)
+        self.config, self.fabric = config, processes.open_fabric(
+            device, config.machine.precision)
         self.device = self.fabric.device
         torch.manual_seed(config.seed)
         if config.machine.threads:
@@ -98,6 +100,9 @@ class Trainer:
         self.teacher = copy.deepcopy(self.student).eval().requires_grad_(False)
         if self.fabric.world_size > 1:
             processes.join_norms(self.student)
+        self.precision = self.fabric.strategy.precision.precision
+        if self.device.type == "cpu" and self.precision != "32-true":
+            processes.widen_depthwise(self.student)
         self.optimiser: torch.optim.Optimizer | None = None
         self._learner: nn.Module = self.student
         # listed once: to look through all modules in every step takes a twentieth of it

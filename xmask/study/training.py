@@ -73,7 +73,8 @@ def fit(trainer: Trainer, folder: str | os.PathLike, *, fingerprint: str = "",
     folder, config, schedule = Path(folder), trainer.config, trainer.config.schedule
     leads = trainer.fabric.is_global_zero
     states = _shared_states(trainer, *shared) if shared else {}
-    key = digest(config.to_dict(), fingerprint, trainer.device.type, trainer.initialisation)
+    key = digest(config.to_dict(), fingerprint, trainer.device.type, trainer.precision,
+                 trainer.initialisation)
     checkpoint = folder / "checkpoint.pt"
     best = _resume(trainer, checkpoint, key, states) if leads else None
     if trainer.fabric.world_size > 1:
@@ -126,7 +127,7 @@ def _shared_states(trainer: Trainer, place: Path, inputs: str) -> dict[int, Path
                           (schedule.phase1, NOT_READ_IN_PHASE_1)):
         if 0 < epoch <= schedule.phase1:
             key = digest(read_part(trainer.config, unread), inputs, trainer.device.type,
-                         trainer.initialisation)
+                         trainer.precision, trainer.initialisation)
             states[epoch] = Path(place) / f"{key[:16]}.pt"
     return states
 

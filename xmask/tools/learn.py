@@ -118,6 +118,7 @@ def _learn(dotted: OwnPhotos, bare: OwnPhotos, folder: files.OutputFolder, setti
         "backbone": {"name": settings.network.backbone, "initialisation": initialisation},
         "start": shipped.record["sha256"], "segmenter": described,
         "versions": provenance.versions(), "device": device.type,
+        "precision": trainer.precision,
         "data": {"checksum": checksum, "labelled": [dotted.ids[i] for i in learnt],
                  "held_out": [dotted.ids[i] for i in measured], "unlabelled": len(bare),
                  "left_out": damaged + more},
