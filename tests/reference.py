@@ -75,10 +75,10 @@ def upsample(maps, factor):
     return torch.stack([torch.stack([bilinear(maps, p) for p in row], 1) for row in place], 1)
 
 
-def energies(embedding, points, geometry_weight, sigma, shape):
-    """(N, H, W) energies, infinite outside the circles."""
+def energies(embedding, points, geometry_weight, sigma, shape, r=None):
+    """(N, H, W) energies, infinite outside the circles; r: their radii, if not those of NNEC."""
     features = smooth(embedding, sigma)
-    r = radii(points, shape, lone=0.25)
+    r = radii(points, shape, lone=0.25) if r is None else r
     squared = squared_distances(points, shape)
     out = np.full(squared.shape, np.inf)
     for i, point in enumerate(points):

@@ -51,6 +51,22 @@ def test_label_map_equals_the_dense_rule(seed, count, height, width, sigma, thre
     np.testing.assert_array_equal(labels.numpy(), expected)
 
 
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10**6), st.lists(st.integers(0, 12), min_size=1, max_size=3))
+def test_without_nnec_all_heads_of_an_image_have_one_circle(seed, counts):
+    shape = (24, 30)
+    points = [random_points(seed + k, count, shape) for k, count in enumerate(counts)]
+    embedding = torch.stack([unit(6, *shape, seed=seed + k) for k in range(len(points))])
+    labels = decode.instance_maps(embedding, points, nnec=False)
+    for one, maps, found in zip(points, embedding, labels):
+        radii = exclusion_radii(one, shape, lone=0.25)
+        # the lower of the two middle ones where they are as many
+        radius = min(2 * np.sort(radii)[(len(one) - 1) // 2], 12) if len(one) else 0.0
+        energy = reference.energies(maps, one, 0.8, 3.0, shape, np.full(len(one), radius))
+        expected = np.argmin(np.concatenate([np.full((1, *shape), 1.1), energy]), axis=0)
+        np.testing.assert_array_equal(found.numpy(), expected)
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 40))
 def test_pixels_of_an_instance_lie_in_its_circle(seed, count):

@@ -144,3 +144,69 @@ def test_only_the_loss_of_another_process_is_told_as_such(monkeypatch):
         raise RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:1")
     with pytest.raises(RuntimeError, match="^out of memory$"), processes.gone():
         raise RuntimeError("out of memory")
+
+
+# --- precision ---------------------------------------------------------------------------------
+
+BFLOAT16 = {"machine__precision": "bfloat16", "network__backbone": "tf_efficientnet_lite0"}
+
+
+@pytest.fixture
+def able(monkeypatch):
+    """A CPU that multiplies in bfloat16, be it slowly."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+
+
+@pytest.mark.parametrize("instructions, precision", [
+    ({"amx_bf16": True}, "bf16-mixed"), ({"avx512_bf16": True}, "bf16-mixed"),
+    ({"avx512_bf16": False, "avx2": True}, "32-true"), ({}, "32-true"),
+])
+def test_a_cpu_trains_in_bfloat16_only_if_asked_and_able(monkeypatch, instructions, precision):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions)
+    assert trainer(tiny(machine__precision="bfloat16")).precision == precision
+    assert trainer(tiny()).precision == "32-true"
+
+
+def test_a_training_in_bfloat16_is_near_that_in_single_precision(able):
+    whole, half = trainer(tiny(network__backbone="tf_efficientnet_lite0")), trainer(
+        tiny(**BFLOAT16))
+    one, other = whole.run_epoch(), half.run_epoch()
+    assert other["loss"] == pytest.approx(one["loss"], rel=0.02) and other["loss"] != one["loss"]
+    for weights in (half.student.state_dict(), half.teacher.state_dict()):
+        assert all(w.dtype == torch.float32 for w in weights.values() if w.is_floating_point())
+
+
+def test_a_training_in_bfloat16_goes_on_from_a_state_as_if_it_had_not_stopped(able):
+    through = trainer(tiny(**BFLOAT16))
+    state = None
+    while not through.finished:
+        through.run_epoch()
+        state = copy.deepcopy(through.state()) if through.epoch == 4 else state
+    again = trainer(tiny(**BFLOAT16))
+    again.restore(state)
+    while not again.finished:
+        again.run_epoch()
+    assert again.history == through.history
+    assert all(torch.equal(a, b) for a, b in zip(again.teacher.state_dict().values(),
+                                                 through.teacher.state_dict().values()))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_wide_depthwise_convolutions_compute_in_single_precision_where_they_learn(frozen):
+    network = nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 2, 1))
+    before = copy.deepcopy(network)
+    processes.widen_depthwise(network)
+    network.requires_grad_(not frozen)
+    maps = torch.rand(1, 4, 9, 9)
+    assert torch.equal(network(maps), before(maps))  # without autocast nothing changes
+    rounded = maps.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        found, half = network[0](rounded), before[0](rounded)
+    wide = before[0](rounded.float()).bfloat16()
+    assert torch.equal(found, half if frozen else wide) and not torch.equal(half, wide)
+    assert type(network[1]) is nn.Conv2d
+    other = copy.deepcopy(network)  # with weights of its own
+    with torch.no_grad():
+        network[0].weight.zero_()
+    assert torch.equal(other(maps), before(maps))
+    assert list(other.state_dict()) == list(before.state_dict())

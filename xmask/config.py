@@ -149,6 +149,7 @@ class Evaluation(Decoding):
     geometry_weight: Amount = 0.8
     sigma: Amount = 3.0
     density_gate: bool = False
+    nnec: bool = True  # False: one circle for all heads, an ablation
     count_threshold: Share = 0.5  # probability above which a point is counted
     weights: Literal["student", "teacher"] = "student"
     ascending = (("point_threshold", "count_threshold"),)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from xmask.config import Evaluation
 from xmask.features import feature_bands, full_precision, smooth_at, upsample
-from xmask.nnec import exclusion_radii, lowest_wins, point_tensor, row_spans
+from xmask.nnec import equal_radii, exclusion_radii, lowest_wins, point_tensor, row_spans
 
 LONE_RADIUS = 0.25  # a lone head's radius in decoding, as a share of the shorter side (paper)
 GATE = (0.1, 0.5)  # density gate (paper): sigmoid(logit) in between takes the whole circle
@@ -66,8 +66,8 @@ def predict(logits: torch.Tensor, embedding: torch.Tensor, shape: tuple[int, int
     right and bottom: cells that hold padding only are dropped.
     decoding: a configuration's section `evaluation`. Points of at least `point_threshold` take
         part in masks (paper: 0.1); of these, points are counted whose logit is above that of
-        `count_threshold` (paper: 0.5, so logit > 0). `theta`, `geometry_weight`, `sigma`: of
-        `instance_map`; `density_gate`: gate by the sigmoid of the logits, see `density` there.
+        `count_threshold` (paper: 0.5, so logit > 0). `theta`, `geometry_weight`, `sigma`, `nnec`:
+        of `instance_maps`; `density_gate`: gate by the sigmoid of the logits, see `density` there.
     Raises ValueError if the maps do not cover the image.
     """
     height, width = shape
@@ -93,7 +93,8 @@ def predict(logits: torch.Tensor, embedding: torch.Tensor, shape: tuple[int, int
         density = upsample(torch.sigmoid(logits)[None], stride)[:, :height, :width]
     labels = instance_maps(
         embedding[None], [points], stride=stride, shape=shape, threshold=decoding.theta,
-        geometry_weight=decoding.geometry_weight, sigma=decoding.sigma, density=density)[0]
+        geometry_weight=decoding.geometry_weight, sigma=decoding.sigma, density=density,
+        nnec=decoding.nnec)[0]
     return Prediction(points.float().cpu().numpy(), scores.float().cpu().numpy(),
                       labels.cpu().numpy(), counted.cpu().numpy())
 
@@ -126,13 +127,14 @@ def instance_map(embedding: torch.Tensor, points: Any, *, threshold: float = 1.1
 def instance_maps(embedding: torch.Tensor, points: Sequence[Any], *, stride: int = 1,
                   shape: tuple[int, int] | None = None, threshold: float = 1.1,
                   geometry_weight: float = 0.8, sigma: float | None = 3.0,
-                  density: torch.Tensor | None = None) -> torch.Tensor:
+                  density: torch.Tensor | None = None, nnec: bool = True) -> torch.Tensor:
     """`instance_map` of a batch, all heads of all images on one incidence list.
 
     embedding: (B, D, h, w), a cell of which covers `stride` pixels of images of `shape` (H, W);
     None: all of stride * (h, w). Pixels are assigned a band of rows at a time, see
     `features.feature_bands`: of what grows with the image, only the result is as large as it.
-    points: B arrays or tensors (N, 2). density: (B, H, W) or None.
+    points: B arrays or tensors (N, 2). density: (B, H, W) or None. nnec: False gives the heads of
+        an image one circle for all in place of theirs, `nnec.equal_radii` (an ablation).
     Returns (B, H, W) int32; label k of image b is points[b][k - 1].
     """
     embedding = full_precision(embedding.detach())
@@ -140,6 +142,8 @@ def instance_maps(embedding: torch.Tensor, points: Sequence[Any], *, stride: int
     height, width = shape or tuple(stride * side for side in embedding.shape[-2:])
     points, image, first = stack_points(points, embedding.device)
     radii = exclusion_radii(points, (height, width), lone=LONE_RADIUS, image=image)
+    if not nnec:
+        radii = equal_radii(radii, (height, width), image, count)
     spans = row_spans(points, radii, (height, width), image=image)
     # The images are one tall one. Sorted by row, then by head, a band's spans are one stretch.
     row = spans.row + (image * height).index_select(0, spans.head)

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from xmask import features
 from xmask.config import Loss
 from xmask.decode import stack_points
-from xmask.nnec import exclusion_radii, ranks, row_spans, to_tensor
+from xmask.nnec import equal_radii, exclusion_radii, ranks, row_spans, to_tensor
 
 _PAPER = Loss()
 
@@ -171,8 +171,8 @@ def exclusivity_loss(embedding: torch.Tensor, points: Any, label_map: Any, *, ig
         4, and 1.5 px of a 7 x 7 Gaussian; None or 0 for no smoothing);
         `differentiable_centers`: False reads the centre feature at the rounded point and without
         gradient (ablation "without center sampling");
-        `nnec`: False gives every head the same circle, of twice the median exclusion radius
-        (ablation "without NNEC"; the release's alternative, the whole image, is not sparse).
+        `nnec`: False gives every head the same circle, `nnec.equal_radii` (ablation "without
+        NNEC").
 
     For each point on an instance (label at the rounded position), with d the distance in
     embedding space between pixel and centre, inside the point's circle: the mean of
@@ -215,10 +215,7 @@ def exclusivity_losses(embedding: torch.Tensor, points: Sequence[Any], label_map
         return embedding.flatten(1)[:, :0].sum(1)
     radii = exclusion_radii(points, (height, width), image=image)
     if not section.nnec:
-        side = min(height, width) / 2
-        crowds = radii.split(torch.bincount(image, minlength=count).tolist())
-        typical = torch.stack([r.median() if len(r) else r.new_zeros(()) for r in crowds])
-        radii = (2 * typical).clamp(max=side)[image]
+        radii = equal_radii(radii, (height, width), image, count)
     points, image, label = points[chosen], image[chosen], label[chosen]
     head, row, column = row_spans(points, radii[chosen], (height, width), split=False).pixels()
     pixel = ((image * height).index_select(0, head) + row) * width + column

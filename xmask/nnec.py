@@ -61,6 +61,20 @@ def exclusion_radii(points: Array, shape: tuple[int, int], min_radius: float = 3
     return _as_given(radii.clamp(max=0.5 * side).clamp(min=min_radius), numpy_out)
 
 
+def equal_radii(radii: torch.Tensor, shape: tuple[int, int], image: torch.Tensor, count: int
+                ) -> torch.Tensor:
+    """One circle for all heads of an image, of twice their median exclusion radius: what the
+    ablations "without NNEC" put in place of the exclusion circles (ours; the release's
+    alternative, the whole image, is not sparse).
+
+    radii: (N,) of `exclusion_radii`, heads sorted by image. shape: (H, W), px. image: (N,) int64,
+    the image of each head. count: of images. Returns (N,), at most half of the shorter side.
+    """
+    crowds = radii.split(torch.bincount(image, minlength=count).tolist())
+    typical = torch.stack([r.median() if len(r) else r.new_zeros(()) for r in crowds])
+    return (2 * typical).clamp(max=min(shape) / 2)[image]
+
+
 @dataclass(frozen=True)
 class Incidence:
     """The pixels inside the circles of heads, pair by pair, made by `circles`.

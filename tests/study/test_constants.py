@@ -27,9 +27,11 @@ SCENES = Scenes(draw_scene(seed, shape=(96, 128), people=people)
 
 def test_decoding_again_is_what_a_prediction_does():
     network, usual = xmask.load("drawn", device="cpu").network, CONFIG.evaluation
-    (errors, overlap), (_, wide) = constants.decoded(
-        network, usual, [("evaluation.theta", usual.theta), ("evaluation.theta", 1.3)], SCENES,
-        progress=False)
+    (errors, overlap), (_, wide), (_, circles), (_, one_circle) = constants.decoded(
+        network, usual, [("evaluation.theta", usual.theta), ("evaluation.theta", 1.3),
+                         ("evaluation.nnec", True), ("evaluation.nnec", False)], SCENES, progress=False)
+    np.testing.assert_array_equal(circles, overlap)
+    assert not np.allclose(overlap, one_circle, equal_nan=True)
     for scene, error, iou in zip(SCENES, errors, overlap):
         seen = predict_image(network, scene.image, usual)
         assert error == abs(seen.count - len(scene.points))
@@ -64,6 +66,7 @@ def test_a_value_is_compared_on_the_seeds_that_both_have(tmp_path):
     moved, usual = table.loc["loss.tau", 0.8], table.loc["loss.tau", 0.6]
     assert (moved["seeds"], usual["seeds"]) == (2, 3) and not moved["configured"]
     assert moved["mae_effect"] == 1.0 and moved["mean_iou_effect"] == pytest.approx(10)
+    assert moved["seeds_lower"] == 0
     assert usual["mae_effect"] == 0 and usual["configured"]
     assert ("loss.tau", 0.4) not in table.index, "nobody trained it"
     assert set(table.index.get_level_values(0)) == {"loss.tau"}

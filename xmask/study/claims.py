@@ -47,9 +47,9 @@ class Claim:
 
     rival: a variant of the method, or a way of making masks at the same points. measure: COUNTS,
     CALIBRATED or MASKS. percents: of labels. source: "variant", "masks" (`other_masks.json`),
-    "prompts" (`xmask edp-study`; `ours` against `rival`, with the classical segmenter) or "fewer
-    labels" (the rival is the method itself at the next lower percentage). as_good: the margin
-    AS_GOOD is allowed.
+    "prompts" (`xmask edp-study`; `ours` against `rival`, with the classical segmenter), "fewer
+    labels" (the rival is the method itself at the next lower percentage) or "decoding" (the same
+    networks decoded otherwise, `constants.csv`). as_good: the margin AS_GOOD is allowed.
     """
 
     text: str
@@ -83,6 +83,8 @@ CLAIMS = (
             source="masks") for rival in (
                 WHOLE, "equal discs, cut where they meet", "exclusion discs",
                 "Voronoi cells in circles", "Voronoi-limited discs", "watershed", "EDP-SAM")),
+    Claim("The circle helps as region of decoding", "one circle for all heads", MASKS, _TEN,
+          "decoding"),
     Claim("Gaussian smoothing helps", "without-smoothing", MASKS, _TEN),
     Claim("Differentiable center sampling helps", "without-center-sampling", MASKS, _TEN),
     Claim("The superpixel prompt helps the network", "without-superpixel", MASKS, _TEN),
@@ -108,8 +110,6 @@ CLAIMS = (
 )
 # (claim, data, why no comparison here can test it)
 NOT_COMPARED = (
-    ("The circle helps as region of decoding", "drawn crowds",
-     "decoding with one circle for all is not built"),
     ("One model does both: its masks are as good as those of one that learns masks only",
      "drawn crowds", "no such model is trained: masks are decoded at points"),
     ("All claims about masks", "ShanghaiTech A", "photographs here have no true masks"),
@@ -148,6 +148,9 @@ def table(results: str | Path = "results", *, drawn: tuple[str, str] = ("full", 
             rows.append(_row(claim, "drawn crowds, classical segmenter", math.nan,
                              *_prompts(claim, scenes), trained=False))
             continue
+        if claim.source == "decoding":
+            rows.append(_decoded(claim, Path(results) / drawn[0] / "constants.csv"))
+            continue
         for kind, profile, dataset in (("drawn crowds", *drawn), ("photographs", "photo", "sha")):
             if kind == "photographs" and claim.measure != COUNTS:
                 continue  # NOT_COMPARED says why for masks; other photographs are not at hand
@@ -179,11 +182,32 @@ def _row(claim: Claim, data: str, percent: float, ours: pd.DataFrame, rival: pd.
     if claim.as_good:
         allowed = 1.0 if claim.measure == MASKS else 0.1 * float(theirs.mean())
     in_favour = int((sign * (mine - theirs).mean(axis=1) > -allowed).sum())
-    why = ("" if low > -allowed else
-           "the opposite" if high < -allowed else "no difference shown")
     return row | {"ours_value": mine.mean(), "rival_value": theirs.mean(), "effect": effect,
                   "low": low, "high": high, "in_favour": in_favour if trained else 0,
-                  "verdict": HOLDS if low > -allowed else FAILS, "why": why}
+                  **_verdict(low, high, allowed)}
+
+
+def _verdict(low: float, high: float, allowed: float = 0.0) -> dict[str, str]:
+    why = ("" if low > -allowed else
+           "the opposite" if high < -allowed else "no difference shown")
+    return {"verdict": HOLDS if low > -allowed else FAILS, "why": why}
+
+
+def _decoded(claim: Claim, file: Path) -> dict[str, object]:
+    """The row of the circle in decoding, from the table of constants."""
+    row: dict[str, object] = {
+        "claim": claim.text, "ours": claim.ours, "rival": claim.rival, "data": "drawn crowds",
+        "labels": claim.percents[0], "measure": claim.measure, "trained": True, "as_good": False}
+    moved = pd.read_csv(file) if file.is_file() else pd.DataFrame({"constant": []})
+    moved = moved[moved["constant"] == "evaluation.nnec"]
+    if len(moved) < 2 or (moved["seeds"] < SEEDS).any() or (moved["images"] < IMAGES).any():
+        return row | {"verdict": UNTESTED, "why": "too few networks were decoded both ways"}
+    ours, rival = (moved[moved["configured"] == one].iloc[0] for one in (True, False))
+    low, high = -rival["mean_iou_high"], -rival["mean_iou_low"]
+    return row | {
+        "seeds": rival["seeds"], "images": rival["images"], "ours_value": ours["mean_iou"],
+        "rival_value": rival["mean_iou"], "effect": -rival["mean_iou_effect"], "low": low,
+        "high": high, "in_favour": rival["seeds_lower"], **_verdict(low, high)}
 
 
 def _pair(claim: Claim, folder: Path, dataset: str, percent: int
