@@ -21,15 +21,36 @@ def crowds(n, seed):
     return logits, counts
 
 
-@given(st.integers(2, 12), st.integers(0, 1000))
-def test_the_total_of_the_held_out_images_is_right(n, seed):
+def logit(probability):
+    return math.log(probability / (1 - probability))
+
+
+@given(st.integers(2, 12), st.integers(0, 1000), st.sampled_from([0.3, 0.5, 0.6]))
+def test_the_threshold_goes_towards_a_right_total_as_far_as_the_images_agree(n, seed, before):
     logits, counts = crowds(n, seed)
     if sum(counts) == 0:
         return
-    found = calibrate(logits, counts, 0.9, 0.5)
-    logit = math.log(found.threshold / (1 - found.threshold))
-    assert abs(sum((one > logit).sum() for one in logits) - sum(counts)) <= 1
+    found = calibrate(logits, counts, 0.9, before)
     assert found.images == n and (found.factor is None) is (n < 9)
+
+    def right(images):  # where the counts of some images are right together, by trying
+        tried = np.sort(np.concatenate([logits[i].ravel() for i in images]))[::-1]
+        total = sum(counts[i] for i in images)
+        return (tried[total - 1] + tried[total]) / 2 if total else logit(before)
+
+    everyone = list(range(n))
+    one_less = [right([i for i in everyone if i != k]) for k in everyone]
+    spread_of_all = (n - 1) / n * sum((x - np.mean(one_less)) ** 2 for x in one_less)
+    share = (logit(found.threshold) - logit(before)) / (right(everyone) - logit(before))
+    assert share == pytest.approx(0.32 ** 2 / (0.32 ** 2 + spread_of_all), rel=1e-6)
+
+
+def test_images_that_agree_make_the_total_right_whatever_their_number():
+    logits, _ = crowds(1, 3)
+    counts = [int((logits[0] > 0.7).sum())]
+    found = calibrate(3 * logits, 3 * counts, 0.9, 0.5)
+    assert (logits[0] > logit(found.threshold)).sum() == counts[0]
+    assert found.mae == 0 < found.mae_before
 
 
 def test_counting_too_many_is_repaired_and_both_errors_are_said():

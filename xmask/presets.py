@@ -150,6 +150,8 @@ LEARN = {
     "optimisation.mask_head_lr": 2e-4,
     "optimisation.phase3_lr": 5e-5,
     "optimisation.ema": 0.98,
+    "optimisation.pseudo_threshold": 0.5,
+    "machine.precision": "bfloat16",
     "schedule.unlabelled": True,
     "schedule.steps_per_epoch": 20,
     "schedule.warmup": 8,
