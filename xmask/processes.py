@@ -6,6 +6,7 @@ learn is what one process learns from the whole batch (BatchNorm, too: `join_nor
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, distributed, nn
 
+# it announces mixed precision between progress bars; config.json says what was used
+logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
 # what gloo and NCCL say where another process is gone
 _GONE = ("closed by peer", "reset by peer", "Broken pipe", "Socket", "timed out", "NCCL")
 
