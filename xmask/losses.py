@@ -71,6 +71,21 @@ def p2r_target(logits: torch.Tensor, points: Any, stride: int, **section: Any) -
 
 
 @torch.no_grad()
+def expected_threshold(logits: torch.Tensor) -> float:
+    """The probability above which there are as many cells as the logits expect heads (ours).
+
+    P2R weighs a head twice, so a cell that is one with probability q learns the logit of q plus
+    log 2: the number of heads to expect is the sum of sigmoid(logit - log 2). Cells above 0.5 are
+    too many or too few, by how sure the network is, and a student that learns them is further off:
+    what it is unsure of, it sees twice, too.
+
+    logits: of any shape, learnt with P2R. Returns 1 where none is expected.
+    """
+    logits = features.full_precision(logits.detach()).flatten()
+    heads = int(torch.sigmoid(logits - math.log(2)).sum().round())
+    return torch.sigmoid(logits.topk(heads).values[-1]).item() if heads else 1.0
+
+
 def p2r_targets(logits: torch.Tensor, points: Sequence[Any], stride: int, section: Loss = _PAPER
                 ) -> torch.Tensor:
     """`p2r_target` of a batch, (B, h, w)."""

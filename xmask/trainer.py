@@ -275,8 +275,9 @@ class Trainer:
                           ) -> dict[str, Tensor]:
         """Losses of unlabelled crops, in which the teacher's output takes the place of labels.
 
-        P2R (phases 1 and 3) learns the teacher's points of probability `pseudo_threshold`, except
-        under the cut-out. Pseudo-masks (phases 2 and 3) are decoded from the teacher's points of
+        P2R (phases 1 and 3) learns the teacher's points of probability `pseudo_threshold`, or of
+        the batch as many as there are heads by `losses.expected_threshold`, except under the
+        cut-out. Pseudo-masks (phases 2 and 3) are decoded from the teacher's points of
         probability `pseudo.point_threshold`; one counts if a point above `confident` lies on it.
         Phase 2 leaves out the pixels under the cut-out and in discs of `ignore_radius` px around
         the teacher's other points. For the cut-out in phase 3 see `losses.mask_constraint`.
@@ -285,7 +286,9 @@ class Trainer:
         terms = {}
         if phase != 2:
             half = model.STRIDE // 2
-            points, _ = self._points(teacher_logits, o.pseudo_threshold)
+            threshold = (losses.expected_threshold(teacher_logits) if o.pseudo_threshold is None
+                         else o.pseudo_threshold)
+            points, _ = self._points(teacher_logits, threshold)
             terms["p2r"] = self._p2r(logits, points,
                                      visible[:, half::model.STRIDE, half::model.STRIDE].float())
         if phase == 1:
