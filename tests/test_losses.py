@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import reference
+from xmask import losses
 from xmask.losses import (
     exclusivity_loss,
     mask_constraint,
@@ -172,6 +173,33 @@ def test_p2r_equals_the_loop(seed, count, stride, reach):
         lambda x: p2r_loss(x, points, stride, max_distance=reach),
         lambda x: reference.p2r(x, points, stride, max_distance=reach)[0],
         logits)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.floats(-6, 3))
+def test_as_many_cells_are_above_the_expected_threshold_as_heads_are_expected(seed, middle):
+    logits = torch.tensor(np.random.default_rng(seed).normal(middle, 2, (2, 9, 11)))
+    odds = 2 * torch.exp(-logits)  # of no head against a head, without the doubled weight
+    wanted = round((1 / (1 + odds)).sum().item())
+    threshold = losses.expected_threshold(logits)
+    assert (torch.sigmoid(logits) >= threshold).sum() == wanted
+    assert threshold == 1 or wanted
+
+
+def test_the_expected_threshold_of_a_network_that_learnt_the_odds_gives_the_right_number():
+    """P2R's minimum for cells that are heads with known probabilities, found by descent."""
+    rng = np.random.default_rng(0)
+    q = torch.tensor(rng.beta(0.3, 3, 4000))
+    logits = torch.zeros(4000, dtype=torch.float64, requires_grad=True)
+    descent = torch.optim.Adam([logits], lr=0.05)
+    for _ in range(600):  # the mean of (target + 1) * BCE over targets drawn with q
+        descent.zero_grad()
+        loss = 2 * q * F.softplus(-logits) + (1 - q) * F.softplus(logits)
+        loss.sum().backward()
+        descent.step()
+    expected = (torch.sigmoid(logits) >= losses.expected_threshold(logits)).sum().item()
+    assert expected == pytest.approx(q.sum().item(), rel=0.02)
+    assert (logits > 0).sum().item() != pytest.approx(q.sum().item(), rel=0.1)
 
 
 def test_p2r_worked_by_hand():

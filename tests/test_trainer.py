@@ -365,7 +365,10 @@ def explicit_terms(config, phase, logits, embedding, teacher, teacher_embedding,
     logits, visible = logits.double(), batch.visible[0].numpy()
     c, terms = config.loss, {}
     if phase != 2:
-        points, _ = cells_above(teacher, config.optimisation.pseudo_threshold)
+        points, scores = cells_above(teacher, config.optimisation.pseudo_threshold or 0)
+        if config.optimisation.pseudo_threshold is None:
+            expected = round(sum(s / (2 - s) for s in scores))
+            points = points[np.argsort(-scores, kind="stable")[:expected]]
         _, target = reference.p2r(logits, points, 4)
         cell_visible = torch.tensor([[visible[4 * y + 2, 4 * x + 2] for x in range(8)]
                                      for y in range(8)])
@@ -397,8 +400,9 @@ def explicit_terms(config, phase, logits, embedding, teacher, teacher_embedding,
 @pytest.mark.parametrize("phase", [1, 2, 3])
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("gate", [False, True])
-def test_terms_of_unlabelled_crops_equal_an_explicit_computation(phase, seed, gate):
-    config = tiny(loss__point_mask=0.7, loss__background=0.5, loss__foreground=0.3,
+@pytest.mark.parametrize("threshold", [0.6, None])
+def test_terms_of_unlabelled_crops_equal_an_explicit_computation(phase, seed, gate, threshold):
+    config = tiny(loss__point_mask=0.7, optimisation__pseudo_threshold=threshold, loss__background=0.5, loss__foreground=0.3,
                   loss__one_point=0.2, loss__ignore_radius=5.0, pseudo__density_gate=gate)
     case = unlabelled_case(seed)
     wanted = explicit_terms(config, phase, *case)
