@@ -57,7 +57,7 @@ def released(split):
         "network.backbone": "vgg16_bn", "network.weights": "imagenet", "network.channels": 256,
         "network.embedding": 16, "network.fold_norm": False, "network.freeze_stride": 0,
         "schedule.unlabelled": True, "loss.phase2_p2r": 0,
-        "augmentation.labelled_jitter": 0, "calibration.held_out": 0,
+        "augmentation.labelled_jitter": 0, "calibration.held_out": 0, "evaluation.nnec": True,
         # METHOD: the three phases' ramps, P2R, smoothing and the strong view
         "schedule.ramp": 0.01, "schedule.ramp_start": 0.1, "schedule.ramp_end": 2,
         "loss.max_distance": 96, "loss.min_radius": 8, "loss.distance_cost": 8,
@@ -82,7 +82,7 @@ def flat(config):
 OURS = {"profile", "dataset", "percent", "variant", "max_side", "selection", "masks.segmenter",
         "masks.nnec", "masks.superpixel_prompt", "loss.differentiable_centers", "loss.nnec",
         "schedule.mask_warmup", "machine.threads", "machine.workers", "machine.cache_images",
-        "machine.checkpoint_every", "calibration.coverage"}
+        "machine.checkpoint_every", "machine.precision", "calibration.coverage"}
 
 
 @pytest.mark.parametrize("split", RELEASE["splits"])

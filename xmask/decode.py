@@ -82,8 +82,7 @@ def predict(logits: torch.Tensor, embedding: torch.Tensor, shape: tuple[int, int
     logits = full_precision(logits.detach())[:-(-height // stride), :-(-width // stride)]
     chosen = _above(logits, decoding.point_threshold)
     counted = logits[chosen] > torch.logit(torch.tensor(decoding.count_threshold).double()).item()
-    points, scores = points_from_logits(
-        logits, stride=stride, threshold=decoding.point_threshold)
+    points, scores = points_from_logits(logits, stride=stride, threshold=decoding.point_threshold)
     # The centre of a cell cut by the border may lie outside: bring the head back in.
     border = torch.tensor([width - 1, height - 1], device=points.device, dtype=points.dtype)
     points = torch.minimum(points, border)

@@ -175,17 +175,15 @@ def ask(segmenter: Segmenter, source: str, prompts: Prompts, near: Incidence) ->
     return [Candidate(source, one, good) for one, good in zip(logits, predicted.T)]
 
 
-def _within_reach(
-    points: np.ndarray, scale: np.ndarray, limit: np.ndarray, shape: tuple[int, int]
-) -> Incidence:
+def _within_reach(points: np.ndarray, scale: np.ndarray, limit: np.ndarray,
+                  shape: tuple[int, int]) -> Incidence:
     """The incidences in which masks are looked for."""
     return geometry.circles(points, np.minimum(limit, np.maximum(REACH * scale, 3.0)), shape)
 
 
-def _point_candidates(
-    segmenter: Segmenter, prompts: Prompts, near: Incidence, limit: np.ndarray, known: np.ndarray,
-    agree: bool,
-) -> tuple[list[Candidate], np.ndarray, Incidence]:
+def _point_candidates(segmenter: Segmenter, prompts: Prompts, near: Incidence, limit: np.ndarray,
+                      known: np.ndarray, agree: bool
+                      ) -> tuple[list[Candidate], np.ndarray, Incidence]:
     """Answers to the point prompts, the local head radii (N,) px that they vote for, where masks
     are looked for from then on. known: (N,) bool, heads of annotated size; agree: vote at all."""
     points, scale = prompts.points[:, 0], np.asarray(prompts.sizes)
@@ -255,10 +253,8 @@ def crowd_features(points: np.ndarray, radii: np.ndarray, shape: tuple[int, int]
     return np.stack([np.broadcast_to(one, count) for one in columns], axis=1)
 
 
-def superpixel_regions(
-    image: np.ndarray, points: np.ndarray, scale: np.ndarray, near: Incidence, *,
-    compactness: float = 10.0,
-) -> np.ndarray:
+def superpixel_regions(image: np.ndarray, points: np.ndarray, scale: np.ndarray, near: Incidence,
+                       *, compactness: float = 10.0) -> np.ndarray:
     """Which incidences lie in the superpixels of their head: (M,) bool.
 
     image: (H, W, 3) uint8. points: (N, 2) px. scale: (N,) px, local head radii.
@@ -326,10 +322,8 @@ def check_label_map(label_map: np.ndarray, points: np.ndarray, radii: np.ndarray
             f"label map: head {first + 1} has {count[first]} unconnected pieces, expected one")
 
 
-def point_prompts(
-    points: np.ndarray, radii: np.ndarray, scale: np.ndarray,
-    neighbours: tuple[int, float] = NEIGHBOURS,
-) -> Prompts:
+def point_prompts(points: np.ndarray, radii: np.ndarray, scale: np.ndarray,
+                  neighbours: tuple[int, float] = NEIGHBOURS) -> Prompts:
     """The head as positive point, its nearest neighbours as negative points.
 
     points: (N, 2); radii: (N,) px, of the circles; scale: (N,) px, local head radii; neighbours:
@@ -378,10 +372,9 @@ def _box_candidate(
     return Candidate("point", logits, answer.predicted * known)
 
 
-def fuse_candidates(
-    candidates: list[Candidate], region: np.ndarray | None, scale: np.ndarray | None,
-    near: Incidence,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def fuse_candidates(candidates: list[Candidate], region: np.ndarray | None,
+                    scale: np.ndarray | None, near: Incidence
+                    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Each head's mask from its candidates: logit (M,), score (N,), source (N,), one of SOURCES.
 
     region: (M,) bool, the heads' superpixels, or None. scale: (N,) px, the head radius that
@@ -415,8 +408,7 @@ def fuse_candidates(
     logit = np.choose(best[near.head], logits)
     if overlap and region is not None:  # the superpixel prompt brought both
         i, j = (kind[score[kind].argmax(axis=0)] for kind in kinds)
-        shared = np.select(
-            [(i == a) & (j == b) for a, b in overlap], list(overlap.values()), 0.0)
+        shared = np.select([(i == a) & (j == b) for a, b in overlap], list(overlap.values()), 0.0)
         merge = (shared >= _AGREE) & (np.minimum(score[i, rows], score[j, rows]) >= _FLOOR)
         mean = (np.choose(i[near.head], logits) + np.choose(j[near.head], logits)) / 2
         mean = mean + np.where(region, _VOTE, -_VOTE)
@@ -425,9 +417,8 @@ def fuse_candidates(
     return logit + _DOUBT, chosen.clip(0, 1), source
 
 
-def _voted_scale(
-    candidates: list[Candidate], scale: np.ndarray, points: np.ndarray, near: Incidence
-) -> np.ndarray:
+def _voted_scale(candidates: list[Candidate], scale: np.ndarray, points: np.ndarray,
+                 near: Incidence) -> np.ndarray:
     """Local head radius from the sizes of candidate masks: (N,) px.
 
     A head's true outline turns up in most candidates of the heads at its height, its wrong
@@ -540,8 +531,7 @@ def _flags(labels: np.ndarray, points: np.ndarray, limit: np.ndarray, failed: np
     columns = {
         "coincident": sharers[place.reshape(-1)] > 1, "failed": failed, "clipped": clipped,
         "empty": area == 0}
-    return [" ".join(word for word, rows in columns.items() if rows[k])
-            for k in range(len(points))]
+    return [" ".join(word for word, rows in columns.items() if rows[k]) for k in range(len(points))]
 
 
 def _table(points: np.ndarray, radii: np.ndarray, score: np.ndarray, area: np.ndarray,
@@ -550,9 +540,7 @@ def _table(points: np.ndarray, radii: np.ndarray, score: np.ndarray, area: np.nd
         "head": np.arange(1, len(points) + 1), "x": points[:, 0], "y": points[:, 1],
         "radius": np.asarray(radii, float), "score": np.asarray(score, float),
         "source": pd.Series(list(source), dtype=object),
-        "area": np.asarray(area).astype(np.int64),
-        "flags": pd.Series(list(flags), dtype=object),
-    })
+        "area": np.asarray(area).astype(np.int64), "flags": pd.Series(list(flags), dtype=object)})
 
 
 def _check_points(points: np.ndarray, shape: tuple[int, int]) -> np.ndarray:

@@ -101,8 +101,7 @@ def sample_at(features: torch.Tensor, points: Any, image: torch.Tensor | None = 
     right, down = int(width > 1), width * int(height > 1)
 
     def along_row(index: torch.Tensor) -> torch.Tensor:
-        return (flat.index_select(0, index) * (1 - fx)
-                + flat.index_select(0, index + right) * fx)
+        return flat.index_select(0, index) * (1 - fx) + flat.index_select(0, index + right) * fx
 
     return along_row(corner) * (1 - fy) + along_row(corner + down) * fy
 

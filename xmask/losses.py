@@ -75,11 +75,8 @@ def expected_threshold(logits: torch.Tensor) -> float:
     """The probability above which there are as many cells as the logits expect heads (ours).
 
     P2R weighs a head twice, so a cell that is one with probability q learns the logit of q plus
-    log 2: the number of heads to expect is the sum of sigmoid(logit - log 2). Cells above 0.5 are
-    too many or too few, by how sure the network is, and a student that learns them is further off:
-    what it is unsure of, it sees twice, too.
-
-    logits: of any shape, learnt with P2R. Returns 1 where none is expected.
+    log 2, and the sum of sigmoid(logit - log 2) are the heads to expect. Cells above 0.5 can be
+    more, and a student of these still more. logits: of any shape. Returns 1 where none is expected.
     """
     logits = features.full_precision(logits.detach()).flatten()
     heads = int(torch.sigmoid(logits - math.log(2)).sum().round())

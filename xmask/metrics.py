@@ -62,8 +62,7 @@ def localization(pred_points: Any, true_points: Any, sigma: float) -> dict[str, 
     pred, true = (point_tensor(_numpy(p))[0].numpy() for p in (pred_points, true_points))
     matched = 0
     if len(pred) and len(true):
-        pairs = cKDTree(pred).sparse_distance_matrix(
-            cKDTree(true), sigma, output_type="ndarray")
+        pairs = cKDTree(pred).sparse_distance_matrix(cKDTree(true), sigma, output_type="ndarray")
         matched = _matching_size(pairs["i"], pairs["j"], (len(pred), len(true)))
     return _localization_values(matched, len(pred), len(true))
 
@@ -223,8 +222,7 @@ def _compact(labels: np.ndarray, name: str, length: np.ndarray) -> tuple[np.ndar
     """Index of the instance of each run of pixels, -1 for background; and the instances' areas."""
     found, index = np.unique(labels, return_inverse=True)
     if len(found) and found[0] < 0:
-        raise ValueError(
-            f"{name}: found label {found[0]}; 0 is background, instances are 1 and up")
+        raise ValueError(f"{name}: found label {found[0]}; 0 is background, instances are 1 and up")
     background = int(len(found) > 0 and found[0] == 0)
     area = np.bincount(index, length, minlength=len(found)).astype(np.int64)
     return index - background, area[background:]

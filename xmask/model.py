@@ -81,10 +81,8 @@ class MaskHead(nn.Module):
 
         self.layers = nn.Sequential(
             *block(channels + 2), *block(channels),
-            nn.Conv2d(channels, 4 * channels, 3, padding=1),
-            nn.PixelShuffle(2), nn.ReLU(inplace=True),
-            nn.Conv2d(channels, embedding, 1),
-        )
+            nn.Conv2d(channels, 4 * channels, 3, padding=1), nn.PixelShuffle(2),
+            nn.ReLU(inplace=True), nn.Conv2d(channels, embedding, 1))
 
     def forward(self, features: Tensor, grid: Tensor | None = None) -> Tensor:
         """Embedding (B, D, 2h, 2w) float32 of unit length, of fused features (B, channels, h, w);

@@ -63,12 +63,10 @@ def exclusion_radii(points: Array, shape: tuple[int, int], min_radius: float = 3
 
 def equal_radii(radii: torch.Tensor, shape: tuple[int, int], image: torch.Tensor, count: int
                 ) -> torch.Tensor:
-    """One circle for all heads of an image, of twice their median exclusion radius: what the
-    ablations "without NNEC" put in place of the exclusion circles (ours; the release's
-    alternative, the whole image, is not sparse).
+    """One radius (N,) px for all heads of an image, twice their median exclusion radius, for
+    ablations (ours; the release's alternative, the whole image, is not sparse).
 
-    radii: (N,) of `exclusion_radii`, heads sorted by image. shape: (H, W), px. image: (N,) int64,
-    the image of each head. count: of images. Returns (N,), at most half of the shorter side.
+    radii: (N,) of `exclusion_radii`, sorted by image. image: (N,) int64 of `count` images.
     """
     crowds = radii.split(torch.bincount(image, minlength=count).tolist())
     typical = torch.stack([r.median() if len(r) else r.new_zeros(()) for r in crowds])

@@ -74,8 +74,8 @@ class Trainer:
     the labelled ones among them (their points and masks, if any, are never read).
     device: where it runs, "cpu" or "cuda". student, teacher: the two networks. epoch: epochs done.
     history: one row a done epoch, `step`, `epoch`, `phase`, `weight` and the mean of every term of
-    the loss. steps: of an epoch. initialisation: how the network started, in words. precision: of
-    the network's products, as Fabric names it: "32-true", "bf16-mixed" or "16-mixed".
+    the loss. steps: of an epoch. initialisation: how the network started, in words. precision: as
+    Fabric names it.
     """
 
     def __init__(self, config: Config, labelled: Sequence[Sample], unlabelled: Sequence[Sample], *,
@@ -86,8 +86,7 @@ class Trainer:
         if o.batch % processes.count():
             raise ValueError(f"optimisation.batch: {o.batch} crops cannot be shared equally by "
                              f"{processes.count()} processes; choose a multiple of these")
-        self.config, self.fabric = config, processes.open_fabric(
-            device, config.machine.precision)
+        self.config, self.fabric = config, processes.open_fabric(device, config.machine.precision)
         self.device = self.fabric.device
         torch.manual_seed(config.seed)
         if config.machine.threads:
@@ -101,7 +100,7 @@ class Trainer:
         if self.fabric.world_size > 1:
             processes.join_norms(self.student)
         self.precision = self.fabric.strategy.precision.precision
-        if self.device.type == "cpu" and self.precision != "32-true":
+        if (device.type, self.precision) == ("cpu", "bf16-mixed"):
             processes.widen_depthwise(self.student)
         self.optimiser: torch.optim.Optimizer | None = None
         self._learner: nn.Module = self.student
@@ -275,9 +274,8 @@ class Trainer:
                           ) -> dict[str, Tensor]:
         """Losses of unlabelled crops, in which the teacher's output takes the place of labels.
 
-        P2R (phases 1 and 3) learns the teacher's points of probability `pseudo_threshold`, or of
-        the batch as many as there are heads by `losses.expected_threshold`, except under the
-        cut-out. Pseudo-masks (phases 2 and 3) are decoded from the teacher's points of
+        P2R (phases 1 and 3) learns the teacher's points of probability `pseudo_threshold`, except
+        under the cut-out. Pseudo-masks (phases 2 and 3) are decoded from the teacher's points of
         probability `pseudo.point_threshold`; one counts if a point above `confident` lies on it.
         Phase 2 leaves out the pixels under the cut-out and in discs of `ignore_radius` px around
         the teacher's other points. For the cut-out in phase 3 see `losses.mask_constraint`.
@@ -286,9 +284,7 @@ class Trainer:
         terms = {}
         if phase != 2:
             half = model.STRIDE // 2
-            threshold = (losses.expected_threshold(teacher_logits) if o.pseudo_threshold is None
-                         else o.pseudo_threshold)
-            points, _ = self._points(teacher_logits, threshold)
+            points, _ = self._points(teacher_logits, o.pseudo_threshold)
             terms["p2r"] = self._p2r(logits, points,
                                      visible[:, half::model.STRIDE, half::model.STRIDE].float())
         if phase == 1:
@@ -323,8 +319,10 @@ class Trainer:
         c = self.config.loss
         return losses.p2r_losses(logits, points, model.STRIDE, c, weight=weight).mean()
 
-    def _points(self, logits: Tensor, threshold: float) -> tuple[list[Tensor], list[Tensor]]:
-        """Points and scores of every image of a batch of logits (B, h, w)."""
+    def _points(self, logits: Tensor, threshold: float | None
+                ) -> tuple[list[Tensor], list[Tensor]]:
+        """Points and scores of every image of logits (B, h, w); None: `expected_threshold`."""
+        threshold = losses.expected_threshold(logits) if threshold is None else threshold
         found = [decode.points_from_logits(one, stride=model.STRIDE, threshold=threshold)
                  for one in logits.detach()]
         return [points for points, _ in found], [scores for _, scores in found]
