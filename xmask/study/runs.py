@@ -25,7 +25,6 @@ DATASETS = {"sha": "ShanghaiTech A", "shb": "ShanghaiTech B", "qnrf": "UCF-QNRF"
 VARIANTS = {"xmask": "XMask", "supervised-only": "supervised only",
             "points-only": "points only (mean teacher)",
             "with-point-mask": "with the point-mask term",
-            "expected-points": "XMask with as many pseudo points as expected",
             "without-nnec": "without NNEC", "without-superpixel": "without superpixel prompt",
             "without-smoothing": "without Gaussian smoothing",
             "without-center-sampling": "without center sampling",
