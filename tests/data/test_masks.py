@@ -10,12 +10,14 @@ import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import dask
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from distributed import Reschedule
 
 from tests.test_edp_sam import picture
 from tests.warm import Program, forked_workers
@@ -549,3 +551,46 @@ def test_a_half_written_file_of_a_dead_process_is_removed_at_once(tmp_path):
         half.write_bytes(b"half")
     masks(tmp_path, ClassicalSegmenter(), indices=[1])
     assert [half.exists() for half in halves] == [False, True]
+
+
+class Work:
+    """A job whose first beginning is ended in the middle of an item."""
+
+    begun = 0
+    on: dict = {}
+
+    def begin(self):
+        Work.begun += 1
+
+    def end(self):
+        pass
+
+    def run_in_worker(self, item):
+        if Work.begun == 1:
+            Work.on.pop("change")()
+        return item
+
+
+@pytest.mark.parametrize("twice", [True, False])
+def test_a_worker_whose_job_was_ended_too_early_leaves_no_item_undone(monkeypatch, twice):
+    """Dask brings a job twice to a worker that starts meanwhile, and ends the first one."""
+    def carrier():
+        made = cluster._Carrier(Work(), "job")
+        made.setup(worker)
+        return made
+
+    def change():
+        if twice:
+            first.teardown()
+            worker.plugins["job"] = carrier()
+        else:  # another task of the same job is let go
+            first.transition("items-1-job", "executing", "released")
+
+    worker = SimpleNamespace(plugins={}, nanny=None)
+    worker.plugins["job"] = first = carrier()
+    monkeypatch.setattr(Work, "begun", 0)
+    monkeypatch.setattr(Work, "on", {"change": change})
+    monkeypatch.setattr(cluster, "get_worker", lambda: worker)
+    with pytest.raises(Reschedule):
+        cluster._run("job", ["a", "b"])
+    assert cluster._run("job", ["a", "b"]) == ["a", "b"] and Work.begun == 2

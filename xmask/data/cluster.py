@@ -24,6 +24,7 @@ from distributed import (
     Future,
     KilledWorker,
     LocalCluster,
+    Reschedule,
     Worker,
     WorkerPlugin,
     as_completed,
@@ -245,6 +246,12 @@ def _open(name: str, dask_worker: Worker) -> None:  # Dask gives it by this name
 
 
 def _run(name: str, items: Sequence[Any], *results: Any) -> list[Any]:
-    carrier = get_worker().plugins[name]
+    carrier, found = get_worker().plugins[name], []
     with carrier.alone:
-        return [carrier.job().run_in_worker(item, *results) for item in items if not carrier.over]
+        if carrier.over and get_worker().plugins.get(name) is carrier:  # another task was let go
+            carrier.opened, carrier.over = None, False
+        for item in items:
+            if carrier.over:  # Dask brought the job twice, or nobody waits any more
+                raise Reschedule
+            found.append(carrier.job().run_in_worker(item, *results))
+    return found
