@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -109,3 +110,11 @@ def test_empty_scenes_leave_the_threshold_as_it_was():
     assert calibrate([empty, empty], [0, 0], 0.9, 0.6).threshold == pytest.approx(0.6)
     found = calibrate([empty, empty, one], [0, 0, 4], 0.9, 0.6)  # others of the third hold nobody
     assert found.mae == found.mae_before == 0
+
+
+def test_how_far_thresholds_usually_lie_from_a_half_is_read_from_the_study():
+    folder = Path(__file__).parents[1] / "results" / "full" / "runs"
+    moved = [logit(json.loads(path.read_text())["threshold"])
+             for path in folder.glob("*/calibrated.json")]
+    assert len(moved) >= 43
+    assert np.sqrt(np.mean(np.square(moved))) == pytest.approx(calibration.USUAL, abs=0.03)

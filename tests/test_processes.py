@@ -106,7 +106,7 @@ def test_what_two_processes_saved_goes_on_in_one(together, monkeypatch):
 def test_a_loss_that_is_not_finite_in_one_process_stops_all(tmp_path):
     for stopped in by_hand(tmp_path, "nan"):
         assert stopped.wait(60) == 1
-        assert "FloatingPointError: sha-40-s3: the loss is nan" in stopped.said()
+        assert "FloatingPointError: sha-40-s4: the loss is nan" in stopped.said()
 
 
 def test_a_killed_process_ends_the_other_within_a_minute(tmp_path):

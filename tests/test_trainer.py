@@ -402,7 +402,8 @@ def explicit_terms(config, phase, logits, embedding, teacher, teacher_embedding,
 @pytest.mark.parametrize("gate", [False, True])
 @pytest.mark.parametrize("threshold", [0.6, None])
 def test_terms_of_unlabelled_crops_equal_an_explicit_computation(phase, seed, gate, threshold):
-    config = tiny(loss__point_mask=0.7, optimisation__pseudo_threshold=threshold, loss__background=0.5, loss__foreground=0.3,
+    config = tiny(optimisation__pseudo_threshold=threshold,
+                  loss__point_mask=0.7, loss__background=0.5, loss__foreground=0.3,
                   loss__one_point=0.2, loss__ignore_radius=5.0, pseudo__density_gate=gate)
     case = unlabelled_case(seed)
     wanted = explicit_terms(config, phase, *case)

@@ -118,7 +118,7 @@ _PHOTO = {
     "optimisation.phase2_encoder_lr": 1e-4,
     "optimisation.mask_head_lr": 1e-3,
     "optimisation.ema": 0.995,
-    # with 0.5, as released, students found ever more heads; see docs/evidence.md
+    # with 0.5, as released, one run found ever more heads; see docs/evidence.md
     "optimisation.pseudo_threshold": None,
     "masks.segmenter": "bundled",
     "schedule.steps_per_epoch": 40,

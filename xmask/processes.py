@@ -83,6 +83,16 @@ def gone() -> Iterator[None]:
             "saved is kept: see the other's message, and start all of them again") from error
 
 
+def of_all(mine: Tensor) -> Tensor:
+    """A tensor (B, ...) of each process, all of one shape, one after the other: (processes * B,
+    ...), without gradient."""
+    if count() == 1:
+        return mine.detach()
+    parts = [torch.empty_like(mine) for _ in range(count())]
+    distributed.all_gather(parts, mine.detach().contiguous())
+    return torch.cat(parts)
+
+
 def join_norms(network: nn.Module) -> None:
     """Let every BatchNorm of a network in training take its statistics over all processes."""
     for norm in network.modules():

@@ -74,8 +74,7 @@ class Trainer:
     the labelled ones among them (their points and masks, if any, are never read).
     device: where it runs, "cpu" or "cuda". student, teacher: the two networks. epoch: epochs done.
     history: one row a done epoch, `step`, `epoch`, `phase`, `weight` and the mean of every term of
-    the loss. steps: of an epoch. initialisation: how the network started, in words. precision: as
-    Fabric names it.
+    the loss. steps: of an epoch. initialisation: how the network started. precision: Fabric's word.
     """
 
     def __init__(self, config: Config, labelled: Sequence[Sample], unlabelled: Sequence[Sample], *,
@@ -322,7 +321,8 @@ class Trainer:
     def _points(self, logits: Tensor, threshold: float | None
                 ) -> tuple[list[Tensor], list[Tensor]]:
         """Points and scores of every image of logits (B, h, w); None: `expected_threshold`."""
-        threshold = losses.expected_threshold(logits) if threshold is None else threshold
+        if threshold is None:  # of the whole batch, which processes share
+            threshold = losses.expected_threshold(processes.of_all(logits))
         found = [decode.points_from_logits(one, stride=model.STRIDE, threshold=threshold)
                  for one in logits.detach()]
         return [points for points, _ in found], [scores for _, scores in found]

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from distributed import Reschedule
+from distributed import Client, LocalCluster, Reschedule, get_client, get_worker
 
 from tests.test_edp_sam import picture
 from tests.warm import Program, forked_workers
@@ -185,7 +185,6 @@ def test_workers_that_cannot_even_start_are_not_started_for_every_image(tmp_path
 
 
 def test_the_workers_of_a_scheduler_that_runs_give_the_same_folder(tmp_path, forked):
-    from distributed import LocalCluster
     with LocalCluster(n_workers=1, threads_per_worker=2, processes=True, host="127.0.0.1",
                       dashboard_address=None) as cluster:
         for out, segmenter in (("a", ClassicalSegmenter()), ("b", SamSegmenter.bundled())):
@@ -594,3 +593,22 @@ def test_a_worker_whose_job_was_ended_too_early_leaves_no_item_undone(monkeypatc
     with pytest.raises(Reschedule):
         cluster._run("job", ["a", "b"])
     assert cluster._run("job", ["a", "b"]) == ["a", "b"] and Work.begun == 2
+
+
+class Replaced(Work):
+    """A job that Dask brings again to its worker during the first item."""
+
+    def run_in_worker(self, item):
+        name = next(one for one in get_worker().plugins if one.startswith("xmask-"))
+        if Work.begun == 1:
+            get_client().register_plugin(cluster._Carrier(Replaced(), name), name=name)
+        return item
+
+
+def test_dask_gives_a_task_again_whose_job_was_replaced(monkeypatch):
+    monkeypatch.setattr(Work, "begun", 0)
+    with LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None
+                      ) as made, Client(made) as client:
+        items = list(range(60))  # so many that a task has several
+        assert sorted(cluster.work(client, Replaced(), items, lambda: 0)) == items
+    assert Work.begun == 2
