@@ -39,15 +39,23 @@ def predict_image(network: nn.Module, image: np.ndarray, decoding: configuration
     """Points, scores, counted heads and label map of one image, at its own resolution.
 
     network: an `xmask.model.XMask` in evaluation mode. image: (H, W, 3) uint8 RGB. decoding: the
-    configuration's section `evaluation`. calibration: gives the count its interval (its threshold
-    is one of `decoding`, see `Calibration.applied`). tile: as in `network_maps`.
+    configuration's section `evaluation`; by its `scale` the image is resized before all else, and
+    points and masks are brought back after. calibration: gives the count its interval (its
+    threshold is one of `decoding`, see `Calibration.applied`). tile: as in `network_maps`.
     """
+    shape, image = image.shape[:2], scaled(image, decoding.scale)
     logits, embedding = network_maps(network, image, tile=tile)
     found = decode.predict(logits, embedding, image.shape[:2], decoding, stride=model.STRIDE)
-    if calibration is None:
-        return found
-    low, high = calibration.interval(found.count, spread(own_cells(logits, image)))
-    return replace(found, low=low, high=high)
+    if calibration is not None:
+        low, high = calibration.interval(found.count, spread(own_cells(logits, image)))
+        found = replace(found, low=low, high=high)
+    return brought_back(found, shape)
+
+
+def scaled(image: np.ndarray, scale: float) -> np.ndarray:
+    """An image (H, W, 3) with its sides times `scale`, at least 1 px; itself if that is 1."""
+    height, width = (max(round(side * scale), 1) for side in image.shape[:2])
+    return image if (height, width) == image.shape[:2] else resize_image(image, (height, width))
 
 
 def own_cells(logits: Tensor, image: np.ndarray) -> np.ndarray:
@@ -170,10 +178,9 @@ class Predictor:
                              f"{MIN_SIDE} px to hold a head")
         check_side(max_side)
         if max_side is not None and max_side < max(height, width):
-            scale = max_side / max(height, width)
-            small = max(round(height * scale), 1), max(round(width * scale), 1)
-            found = self.predict(resize_image(pixels, small), tile=tile, name=f"{name}, resized")
-            return _enlarged(found, (height, width))
+            small = scaled(pixels, max_side / max(height, width))
+            found = self.predict(small, tile=tile, name=f"{name}, resized")
+            return brought_back(found, (height, width))
         known = self.calibration  # its interval is one around the count at its threshold
         if known is not None and known.threshold != self.decoding.count_threshold:
             known = None
@@ -182,7 +189,8 @@ class Predictor:
     def maps(self, image: np.ndarray | str | os.PathLike, *, tile: int | None = None
              ) -> tuple[Tensor, Tensor]:
         """What the network says before decoding: logits (h, w) and embedding (D, h, w), float32,
-        one cell for 4 x 4 px; they cover the image padded to a multiple of 32 px."""
+        one cell for 4 x 4 px; they cover the image padded to a multiple of 32 px. The image is
+        seen as it is: `predict` first resizes it by `decoding.scale` (see `scaled`)."""
         return network_maps(self.network, _pixels(image), tile=tile)
 
     def __repr__(self) -> str:
@@ -198,8 +206,10 @@ def check_side(max_side: int | None) -> None:
                          "or leave it out for full size")
 
 
-def _enlarged(found: decode.Prediction, shape: tuple[int, int]) -> decode.Prediction:
+def brought_back(found: decode.Prediction, shape: tuple[int, int]) -> decode.Prediction:
     """A prediction on a resized image, in the pixels of the image of `shape` (H, W)."""
+    if found.instances.shape == shape:
+        return found
     # pixel centres: position p of n pixels is (p + 0.5) * N / n - 0.5 of N
     factor = np.array(shape[::-1]) / found.instances.shape[::-1]
     points = np.clip((found.points + 0.5) * factor - 0.5, 0, np.array(shape[::-1]) - 1)

@@ -77,7 +77,7 @@ def test_uncounted_points_have_masks_and_are_no_heads(network, tmp_path):
 
 def test_counts_are_reported_with_calibration_and_without(network, tmp_path):
     images = Images([scene(i, people=2 + i) for i in range(1, 13)])
-    seen = evaluate.look(network, images, progress=False)
+    seen = evaluate.look(network, images, tiny().evaluation, progress=False)
     assert [true for _, true in seen] == [len(s.points) for s in images]
     found = evaluate.calibrate(seen, tiny())
     result = evaluate.evaluate(network, images, tiny(), tmp_path, calibrated=found, progress=False)

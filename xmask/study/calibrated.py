@@ -8,6 +8,7 @@ constraint too few. With a threshold that makes the total of other scenes right,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,8 +29,8 @@ def counts(network: nn.Module, config: Config, scenes: Sequence, tested: Sequenc
     with `ids`. Returns `threshold`, `scenes` (their number) and `per_image`: name, true_count and
     count of every test image.
     """
-    found = evaluate.calibrate(evaluate.look(network, scenes, progress=progress), config)
-    seen = evaluate.look(network, tested, progress=progress)
+    look = partial(evaluate.look, network, decoding=config.evaluation, progress=progress)
+    found, seen = evaluate.calibrate(look(scenes), config), look(tested)
     return {"threshold": found.threshold, "scenes": found.images, "per_image": [
         {"name": name, "true_count": people,
          "count": len(points_from_logits(torch.as_tensor(logits), threshold=found.threshold)[0])}

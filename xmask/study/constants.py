@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from xmask import decode, metrics, model
 from xmask.config import Config, Evaluation
-from xmask.predict import network_maps
+from xmask.predict import brought_back, network_maps, scaled
 from xmask.presets import preset
 from xmask.study import claims, figures
 from xmask.tools import models
@@ -108,9 +108,11 @@ def decoded(network: nn.Module, decoding: Evaluation, values: Iterable[tuple[str
     errors, overlap = np.zeros((2, len(ways), len(dataset)))
     for index in tqdm(range(len(dataset)), desc="constants", unit="image", disable=not progress):
         sample = dataset[index]
-        maps = network_maps(network.eval(), sample.image)
+        image = scaled(sample.image, decoding.scale)
+        maps = network_maps(network.eval(), image)
         for number, way in enumerate(ways):
-            seen = decode.predict(*maps, sample.shape, way, stride=model.STRIDE)
+            found = decode.predict(*maps, image.shape[:2], way, stride=model.STRIDE)
+            seen = brought_back(found, sample.shape)
             errors[number, index] = abs(seen.count - len(sample.points))
             overlap[number, index] = math.nan if len(sample.points) == 0 else (
                 100 * metrics.segmentation(seen.instances, sample.instances)["mean_iou"])

@@ -19,7 +19,7 @@ from xmask import calibration, decode, files, metrics, nnec
 from xmask.calibration import Calibration
 from xmask.config import Config, Evaluation
 from xmask.data.sample import Sample
-from xmask.predict import network_maps, own_cells, predict_image
+from xmask.predict import network_maps, own_cells, predict_image, scaled
 
 LOCALISATION_SIGMAS = (4, 8)  # px, usual for ShanghaiTech A
 
@@ -31,12 +31,15 @@ def count_error(network: nn.Module, samples, decoding: Evaluation) -> float:
     return float(np.mean(errors))
 
 
-def look(network: nn.Module, samples: Sequence[Sample], *, progress: bool = True
-         ) -> list[tuple[np.ndarray, int]]:
+def look(network: nn.Module, samples: Sequence[Sample], decoding: Evaluation, *,
+         progress: bool = True) -> list[tuple[np.ndarray, int]]:
     """(logits (h, w) of the image's cells, number of its points) of every sample."""
-    bar = tqdm(samples, desc="calibrate", unit="image", total=len(samples), disable=not progress)
-    return [(own_cells(network_maps(network.eval(), s.image)[0], s.image), len(s.points))
-            for s in bar]
+    seen = []
+    for sample in tqdm(samples, desc="calibrate", unit="image", total=len(samples),
+                       disable=not progress):
+        image = scaled(sample.image, decoding.scale)
+        seen.append((own_cells(network_maps(network.eval(), image)[0], image), len(sample.points)))
+    return seen
 
 
 def calibrate(seen: Sequence[tuple[np.ndarray, int]], config: Config) -> Calibration:

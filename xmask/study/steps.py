@@ -372,7 +372,8 @@ def _fit(config: Config, data: str, masks: Path, fingerprint: str,
         files.write_json(folder / "config.json", record)
 
     def calibrate(network):
-        seen = evaluation.look(network, [dataset[i] for i in calibrating], progress=progress)
+        seen = evaluation.look(network, [dataset[i] for i in calibrating], config.evaluation,
+                               progress=progress)
         found = evaluation.calibrate(seen, config)
         files.write_json(folder / "config.json", record | {"calibration": found.to_dict()})
 

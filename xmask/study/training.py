@@ -39,7 +39,7 @@ NOT_READ_IN_PHASE_1 = (
     "pseudo.density_gate",
     "evaluation.point_threshold", "evaluation.count_threshold", "evaluation.theta",
     "evaluation.geometry_weight", "evaluation.sigma", "evaluation.density_gate",
-    "evaluation.nnec", "evaluation.weights",
+    "evaluation.nnec", "evaluation.weights", "evaluation.scale",
     "schedule.phase2", "schedule.phase3", "schedule.mask_warmup", "schedule.ramp_start",
     "optimisation.phase2_lr", "optimisation.phase2_encoder_lr", "optimisation.mask_head_lr",
     "optimisation.phase3_lr", "optimisation.confident",

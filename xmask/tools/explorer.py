@@ -20,7 +20,7 @@ from PIL import Image
 
 from xmask import decode, nnec
 from xmask.features import flat_features, sample_at, smooth, upsample
-from xmask.predict import Predictor
+from xmask.predict import Predictor, scaled
 from xmask.tools.overlay import mark, overlay
 
 if TYPE_CHECKING:
@@ -72,7 +72,8 @@ class Explorer:
 
     @classmethod
     def of(cls, model: Predictor, image: np.ndarray) -> Explorer:
-        """The heads and the embedding that a model finds in an image."""
+        """The heads and the embedding that a model finds in an image, which it may resize first."""
+        image = scaled(image, model.decoding.scale)
         logits, embedding = model.maps(image)
         found = decode.predict(logits, embedding, image.shape[:2], model.decoding)
         return cls(image, found.points, embedding)

@@ -157,7 +157,7 @@ def compare(before: Predictor, network: torch.nn.Module, photos: Sequence[Sample
     (mean of count - dots), `precision` and `recall` of heads within 8 px, and `coverage`, the
     share of photos whose number of dots lies in the interval, None where there is no interval.
     """
-    seen = evaluation.look(network, photos, progress=progress)
+    seen = evaluation.look(network, photos, settings.evaluation, progress=progress)
     found = evaluation.calibrate(seen, settings)
     after, earlier = [], []
     for number, sample in enumerate(photos):
