@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 import xmask
 from tests.test_trainer import tiny
 from xmask import config as configuration
-from xmask import features, files, model, predict
-from xmask.data.images import resize_image
+from xmask import decode, features, files, model, predict
+from xmask.calibration import Calibration, spread
+from xmask.data.images import resize_image, resize_labels
 from xmask.data.transforms import to_tensor
 from xmask.synthetic import draw_scene
 
@@ -51,6 +52,51 @@ def test_changed_thresholds_are_used(bundled, scene):
     few, usual = mine.predict(scene.image), bundled.predict(scene.image)
     assert few.count == usual.count
     assert 0 < (few.instances > 0).sum() < (usual.instances > 0).sum()
+
+
+def test_a_model_may_see_its_images_enlarged(bundled, scene):
+    """`scale` is the same as to predict on an image resized by hand, with all positions, masks and
+    the interval brought back; the image itself and what its heads are called stay the same."""
+    mine = xmask.load("drawn", device="cpu")
+    mine.decoding = configuration.override(mine.decoding, {"scale": 1.25})
+    mine.calibration = Calibration(mine.decoding.count_threshold, 2.0, 0.9, 10, 1.0, 1.0)
+    found = mine.predict(scene.image)
+    byhand = bundled.predict(resize_image(scene.image, (200, 250)))
+    assert found.count == byhand.count > 0
+    np.testing.assert_allclose(found.points, np.clip((byhand.points + 0.5) / 1.25 - 0.5, 0, None),
+                               atol=1e-4)
+    np.testing.assert_array_equal(found.instances, resize_labels(byhand.instances, (160, 200)))
+    assert found.low < found.count < found.high
+    wider = spread(predict.own_cells(mine.maps(resize_image(scene.image, (200, 250)))[0],
+                                     np.zeros((200, 250, 3))))
+    assert found.high - found.count == pytest.approx(2 * wider, abs=1)
+
+
+@given(height=st.integers(1, 60), width=st.integers(1, 60), scale=st.floats(0.25, 4))
+@settings(max_examples=60, deadline=None)
+def test_a_resized_image_has_sides_times_the_scale(height, width, scale):
+    image = np.zeros((height, width, 3), np.uint8)
+    rows, columns = predict.scaled(image, scale).shape[:2]
+    assert rows == max(round(height * scale), 1) and columns == max(round(width * scale), 1)
+    assert predict.scaled(image, 1.0) is image
+
+
+@given(seed=st.integers(0, 99), scale=st.floats(0.3, 3.9))
+@settings(max_examples=30, deadline=None)
+def test_what_is_brought_back_lies_in_the_image(seed, scale):
+    """Each point in the image, and labels of points that exist; nothing changes where the size
+    is the image's own."""
+    rng = np.random.default_rng(seed)
+    shape = tuple(int(n) for n in rng.integers(8, 40, 2))
+    large = tuple(max(round(n * scale), 1) for n in shape)
+    points = (rng.random((9, 2)) * (np.array(large[::-1]) - 1)).astype(np.float32)
+    labels = rng.integers(0, 10, large).astype(np.int32)
+    one = decode.Prediction(points, rng.random(9), labels, rng.random(9) > 0.5, 3, 8)
+    found = predict.brought_back(one, shape)
+    assert found.instances.shape == shape and set(np.unique(found.instances)) <= set(range(10))
+    assert (found.points >= 0).all() and (found.points <= np.array(shape[::-1]) - 1).all()
+    assert (found.low, found.high, found.count) == (3, 8, one.count)
+    assert predict.brought_back(one, large) is one
 
 
 def test_a_close_up_can_be_computed_smaller(bundled, scene):

@@ -136,7 +136,7 @@ _PHOTO = {
     "machine.checkpoint_every": 1,
 }
 # with every image labelled there is nothing for pseudo-labels to add: two phases, longer
-_ALL_LABELLED = {"schedule.unlabelled": False, "schedule.steps_per_epoch": 120,
+_ALL_LABELLED = {"schedule.unlabelled": False, "schedule.steps_per_epoch": 90,
                  "schedule.phase3": 75}
 
 

@@ -7,6 +7,7 @@ import pytest
 
 import xmask
 from xmask import metrics
+from xmask.config import override
 from xmask.predict import predict_image
 from xmask.presets import preset
 from xmask.study import constants
@@ -25,8 +26,10 @@ SCENES = Scenes(draw_scene(seed, shape=(96, 128), people=people)
                 for seed, people in ((5, 6), (6, 0), (7, 12)))
 
 
-def test_decoding_again_is_what_a_prediction_does():
-    network, usual = xmask.load("drawn", device="cpu").network, CONFIG.evaluation
+@pytest.mark.parametrize("scale", [1.0, 1.25])
+def test_decoding_again_is_what_a_prediction_does(scale):
+    network = xmask.load("drawn", device="cpu").network
+    usual = override(CONFIG, {"evaluation.scale": scale}).evaluation
     (errors, overlap), (_, wide), (_, circles), (_, one_circle) = constants.decoded(
         network, usual, [("evaluation.theta", usual.theta), ("evaluation.theta", 1.3),
                          ("evaluation.nnec", True), ("evaluation.nnec", False)], SCENES, progress=False)

@@ -39,6 +39,14 @@ def test_the_masks_are_those_of_the_decoding(model, small, sigma, theta, weight)
     assert differ < 1e-4 and expected.any()  # ties of energies, to rounding
 
 
+def test_a_model_that_enlarges_its_images_is_explored_at_that_size():
+    model = xmask.load("drawn", device="cpu")
+    model.decoding = model.decoding.model_copy(update={"scale": 1.25})
+    image = draw_scene(seed=8, shape=(80, 100), people=10).image
+    found = Explorer.of(model, image)
+    assert found.shape == (100, 125) and len(found.points) == model.predict(image).counted.size
+
+
 def test_a_scene_has_the_heads_of_the_prediction(model, small):
     np.testing.assert_array_equal(small.points, model.predict(small.image).points)
     assert len(small.points) > 5
