@@ -365,10 +365,8 @@ def explicit_terms(config, phase, logits, embedding, teacher, teacher_embedding,
     logits, visible = logits.double(), batch.visible[0].numpy()
     c, terms = config.loss, {}
     if phase != 2:
-        threshold = config.optimisation.pseudo_threshold
-        asked = {1: 0.0, 3: 0.5}[phase] if threshold is None else threshold
-        points, scores = cells_above(teacher, asked)
-        if threshold is None and phase == 1:
+        points, scores = cells_above(teacher, config.optimisation.pseudo_threshold or 0)
+        if config.optimisation.pseudo_threshold is None:
             expected = round(sum(s / (2 - s) for s in scores))
             points = points[np.argsort(-scores, kind="stable")[:expected]]
         _, target = reference.p2r(logits, points, 4)

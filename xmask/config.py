@@ -212,7 +212,7 @@ class Optimisation(Section):
     clip: Annotated[float, Field(gt=0, le=10**6)] = 5.0  # norm of the gradient
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.998  # share of the teacher that a step keeps
     # probability of a teacher point in P2R; 0.5: logit >= 0. None: as many points as the teacher
-    # expects heads (ours), and in phase 3, where the mask constraint moves logits, 0.5 again
+    # expects heads (ours)
     pseudo_threshold: Share | None = 0.5
     confident: Share = 0.9  # above it a pseudo point vouches for its mask
     ascending = (("scale_min", "scale_max"),)

@@ -111,10 +111,8 @@ _PHOTO = {
     "augmentation.labelled_jitter": 0.75,
     "optimisation.batch": 8,
     "optimisation.crop": 256,
-    # crops of smaller scale show more heads, and test images are enlarged; docs/evidence.md
-    "optimisation.scale_min": 0.5,
-    "optimisation.scale_max": 1.1,
-    "evaluation.scale": 1.25,
+    "optimisation.scale_min": 0.6,
+    "optimisation.scale_max": 1.4,
     "optimisation.encoder_lr": 2e-4,
     "optimisation.phase2_lr": 5e-4,
     "optimisation.phase2_encoder_lr": 1e-4,
@@ -135,9 +133,14 @@ _PHOTO = {
     "machine.precision": "bfloat16",
     "machine.checkpoint_every": 1,
 }
-# with every image labelled there is nothing for pseudo-labels to add: two phases, longer
+# of fewer labelled images none can be spared to calibrate, and an enlarged image needs that
+_MANY_LABELLED = {"calibration.held_out": 1 / 8, "evaluation.scale": 1.25,
+                  "schedule.steps_per_epoch": 60}
+# with every image labelled there is nothing for pseudo-labels to add: two phases, longer. Crops of
+# smaller scale show more heads; with few images they taught no better (docs/evidence.md)
 _ALL_LABELLED = {"schedule.unlabelled": False, "schedule.steps_per_epoch": 90,
-                 "schedule.phase3": 75}
+                 "schedule.phase3": 75, "optimisation.scale_min": 0.5,
+                 "optimisation.scale_max": 1.1}
 
 
 # Own photos, from the weights of the package's model: fewer steps, lower rates. Of ten dotted
@@ -207,7 +210,6 @@ def _values(profile: str, dataset: str, percent: int) -> dict[str, Any]:
         number = 4 if profile == "demo" else max(4, min(percent // 2, 10))
         return _CPU | _LITE | {"optimisation.crop": 128, "schedule.steps_per_epoch": number}
     if profile == "photo":
-        many = percent >= 40  # of 15 or 30 labelled images none can be spared to calibrate
-        more = {"calibration.held_out": 1 / 8, "schedule.steps_per_epoch": 60} if many else {}
-        return _CPU | _LITE | _PHOTO | more | (_ALL_LABELLED if percent == 100 else {})
+        return (_CPU | _LITE | _PHOTO | (_MANY_LABELLED if percent >= 40 else {})
+                | (_ALL_LABELLED if percent == 100 else {}))
     return dict(zip(_FIELDS, _PUBLISHED.get((dataset, percent), ())))

@@ -283,10 +283,7 @@ class Trainer:
         terms = {}
         if phase != 2:
             half = model.STRIDE // 2
-            threshold = o.pseudo_threshold
-            if threshold is None and phase == 3:  # of constrained logits it would expect too few
-                threshold = OWN_POINTS
-            points, _ = self._points(teacher_logits, threshold)
+            points, _ = self._points(teacher_logits, o.pseudo_threshold)
             terms["p2r"] = self._p2r(logits, points,
                                      visible[:, half::model.STRIDE, half::model.STRIDE].float())
         if phase == 1:
