@@ -29,7 +29,7 @@ class Calibration:
     """threshold: probability above which a point is counted. factor: half the width of the
     interval in units of `spread`; None where too few images were held out for one. coverage: of
     the interval. images: how many were held out. mae, mae_before: mean absolute error on them with
-    a threshold that did not see the image, and with the threshold of the configuration."""
+    a threshold that the others set, and with the threshold of the configuration."""
 
     threshold: float
     factor: float | None

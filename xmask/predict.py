@@ -1,15 +1,11 @@
-"""From an image of any size to its heads, count and masks: the one way, for evaluation and for
-one's own photos (paper section on evaluation).
+"""From an image of any size to its heads, count and masks (paper section on evaluation): the
+`Predictor` that `xmask.load()` gives and evaluation both do what `predict_image` does.
 
-`xmask.load()` gives a `Predictor`; `predict_image` is what it does, and what evaluation does.
-
-Large images go through the network in pieces, with the same result as whole: an output cell sees
-the image through a window of limited reach, so a piece with that margin computes its inner cells
-exactly, and the mask head is told where the piece lies. Points and masks come from the logits and
-the embedding of the whole image (`xmask.decode`), so a head on a seam is one cell like any other.
-What grows with the image is the image itself, its label map, and 4.25 bytes a pixel for logits and
-a 16-channel embedding at stride 4.
-"""
+Large images go through the network in pieces, with the same result as whole: a cell sees the
+image through a window, so a piece with that margin computes its inner cells exactly, and the mask
+head is told where the piece lies. Points and masks come from the maps of the whole image, so a
+head on a seam is like any other. What grows with the image is itself, its label map, and 4.25
+bytes a pixel for logits and a 16-channel embedding at stride 4."""
 
 from __future__ import annotations
 
@@ -29,8 +25,7 @@ from xmask.data.images import read_image, resize_image, resize_labels
 from xmask.data.transforms import to_tensor
 
 MIN_SIDE = 8  # px: an image less wide or high than two output cells holds no head (ours)
-# px, least side of a piece without its margin (ours).
-TILE, TILE_ACCELERATOR = 1024, 2048
+TILE, TILE_ACCELERATOR = 1024, 2048  # px, least side of a piece without its margin (ours)
 
 
 def predict_image(network: nn.Module, image: np.ndarray, decoding: configuration.Evaluation, *,
@@ -38,10 +33,9 @@ def predict_image(network: nn.Module, image: np.ndarray, decoding: configuration
                   ) -> decode.Prediction:
     """Points, scores, counted heads and label map of one image, at its own resolution.
 
-    network: an `xmask.model.XMask` in evaluation mode. image: (H, W, 3) uint8 RGB. decoding: the
-    configuration's section `evaluation`; by its `scale` the image is resized before all else, and
-    points and masks are brought back after. calibration: gives the count its interval (its
-    threshold is one of `decoding`, see `Calibration.applied`). tile: as in `network_maps`.
+    network: an `xmask.model.XMask` in evaluation mode. image: (H, W, 3) uint8 RGB. decoding:
+    section `evaluation`; the image is resized by its `scale` first, and all is brought back last.
+    calibration: gives the count its interval; its threshold is in `decoding`. tile: `network_maps`.
     """
     shape, image = image.shape[:2], scaled(image, decoding.scale)
     logits, embedding = network_maps(network, image, tile=tile)
@@ -109,11 +103,9 @@ _REACH: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 
 @torch.inference_mode()
 def reach(network: nn.Module) -> int:
-    """How far from an output cell, px, a pixel may change it: a multiple of 32, or more than
-    1,024 where a cell sees the whole image, which then is one piece whatever its size.
-
-    network: in evaluation mode. Found once for each, by where NaN in one block of a strip comes
-    out: 160 px for VGG16-BN, 512 for EfficientNet-Lite0.
+    """How far from an output cell, px, a pixel may change it: a multiple of 32 (160 for VGG16-BN,
+    512 for EfficientNet-Lite0), or more than 1,024 where a cell sees the whole image, which then is
+    one piece. Found once for a network, by where NaN in one block of a strip comes out.
     """
     if network not in _REACH:
         block, half = model.MULTIPLE, _FARTHEST + model.MULTIPLE
@@ -142,10 +134,9 @@ def _cells(start: int, stop: int) -> slice:
 class Predictor:
     """A trained network on a device. `xmask.load` makes one; call `predict` as often as wanted.
 
-    network: the `xmask.model.XMask`, in evaluation mode. config: the `xmask.config.Config` it was
-    trained with. record: what it is, JSON-ready (see `xmask.tools.models.load`). calibration: of
-    its counts, or None. decoding: the thresholds used, those of `config.evaluation`, calibrated,
-    unless changed.
+    network: the `xmask.model.XMask`, in evaluation mode. config: the `Config` of its training.
+    record: what it is, JSON-ready (see `xmask.tools.models.load`). calibration: of its counts, or
+    None. decoding: what is used, `config.evaluation`, calibrated, unless changed.
     """
 
     def __init__(self, network: nn.Module, config: configuration.Config, record: dict,
@@ -188,9 +179,8 @@ class Predictor:
 
     def maps(self, image: np.ndarray | str | os.PathLike, *, tile: int | None = None
              ) -> tuple[Tensor, Tensor]:
-        """What the network says before decoding: logits (h, w) and embedding (D, h, w), float32,
-        one cell for 4 x 4 px; they cover the image padded to a multiple of 32 px. The image is
-        seen as it is: `predict` first resizes it by `decoding.scale` (see `scaled`)."""
+        """What the network says of the image as it is, not `scaled`: logits (h, w) and embedding
+        (D, h, w), float32, a cell for 4 x 4 px; they cover it padded to a multiple of 32 px."""
         return network_maps(self.network, _pixels(image), tile=tile)
 
     def __repr__(self) -> str:

@@ -11,6 +11,8 @@ import xmask
 from xmask import config, files
 from xmask.cli import main
 from xmask.data.training_images import Kept
+from xmask.predict import predict_image
+from xmask.study import evaluate
 from xmask.synthetic import draw_scene
 from xmask.tools import learn
 
@@ -92,7 +94,16 @@ def test_of_ten_dotted_photos_some_are_kept_back_and_say_what_learning_changed(t
     report = files.read_json(tmp_path / "run" / "report.json")
     model = xmask.load(tmp_path / "run", device="cpu")
     assert model.calibration.images == report["photos"] == 3
-    assert model.calibration.mae == pytest.approx(report["after"]["mae"])
+    others = [draw_scene(int(name[1:]), shape=(96, 128), people=3 + int(name[1:]))
+              for name in record["data"]["held_out"]]
+    seen = evaluate.look(model.network, others, model.config.evaluation, progress=False)
+    errors = []
+    for number, sample in enumerate(others):  # counted with the calibration of the two others
+        by_others = evaluate.calibrate(seen[:number] + seen[number + 1:], model.config)
+        decoding = by_others.applied(model.config.evaluation)
+        found = predict_image(model.network, sample.image, decoding)
+        errors.append(abs(found.count - len(sample.points)))
+    assert report["after"]["mae"] == pytest.approx(np.mean(errors))
     assert set(report["before"]) == set(report["after"]) == {
         "mae", "bias", "precision", "recall", "coverage"}
     assert report["after"]["coverage"] is None  # three are too few for an interval
