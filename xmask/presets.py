@@ -133,7 +133,7 @@ _PHOTO = {
     "machine.precision": "bfloat16",
     "machine.checkpoint_every": 1,
 }
-# of fewer labelled images none can be spared to calibrate, and an enlarged image needs that
+# of fewer labelled images none can be spared to calibrate, and without that enlarging can do harm
 _MANY_LABELLED = {"calibration.held_out": 1 / 8, "evaluation.scale": 1.25,
                   "schedule.steps_per_epoch": 60}
 # with every image labelled there is nothing for pseudo-labels to add: two phases, longer. Crops of

@@ -93,6 +93,17 @@ def test_counts_are_reported_with_calibration_and_without(network, tmp_path):
     assert matched == result["localization"]["8"]["matched"]
 
 
+def test_a_calibration_sees_images_as_large_as_a_prediction_does(network):
+    large = override(tiny(), {"evaluation.scale": 1.5, "evaluation.point_threshold": 0.5,
+                              "evaluation.count_threshold": 0.5}).evaluation
+    images = Images([scene(1)])
+    (logits, true), = evaluate.look(network, images, large, progress=False)
+    height, width = images[0].shape
+    assert logits.shape == (-(-round(1.5 * height) // 4), -(-round(1.5 * width) // 4))
+    counted = predict_image(network, images[0].image, large).count
+    assert true == len(images[0].points) and counted == (logits > 0).sum()
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(0, 3000), min_size=1, max_size=30), st.floats(0, 3000))
 def test_no_constant_count_beats_the_median_in_mae_or_the_mean_in_rmse(true, other):
