@@ -58,7 +58,8 @@ def released(split):
         "network.embedding": 16, "network.fold_norm": False, "network.freeze_stride": 0,
         "schedule.unlabelled": True, "loss.phase2_p2r": 0,
         "augmentation.labelled_jitter": 0, "calibration.held_out": 0, "evaluation.nnec": True,
-        "evaluation.scale": 1,
+        "evaluation.scale": 1, "evaluation.peaks": False, "pseudo.peaks": False,
+        "calibration.expected": False,
         # METHOD: the three phases' ramps, P2R, smoothing and the strong view
         "schedule.ramp": 0.01, "schedule.ramp_start": 0.1, "schedule.ramp_end": 2,
         "loss.max_distance": 96, "loss.min_radius": 8, "loss.distance_cost": 8,

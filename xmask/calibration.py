@@ -28,15 +28,16 @@ USUAL = 0.32
 class Calibration:
     """threshold: probability above which a point is counted. factor: half the width of the
     interval in units of `spread`; None where too few images were held out for one. coverage: of
-    the interval. images: how many were held out. mae, mae_before: mean absolute error on them with
-    a threshold that the others set, and with the threshold of the configuration."""
+    the interval. images: how many set the threshold. mae, mae_before: mean absolute error on them
+    with a threshold that the others set, and with the threshold of the configuration; None where
+    they were not held out."""
 
     threshold: float
     factor: float | None
     coverage: float
     images: int
-    mae: float
-    mae_before: float
+    mae: float | None
+    mae_before: float | None
 
     def applied(self, decoding: Evaluation) -> Evaluation:
         """The decoding with this threshold; a point that is counted also has a mask."""

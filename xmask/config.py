@@ -140,6 +140,8 @@ class Decoding(Section):
     geometry_weight: Amount = 0.6  # lambda
     sigma: Amount = 1.5  # smoothing, px; 0: none
     density_gate: bool = True  # in phase 3 only (release); phase 2 never has it
+    # points are only cells that none of their eight neighbours exceeds (ours; the paper: all cells)
+    peaks: bool = False
 
 
 class Evaluation(Decoding):
@@ -223,6 +225,9 @@ class Calibration(Section):
 
     held_out: Share = 0.0  # of the labelled images; 0: no calibration, as in the paper
     coverage: Annotated[float, Field(gt=0, lt=1)] = 0.9  # of the count's interval
+    # where none is held out: of the images that training learnt from, count as many heads as the
+    # network expects there; no interval then
+    expected: bool = False
 
 
 class Machine(Section):

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from xmask.config import Evaluation
+from xmask.config import Decoding, Evaluation
 from xmask.features import feature_bands, full_precision, smooth_at, upsample
 from xmask.nnec import equal_radii, exclusion_radii, lowest_wins, point_tensor, row_spans
 
@@ -66,7 +66,8 @@ def predict(logits: torch.Tensor, embedding: torch.Tensor, shape: tuple[int, int
     right and bottom: cells that hold padding only are dropped.
     decoding: a configuration's section `evaluation`. Points of at least `point_threshold` take
         part in masks (paper: 0.1); of these, points are counted whose logit is above that of
-        `count_threshold` (paper: 0.5, so logit > 0). `theta`, `geometry_weight`, `sigma`, `nnec`:
+        `count_threshold` (paper: 0.5, so logit > 0). `peaks`: only those of `peaks` are points.
+        `theta`, `geometry_weight`, `sigma`, `nnec`:
         of `instance_maps`; `density_gate`: gate by the sigmoid of the logits, see `density` there.
     Raises ValueError if the maps do not cover the image.
     """
@@ -80,9 +81,10 @@ def predict(logits: torch.Tensor, embedding: torch.Tensor, shape: tuple[int, int
             f"embedding: {tuple(embedding.shape[-2:])} cells but logits have "
             f"{tuple(logits.shape)}; both must come from the same image")
     logits = full_precision(logits.detach())[:-(-height // stride), :-(-width // stride)]
-    chosen = _above(logits, decoding.point_threshold)
-    counted = logits[chosen] > torch.logit(torch.tensor(decoding.count_threshold).double()).item()
-    points, scores = points_from_logits(logits, stride=stride, threshold=decoding.point_threshold)
+    cells = candidates(logits, decoding)
+    chosen = _above(cells, decoding.point_threshold)
+    counted = cells[chosen] > torch.logit(torch.tensor(decoding.count_threshold).double()).item()
+    points, scores = points_from_logits(cells, stride=stride, threshold=decoding.point_threshold)
     # The centre of a cell cut by the border may lie outside: bring the head back in.
     border = torch.tensor([width - 1, height - 1], device=points.device, dtype=points.dtype)
     points = torch.minimum(points, border)
@@ -217,7 +219,27 @@ def points_from_logits(logits: torch.Tensor, *, stride: int = 4, threshold: floa
     return points, torch.sigmoid(logits[row, column]).float()
 
 
+def candidates(logits: torch.Tensor, decoding: Decoding) -> torch.Tensor:
+    """Logits (..., h, w) of the cells that may be heads; -inf elsewhere if `decoding.peaks`."""
+    return peaks(logits) if decoding.peaks else logits
+
+
+def peaks(logits: torch.Tensor) -> torch.Tensor:
+    """Logits (..., h, w), -inf where one of the eight neighbours is higher, or as high and earlier
+    row by row: no two cells left are neighbours (ours; common for maps of heads).
+
+    Pixel shuffle gives each of the four cells of a feature channels of its own, and P2R chooses the
+    cell with the highest logit, so that networks come to use one or two of the four. In dense
+    crowds they then mark both for one head; see docs/evidence.md.
+    """
+    height, width = logits.shape[-2:]
+    padded = F.pad(logits, (1, 1, 1, 1), value=-math.inf)
+    around = [padded[..., y:y + height, x:x + width] for y in range(3) for x in range(3)]
+    earlier, later = (torch.stack(part).amax(0) for part in (around[:4], around[5:]))
+    return logits.masked_fill((logits <= earlier) | (logits < later), -math.inf)
+
+
 def _above(logits: torch.Tensor, threshold: float) -> torch.Tensor:
     """(h, w) bool: the cells that are points."""
-    chosen = torch.sigmoid(logits) >= threshold
+    chosen = (torch.sigmoid(logits) >= threshold) & (logits > -math.inf)
     return chosen & (logits > 0) if threshold >= 0.5 else chosen

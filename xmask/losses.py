@@ -71,16 +71,26 @@ def p2r_target(logits: torch.Tensor, points: Any, stride: int, **section: Any) -
 
 
 @torch.no_grad()
-def expected_threshold(logits: torch.Tensor) -> float:
-    """The probability above which there are as many cells as the logits expect heads (ours).
+def expected_heads(logits: torch.Tensor) -> int:
+    """How many heads the logits, of any shape, expect (ours): the sum of sigmoid(logit - log 2).
 
     P2R weighs a head twice, so a cell that is one with probability q learns the logit of q plus
-    log 2, and the sum of sigmoid(logit - log 2) are the heads to expect. Cells above 0.5 can be
-    more, and a student of these still more. logits: of any shape. Returns 1 where none is expected.
+    log 2. Cells above 0.5 can be more, and a student of these still more.
     """
-    logits = features.full_precision(logits.detach()).flatten()
-    heads = int(torch.sigmoid(logits - math.log(2)).sum().round())
-    return torch.sigmoid(logits.topk(heads).values[-1]).item() if heads else 1.0
+    logits = features.full_precision(logits.detach())
+    return int(torch.sigmoid(logits - math.log(2)).sum().round())
+
+
+@torch.no_grad()
+def expected_threshold(logits: torch.Tensor, cells: torch.Tensor | None = None) -> float:
+    """The probability above which there are as many cells as the logits expect heads (ours).
+
+    logits: of any shape. cells: those of them that may be heads, the others -inf; None: all.
+    Returns 1 where none is expected, and 0 where there are fewer cells than heads.
+    """
+    cells = features.full_precision((logits if cells is None else cells).detach()).flatten()
+    heads = expected_heads(logits)
+    return torch.sigmoid(cells.topk(heads).values[-1]).item() if heads else 1.0
 
 
 def p2r_targets(logits: torch.Tensor, points: Sequence[Any], stride: int, section: Loss = _PAPER

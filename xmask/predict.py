@@ -41,7 +41,8 @@ def predict_image(network: nn.Module, image: np.ndarray, decoding: configuration
     logits, embedding = network_maps(network, image, tile=tile)
     found = decode.predict(logits, embedding, image.shape[:2], decoding, stride=model.STRIDE)
     if calibration is not None:
-        low, high = calibration.interval(found.count, spread(own_cells(logits, image)))
+        cells = own_cells(decode.candidates(logits, decoding), image)
+        low, high = calibration.interval(found.count, spread(cells))
         found = replace(found, low=low, high=high)
     return brought_back(found, shape)
 

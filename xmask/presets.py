@@ -121,6 +121,7 @@ _PHOTO = {
     # with 0.5, as released, one run found ever more heads; see docs/evidence.md
     "optimisation.pseudo_threshold": None,
     "masks.segmenter": "bundled",
+    "evaluation.scale": 1.25,  # larger images are counted better (docs/evidence.md)
     "schedule.steps_per_epoch": 40,
     # unlabelled crops come in while the rates are still high
     "schedule.warmup": 30,
@@ -133,9 +134,10 @@ _PHOTO = {
     "machine.precision": "bfloat16",
     "machine.checkpoint_every": 1,
 }
-# of fewer labelled images none can be spared to calibrate, and without that enlarging can do harm
-_MANY_LABELLED = {"calibration.held_out": 1 / 8, "evaluation.scale": 1.25,
-                  "schedule.steps_per_epoch": 60}
+# few labelled images: networks mark heads of dense crowds twice, and no image can be spared to
+# calibrate by (docs/evidence.md)
+_FEW_LABELLED = {"pseudo.peaks": True, "evaluation.peaks": True, "calibration.expected": True}
+_MANY_LABELLED = {"calibration.held_out": 1 / 8, "schedule.steps_per_epoch": 60}
 # with every image labelled there is nothing for pseudo-labels to add: two phases, longer. Crops of
 # smaller scale show more heads; with few images they taught no better (docs/evidence.md)
 _ALL_LABELLED = {"schedule.unlabelled": False, "schedule.steps_per_epoch": 90,
@@ -210,6 +212,6 @@ def _values(profile: str, dataset: str, percent: int) -> dict[str, Any]:
         number = 4 if profile == "demo" else max(4, min(percent // 2, 10))
         return _CPU | _LITE | {"optimisation.crop": 128, "schedule.steps_per_epoch": number}
     if profile == "photo":
-        return (_CPU | _LITE | _PHOTO | (_MANY_LABELLED if percent >= 40 else {})
+        return (_CPU | _LITE | _PHOTO | (_MANY_LABELLED if percent >= 40 else _FEW_LABELLED)
                 | (_ALL_LABELLED if percent == 100 else {}))
     return dict(zip(_FIELDS, _PUBLISHED.get((dataset, percent), ())))

@@ -274,7 +274,7 @@ class Trainer:
         """Losses of unlabelled crops, in which the teacher's output takes the place of labels.
 
         P2R (phases 1 and 3) learns the teacher's points of probability `pseudo_threshold`, except
-        under the cut-out. Pseudo-masks (phases 2 and 3) are decoded from the teacher's points of
+        under the cut-out. Points are `decode.peaks` if `pseudo.peaks`, here and everywhere. Pseudo-masks (phases 2 and 3) are decoded from the teacher's points of
         probability `pseudo.point_threshold`; one counts if a point above `confident` lies on it.
         Phase 2 leaves out the pixels under the cut-out and in discs of `ignore_radius` px around
         the teacher's other points. For the cut-out in phase 3 see `losses.mask_constraint`.
@@ -320,11 +320,15 @@ class Trainer:
 
     def _points(self, logits: Tensor, threshold: float | None
                 ) -> tuple[list[Tensor], list[Tensor]]:
-        """Points and scores of every image of logits (B, h, w); None: `expected_threshold`."""
+        """Points and scores of every image of logits (B, h, w); None: `expected_threshold`, but
+        no less than that of points with masks."""
+        p = self.config.pseudo
         if threshold is None:  # of the whole batch, which processes share
-            threshold = losses.expected_threshold(processes.of_all(logits))
+            every = processes.of_all(logits)
+            threshold = max(losses.expected_threshold(every, decode.candidates(every, p)),
+                            p.point_threshold)
         found = [decode.points_from_logits(one, stride=model.STRIDE, threshold=threshold)
-                 for one in logits.detach()]
+                 for one in decode.candidates(logits.detach(), p)]
         return [points for points, _ in found], [scores for _, scores in found]
 
     def _pseudo_masks(self, phase: int, logits: Tensor, embedding: Tensor, points: list[Tensor]

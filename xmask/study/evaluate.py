@@ -8,14 +8,16 @@ fixed radius at the predicted heads, whole or cut where they meet.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from xmask import calibration, decode, files, metrics, nnec
+from xmask import calibration, decode, files, losses, metrics, nnec
 from xmask.calibration import Calibration
 from xmask.config import Config, Evaluation
 from xmask.data.sample import Sample
@@ -33,13 +35,19 @@ def count_error(network: nn.Module, samples, decoding: Evaluation) -> float:
 
 def look(network: nn.Module, samples: Sequence[Sample], decoding: Evaluation, *,
          progress: bool = True) -> list[tuple[np.ndarray, int]]:
-    """(logits (h, w) of the image's cells, number of its points) of every sample."""
-    seen = []
+    """(logits (h, w) of the image's cells, number of its points) of every sample; see
+    `decode.candidates`."""
+    return [(cells, len(sample.points))
+            for sample, (_, cells) in _cells(network, samples, decoding, progress)]
+
+
+def _cells(network: nn.Module, samples: Sequence[Sample], decoding: Evaluation, progress: bool):
+    """Of every sample: itself, and the logits of its cells, all and those that may be heads."""
     for sample in tqdm(samples, desc="calibrate", unit="image", total=len(samples),
                        disable=not progress):
         image = scaled(sample.image, decoding.scale)
-        seen.append((own_cells(network_maps(network.eval(), image)[0], image), len(sample.points)))
-    return seen
+        logits = torch.from_numpy(own_cells(network_maps(network.eval(), image)[0], image))
+        yield sample, (logits, decode.candidates(logits, decoding).numpy())
 
 
 def calibrate(seen: Sequence[tuple[np.ndarray, int]], config: Config) -> Calibration:
@@ -48,6 +56,16 @@ def calibrate(seen: Sequence[tuple[np.ndarray, int]], config: Config) -> Calibra
     logits, counts = zip(*seen)
     return calibration.calibrate(logits, counts, config.calibration.coverage,
                                  config.evaluation.count_threshold)
+
+
+def calibrate_by_expectation(network: nn.Module, samples: Sequence[Sample], config: Config, *,
+                             progress: bool = True) -> Calibration:
+    """A calibration by images that training may have learnt from (ours): the threshold at which as
+    many heads are counted as the network expects (`losses.expected_heads`). It reads no dots, has
+    no interval, and knows no error of its own."""
+    every = _cells(network, samples, config.evaluation, progress)
+    seen = [(cells, losses.expected_heads(logits)) for _, (logits, cells) in every]
+    return replace(calibrate(seen, config), factor=None, mae=None, mae_before=None)
 
 
 def evaluate(network: nn.Module, dataset, config: Config, folder: Path, *,

@@ -372,14 +372,18 @@ def _fit(config: Config, data: str, masks: Path, fingerprint: str,
         files.write_json(folder / "config.json", record)
 
     def calibrate(network):
-        seen = evaluation.look(network, [dataset[i] for i in calibrating], config.evaluation,
-                               progress=progress)
-        found = evaluation.calibrate(seen, config)
+        if calibrating:
+            seen = evaluation.look(network, [dataset[i] for i in calibrating], config.evaluation,
+                                   progress=progress)
+            found = evaluation.calibrate(seen, config)
+        else:
+            found = evaluation.calibrate_by_expectation(
+                network, [dataset[i] for i in chosen], config, progress=progress)
         files.write_json(folder / "config.json", record | {"calibration": found.to_dict()})
 
     phase1 = provenance.fingerprint(("xmask.trainer", *_READING), dataset.checksum(), chosen)
     training.fit(trainer, folder, fingerprint=fingerprint, score=score, progress=progress,
-                 finish=calibrate if calibrating else None,
+                 finish=calibrate if calibrating or config.calibration.expected else None,
                  shared=(phase1_folder(config), phase1))
 
 
