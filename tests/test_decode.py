@@ -247,6 +247,35 @@ def test_points_from_the_point_threshold_have_masks_and_those_above_the_count_th
     assert same.counted.all() and same.count == len(same.points) == 2
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 12), st.integers(1, 12), st.integers(1, 40))
+def test_peaks_are_the_cells_that_no_neighbour_exceeds_the_first_of_equal_ones(
+        seed, height, width, values):
+    rng = np.random.default_rng(seed)
+    logits = torch.from_numpy(rng.integers(0, values, (2, height, width)).astype(np.float32))
+    kept = decode.peaks(logits)
+    for b, y, x in np.ndindex(*logits.shape):
+        beside = [(logits[b, v, u].item(), (v, u)) for v in range(max(y - 1, 0), min(y + 2, height))
+                  for u in range(max(x - 1, 0), min(x + 2, width)) if (v, u) != (y, x)]
+        mine = logits[b, y, x].item()
+        beaten = any(other > mine or (other == mine and place < (y, x)) for other, place in beside)
+        assert kept[b, y, x] == (-torch.inf if beaten else mine)
+    alone = torch.isfinite(kept)
+    assert alone.any() and (F.avg_pool2d(alone.float(), 3, 1, 1) * 9)[alone].max() < 1.5
+
+
+def test_a_prediction_of_peaks_has_one_head_where_two_cells_meet():
+    logits = torch.full((8, 10), -4.0)
+    logits[2, 3], logits[3, 4], logits[6, 8] = 2.0, 1.5, 1.0  # one head, marked twice, and another
+    both = predict(logits, torch.ones(3, 8, 10), (32, 40))
+    one = predict(logits, torch.ones(3, 8, 10), (32, 40), peaks=True)
+    assert both.count == 3 and one.count == 2
+    np.testing.assert_array_equal(one.heads, [[13.5, 9.5], [33.5, 25.5]])
+    assert set(np.unique(one.instances)) == {0, 1, 2}
+    every = predict(logits, torch.ones(3, 8, 10), (32, 40), peaks=True, point_threshold=0.0)
+    assert np.isfinite(every.scores).all() and every.scores.min() > 0  # no cell that is no peak
+
+
 @pytest.mark.parametrize("points", [np.zeros((2, 5)), np.array([[1.0, np.nan]]), np.zeros(4)])
 def test_points_that_are_no_places_are_refused(points):
     for call in (lambda: instance_map(torch.ones(2, 9, 9), points),

@@ -182,8 +182,11 @@ def test_as_many_cells_are_above_the_expected_threshold_as_heads_are_expected(se
     odds = 2 * torch.exp(-logits)  # of no head against a head, without the doubled weight
     wanted = round((1 / (1 + odds)).sum().item())
     threshold = losses.expected_threshold(logits)
-    assert (torch.sigmoid(logits) >= threshold).sum() == wanted
+    assert (torch.sigmoid(logits) >= threshold).sum() == wanted == losses.expected_heads(logits)
     assert threshold == 1 or wanted
+    some = torch.where(logits > 0, logits, -torch.inf)  # the cells that may be heads
+    among = losses.expected_threshold(logits, some)
+    assert (some > -torch.inf)[torch.sigmoid(some) >= among].sum() == min(wanted, (logits > 0).sum())
 
 
 def test_the_expected_threshold_of_a_network_that_learnt_the_odds_gives_the_right_number():

@@ -343,16 +343,21 @@ def unlabelled_case(seed=0):
     return logits, embeddings[0], teacher, embeddings[1], batch
 
 
-def cells_above(logits, probability):
-    """(x, y) and probability of the cells, one by one."""
+def cells_above(logits, probability, peaks=False):
+    """(x, y) and probability of the cells, one by one; peaks: of those higher than all beside."""
     score = torch.sigmoid(logits)
+
+    def alone(y, x):
+        window = score[max(y - 1, 0):y + 2, max(x - 1, 0):x + 2]
+        return not peaks or (window >= score[y, x]).sum() == 1
+
     found = [((4 * x + 1.5, 4 * y + 1.5), score[y, x].item())
-             for y in range(8) for x in range(8) if score[y, x] >= probability]
+             for y in range(8) for x in range(8) if score[y, x] >= probability and alone(y, x)]
     return np.array([p for p, _ in found]).reshape(-1, 2), np.array([s for _, s in found])
 
 
 def pseudo_masks(config, teacher, embedding, gate):
-    points, scores = cells_above(teacher, 0.1)
+    points, scores = cells_above(teacher, 0.1, config.pseudo.peaks)
     density = features.upsample(torch.sigmoid(teacher)[None], 4)[0] if gate else None
     p = config.pseudo
     return points, scores, decode.instance_map(
@@ -365,9 +370,10 @@ def explicit_terms(config, phase, logits, embedding, teacher, teacher_embedding,
     logits, visible = logits.double(), batch.visible[0].numpy()
     c, terms = config.loss, {}
     if phase != 2:
-        points, scores = cells_above(teacher, config.optimisation.pseudo_threshold or 0)
-        if config.optimisation.pseudo_threshold is None:
-            expected = round(sum(s / (2 - s) for s in scores))
+        o, peaks = config.optimisation, config.pseudo.peaks
+        points, scores = cells_above(teacher, o.pseudo_threshold or 0.1, peaks)
+        if o.pseudo_threshold is None:
+            expected = round(sum(s / (2 - s) for s in cells_above(teacher, 0)[1]))
             points = points[np.argsort(-scores, kind="stable")[:expected]]
         _, target = reference.p2r(logits, points, 4)
         cell_visible = torch.tensor([[visible[4 * y + 2, 4 * x + 2] for x in range(8)]
@@ -389,7 +395,7 @@ def explicit_terms(config, phase, logits, embedding, teacher, teacher_embedding,
     for x, y in points[scores <= config.optimisation.confident]:
         rows, columns = np.mgrid[:32, :32]
         ignore = ignore | ((rows - y) ** 2 + (columns - x) ** 2 <= c.ignore_radius**2)
-    own, _ = cells_above(logits, 0.5)
+    own, _ = cells_above(logits, 0.5, config.pseudo.peaks)
     terms["exclusivity"] = reference.exclusivity(
         reference.upsample(embedding.double(), 4), own, masks, sigma=c.sigma, ignore=ignore)
     known = [p for p in sure if not ignore[int(p[1] + 0.5), int(p[0] + 0.5)]]
@@ -401,8 +407,10 @@ def explicit_terms(config, phase, logits, embedding, teacher, teacher_embedding,
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("gate", [False, True])
 @pytest.mark.parametrize("threshold", [0.6, None])
-def test_terms_of_unlabelled_crops_equal_an_explicit_computation(phase, seed, gate, threshold):
-    config = tiny(optimisation__pseudo_threshold=threshold,
+@pytest.mark.parametrize("peaks", [False, True])
+def test_terms_of_unlabelled_crops_equal_an_explicit_computation(
+        phase, seed, gate, threshold, peaks):
+    config = tiny(optimisation__pseudo_threshold=threshold, pseudo__peaks=peaks,
                   loss__point_mask=0.7, loss__background=0.5, loss__foreground=0.3,
                   loss__one_point=0.2, loss__ignore_radius=5.0, pseudo__density_gate=gate)
     case = unlabelled_case(seed)

@@ -274,8 +274,9 @@ class Trainer:
         """Losses of unlabelled crops, in which the teacher's output takes the place of labels.
 
         P2R (phases 1 and 3) learns the teacher's points of probability `pseudo_threshold`, except
-        under the cut-out. Points are `decode.peaks` if `pseudo.peaks`, here and everywhere. Pseudo-masks (phases 2 and 3) are decoded from the teacher's points of
+        under the cut-out. Pseudo-masks (phases 2 and 3) are decoded from the teacher's points of
         probability `pseudo.point_threshold`; one counts if a point above `confident` lies on it.
+        Points are `decode.peaks` if `pseudo.peaks`, here and in the labelled terms.
         Phase 2 leaves out the pixels under the cut-out and in discs of `ignore_radius` px around
         the teacher's other points. For the cut-out in phase 3 see `losses.mask_constraint`.
         """

@@ -93,6 +93,26 @@ def test_counts_are_reported_with_calibration_and_without(network, tmp_path):
     assert matched == result["localization"]["8"]["matched"]
 
 
+@pytest.mark.parametrize("peaks", [False, True])
+def test_without_images_to_spare_as_many_heads_are_counted_as_the_network_expects(network, peaks):
+    config = override(tiny(), {"evaluation.peaks": peaks})
+    images = Images([scene(i, people=2 + i) for i in range(1, 9)])
+    found = evaluate.calibrate_by_expectation(network, images, config, progress=False)
+    blind = Images([Sample(s.image, s.points[:0]) for s in images])  # dots are not read
+    assert found == evaluate.calibrate_by_expectation(network, blind, config, progress=False)
+    assert found.factor is found.mae is found.mae_before is None and found.images == len(images)
+
+    every = override(tiny(), {"evaluation.peaks": False}).evaluation
+    expected = sum((1 / (1 + 2 * np.exp(-cells.astype(float)))).sum()
+                   for cells, _ in evaluate.look(network, images, every, progress=False))
+
+    def miscounted(decoding):
+        counted = sum(predict_image(network, s.image, decoding).count for s in images)
+        return abs(counted - expected)
+
+    assert miscounted(found.applied(config.evaluation)) <= miscounted(config.evaluation)
+
+
 def test_a_calibration_sees_images_as_large_as_a_prediction_does(network):
     large = override(tiny(), {"evaluation.scale": 1.5, "evaluation.point_threshold": 0.5,
                               "evaluation.count_threshold": 0.5}).evaluation

@@ -54,6 +54,18 @@ def test_held_out_images_calibrate_and_are_not_learnt_from(inside):
     shutil.rmtree(steps.run_folder(config))
 
 
+def test_where_no_image_is_held_out_the_learnt_ones_can_set_the_threshold(inside):
+    config = steps.configure("photo", "sha", 40, 1, overrides=TINY | {
+        "calibration.expected": True, "evaluation.peaks": True, "schedule.unlabelled": False})
+    result = steps.evaluate(config, "data", progress=False)
+    record = files.read_json(steps.run_folder(config) / "config.json")
+    found = record["calibration"]
+    assert record["data"]["held_out"] == []
+    assert found["images"] == len(record["data"]["labelled"]) and found["mae"] is None
+    assert result["counting_uncalibrated"] is not None and result["interval"] is None
+    shutil.rmtree(steps.run_folder(config))
+
+
 def test_another_setting_makes_a_step_stale(inside):
     config = steps.configure("photo", "sha", 40, 1, overrides=TINY)
     base = steps.train_fingerprint(config, "data")

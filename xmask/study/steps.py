@@ -353,6 +353,7 @@ def _fit(config: Config, data: str, masks: Path, fingerprint: str,
     trainer = Trainer(config, keep(MaskedImages(images, chosen, masks, dataset.ids)),
                       BareImages(images), device=device())
     calibrating = held_out(config, data)
+    expecting = config.calibration.expected and len(chosen) > 1
     record = {
         **evaluation.identity(config, dataset.synthetic),
         "backbone": {"name": config.network.backbone, "initialisation": trainer.initialisation},
@@ -383,7 +384,7 @@ def _fit(config: Config, data: str, masks: Path, fingerprint: str,
 
     phase1 = provenance.fingerprint(("xmask.trainer", *_READING), dataset.checksum(), chosen)
     training.fit(trainer, folder, fingerprint=fingerprint, score=score, progress=progress,
-                 finish=calibrate if calibrating or config.calibration.expected else None,
+                 finish=calibrate if calibrating or expecting else None,
                  shared=(phase1_folder(config), phase1))
 
 
