@@ -41,8 +41,8 @@ def predict_image(network: nn.Module, image: np.ndarray, decoding: configuration
     logits, embedding = network_maps(network, image, tile=tile)
     found = decode.predict(logits, embedding, image.shape[:2], decoding, stride=model.STRIDE)
     if calibration is not None:
-        cells = own_cells(decode.candidates(logits, decoding), image)
-        low, high = calibration.interval(found.count, spread(cells))
+        cells = decode.candidates(torch.from_numpy(own_cells(logits, image)), decoding)
+        low, high = calibration.interval(found.count, spread(cells.numpy()))
         found = replace(found, low=low, high=high)
     return brought_back(found, shape)
 
