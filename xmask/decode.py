@@ -6,8 +6,7 @@ Energy of pixel u for head i:
 
 A pixel goes to the head with the lowest energy among those whose exclusion circle holds it, if
 that energy is below theta. Pseudo-labels and predictions are the same functions with other
-numbers. Every head is visited, on the sparse incidence list of `xmask.nnec`.
-"""
+numbers. Every head is visited, on the sparse incidence list of `xmask.nnec`."""
 
 from __future__ import annotations
 
@@ -35,8 +34,7 @@ class Prediction:
     points: (N, 2) float32 (x, y) px, all points that take part in masks. scores: (N,) float32,
     their probabilities. instances: (H, W) int32 label map, value k belongs to points[k - 1].
     counted: (N,) bool, True where the point is a counted head; the others keep their masks.
-    low, high: interval of the count where the model is calibrated, else None.
-    """
+    low, high: interval of the count where the model is calibrated, else None."""
 
     points: np.ndarray
     scores: np.ndarray
@@ -69,8 +67,7 @@ def predict(logits: torch.Tensor, embedding: torch.Tensor, shape: tuple[int, int
         `count_threshold` (paper: 0.5, so logit > 0). `peaks`: only those of `peaks` are points.
         `theta`, `geometry_weight`, `sigma`, `nnec`:
         of `instance_maps`; `density_gate`: gate by the sigmoid of the logits, see `density` there.
-    Raises ValueError if the maps do not cover the image.
-    """
+    Raises ValueError if the maps do not cover the image."""
     height, width = shape
     if logits.shape[-2] * stride < height or logits.shape[-1] * stride < width:
         raise ValueError(
@@ -113,8 +110,7 @@ def instance_map(embedding: torch.Tensor, points: Any, *, threshold: float = 1.1
         [0.1, 0.5] go to a head by their circle alone, above 0.5 by energy < theta, below 0.1 to
         nobody; the lowest energy still decides between heads. None for no gate.
     Returns (H, W) int32 on the embedding's device: 0 background, k the instance of points[k-1].
-    Raises ValueError if the embedding is not (D, H, W) or points are not finite (N, 2).
-    """
+    Raises ValueError if the embedding is not (D, H, W) or points are not finite (N, 2)."""
     if embedding.ndim != 3:
         raise ValueError(
             f"embedding: expected (D, H, W), found shape {tuple(embedding.shape)}; "
@@ -136,8 +132,7 @@ def instance_maps(embedding: torch.Tensor, points: Sequence[Any], *, stride: int
     `features.feature_bands`: of what grows with the image, only the result is as large as it.
     points: B arrays or tensors (N, 2). density: (B, H, W) or None. nnec: False gives the heads of
         an image one circle for all in place of theirs, `nnec.equal_radii` (an ablation).
-    Returns (B, H, W) int32; label k of image b is points[b][k - 1].
-    """
+    Returns (B, H, W) int32; label k of image b is points[b][k - 1]."""
     embedding = full_precision(embedding.detach())
     count = len(embedding)
     height, width = shape or tuple(stride * side for side in embedding.shape[-2:])
@@ -211,8 +206,7 @@ def points_from_logits(logits: torch.Tensor, *, stride: int = 4, threshold: floa
 
     logits: (h, w). A cell is a head if sigmoid(logit) >= threshold; from 0.5 on also logit > 0,
     so that at 0.5 the number of points is the paper's count, cells with a logit above zero.
-    Its place is the centre of the cell, stride * cell + (stride - 1) / 2.
-    """
+    Its place is the centre of the cell, stride * cell + (stride - 1) / 2."""
     logits = full_precision(logits.detach())
     row, column = torch.nonzero(_above(logits, threshold), as_tuple=True)
     points = torch.stack([column, row], dim=1).float() * stride + (stride - 1) / 2
@@ -230,8 +224,7 @@ def peaks(logits: torch.Tensor) -> torch.Tensor:
 
     Pixel shuffle gives each of the four cells of a feature channels of its own, and P2R chooses the
     cell with the highest logit, so that networks come to use one or two of the four. In dense
-    crowds they then mark both for one head; see docs/evidence.md.
-    """
+    crowds they then mark both for one head; see docs/evidence.md."""
     height, width = logits.shape[-2:]
     padded = F.pad(logits, (1, 1, 1, 1), value=-math.inf)
     around = [padded[..., y:y + height, x:x + width] for y in range(3) for x in range(3)]

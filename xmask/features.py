@@ -2,8 +2,7 @@
 discriminative mask objective, used by losses and decoding alike.
 
 Upsampling and smoothing are linear and separable: `_taps` and `_blocks` write one axis of
-both as the few cells, with their weights, that a value comes from.
-"""
+both as the few cells, with their weights, that a value comes from."""
 
 from __future__ import annotations
 
@@ -28,8 +27,7 @@ _SIDE = 64  # px, of a block in `upsample_smooth` (ours, measured)
 def upsample(maps: torch.Tensor, factor: int | tuple[int, int]) -> torch.Tensor:
     """Bilinear upsampling of (D, h, w) or (B, D, h, w) by an integer factor or to a size (H, W).
 
-    The centre of cell c lands at factor * c + (factor - 1) / 2, where its head is.
-    """
+    The centre of cell c lands at factor * c + (factor - 1) / 2, where its head is."""
     size = factor if isinstance(factor, tuple) else (
         maps.shape[-2] * factor, maps.shape[-1] * factor)
     with _no_autocast(maps):
@@ -43,8 +41,7 @@ def smooth(embedding: torch.Tensor, sigma: float | None) -> torch.Tensor:
     """7 x 7 Gaussian smoothing (paper) of (..., D, H, W), normalised, with reflected borders.
 
     sigma: pixels; None or 0 returns the input. A side of 3 pixels or less repeats its border
-    instead. Vectors are not brought back to unit length.
-    """
+    instead. Vectors are not brought back to unit length."""
     if not sigma:
         return embedding
     depth, height, width = embedding.shape[-3:]
@@ -64,8 +61,7 @@ def upsample_smooth(maps: torch.Tensor, shape: tuple[int, int], sigma: float | N
 
     Each axis is one small matrix, in blocks along its diagonal: for crops of 128 and 256 px at
     stride 4, with the gradient, less than a quarter of the time of interpolation and convolution
-    (measured). Where nothing is upsampled and images are large, `smooth` is faster.
-    """
+    (measured). Where nothing is upsampled and images are large, `smooth` is faster."""
     x = full_precision(maps).permute(0, 2, 3, 1)
     with _no_autocast(maps):
         for axis, length in ((1, shape[0]), (2, shape[1])):
@@ -85,8 +81,7 @@ def sample_at(features: torch.Tensor, points: Any, image: torch.Tensor | None = 
 
     Of a batch (B, D, H, W), `image` (N,) int64 says where each point lies. Differentiable in the
     features. A point outside the map reads the nearest place of its border. Raises ValueError if
-    points are not finite (N, 2).
-    """
+    points are not finite (N, 2)."""
     height, width = features.shape[-2:]
     flat = flat_features(features)
     points = point_tensor(points)[0].to(features.device, features.dtype)
@@ -132,8 +127,7 @@ def feature_bands(embedding: torch.Tensor, stride: int, shape: tuple[int, int],
     """`smooth` after `upsample` of (B, D, h, w) to images of `shape`, in bands of rows.
 
     Yields (images, top, bottom, features (pixels, D)): a few rows of one image on a CPU; on an
-    accelerator as many rows as 256 MB hold, or all images where these hold them whole.
-    """
+    accelerator as many rows as 256 MB hold, or all images where these hold them whole."""
     count, depth, cells, _ = embedding.shape
     height, width = shape
     line, together = max(4 * depth * width, 1), 1  # bytes of a row; images in a band
@@ -177,8 +171,7 @@ def _blocks(cells: int, stride: float, length: int, sigma: float | None, size: i
     """One axis of upsampling and smoothing, which is linear, as small matrices.
 
     (start, stop, base, weight (stop - start, K)): output pixels start..stop are weight times the
-    K cells from base on. Together, a band along the diagonal of a length x cells matrix.
-    """
+    K cells from base on. Together, a band along the diagonal of a length x cells matrix."""
     taken, weight = _taps(torch.arange(length).double(), cells, stride, length, sigma)
     blocks = []
     for start in range(0, length, size):
@@ -196,8 +189,7 @@ def _taps(position: torch.Tensor, cells: int, stride: float, length: int, sigma:
     """One axis of `smooth_at`: cells (N, T) int64 and their weights (N, T) float64.
 
     A value is a mean of two pixels, each a Gaussian mean of seven, each a mean of two cells; the
-    weights of these few cells are added up.
-    """
+    weights of these few cells are added up."""
     position = position.clamp(0, length - 1)
     below = position.floor().clamp(max=max(length - 2, 0))
     part = (position - below)[:, None]
@@ -239,8 +231,7 @@ def _blur(x: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
     """Convolve (B, D, H, W) with `window`, its borders reflected.
 
     One pass with zeros beyond the border, which is wrong in thin strips along it; those are
-    computed anew. That costs less than copying the image into a wider one.
-    """
+    computed anew. That costs less than copying the image into a wider one."""
     reach = _KERNEL // 2
 
     def exact(part: torch.Tensor) -> torch.Tensor:
@@ -260,8 +251,7 @@ def _extend(x: torch.Tensor, dim: int, reach: int) -> torch.Tensor:
     """Pad dimension `dim` of x by `reach` on both sides, reflected or, if too short, repeated.
 
     Slices and a concatenation, because the gradient of the library's reflection padding is not
-    deterministic on CUDA.
-    """
+    deterministic on CUDA."""
     length = x.shape[dim]
     if length > reach:
         before, after = (x.narrow(dim, at, reach).flip(dim) for at in (1, length - 1 - reach))

@@ -10,8 +10,7 @@ published value, which for the constraint's weights is 0. Cells are those of the
 cell c has its centre at stride * c + (stride - 1) / 2.
 
 A crop also shows parts of persons whose dot lies outside it; their labels are above the number of
-dots. Nobody demands a head of them: see `mask_constraint` and `point_mask_consistency`.
-"""
+dots. Nobody demands a head of them: see `mask_constraint` and `point_mask_consistency`."""
 
 from __future__ import annotations
 
@@ -47,8 +46,7 @@ def p2r_loss(logits: torch.Tensor, points: Any, stride: int, *,
 
     A point that owns no cell, because another one is nearer to all of them or at the same place,
     joins the region that owns its nearest cell; a region of k points has its k cheapest cells as
-    targets, so that every head is counted (ours; annotations hold exact duplicates).
-    """
+    targets, so that every head is counted (ours; annotations hold exact duplicates)."""
     return p2r_losses(logits[None], [points], stride, _fields(section), weight=_one(weight))[0]
 
 
@@ -75,8 +73,7 @@ def expected_heads(logits: torch.Tensor) -> int:
     """How many heads the logits, of any shape, expect (ours): the sum of sigmoid(logit - log 2).
 
     P2R weighs a head twice, so a cell that is one with probability q learns the logit of q plus
-    log 2. Cells above 0.5 can be more, and a student of these still more.
-    """
+    log 2. Cells above 0.5 can be more, and a student of these still more."""
     logits = features.full_precision(logits.detach())
     return int(torch.sigmoid(logits - math.log(2)).sum().round())
 
@@ -86,8 +83,7 @@ def expected_threshold(logits: torch.Tensor, cells: torch.Tensor | None = None) 
     """The probability above which there are as many cells as the logits expect heads (ours).
 
     logits: of any shape. cells: those of them that may be heads, the others -inf; None: all.
-    Returns 1 where none is expected, and 0 where there are fewer cells than heads.
-    """
+    Returns 1 where none is expected, and 0 where there are fewer cells than heads."""
     cells = features.full_precision((logits if cells is None else cells).detach()).flatten()
     heads = expected_heads(logits)
     return torch.sigmoid(cells.topk(heads).values[-1]).item() if heads else 1.0
@@ -125,8 +121,7 @@ def p2r_assign(points: Any, cells_shape: tuple[int, int], stride: int, max_dista
     """Nearest point of every cell, if closer than max_distance.
 
     points: (N, 2), (x, y) pixels. cells_shape: (h, w). Returns owner (h*w,) int64, -1 for none,
-    and distance (h*w,) float64 px, inf for none. Of points equally far the lowest index owns.
-    """
+    and distance (h*w,) float64 px, inf for none. Of points equally far the lowest index owns."""
     points, image, _ = stack_points([points], to_tensor(points)[0].device)
     return _nearest_heads(points, image, 1, cells_shape, stride, max_distance)
 
@@ -139,8 +134,7 @@ def _nearest_heads(points: torch.Tensor, image: torch.Tensor, images: int,
     Squares of cells are quartered along both sides again and again, each with a list of the
     points that may be nearest to one of its cells: those not farther from its nearest side than
     some point is from its farthest corner. The lists of all squares stand in one: a step is a
-    few gathers and one scatter-min whatever the heads.
-    """
+    few gathers and one scatter-min whatever the heads."""
     rows, columns = cells_shape
     levels = 1
     while 4**levels < max(rows, columns):
@@ -203,8 +197,7 @@ def exclusivity_loss(embedding: torch.Tensor, points: Any, label_map: Any, *, ig
     any such point the loss is 0 and has a graph. The pixels of a person cut by a crop are others
     like those of any person: whose they are is known, also without the dot.
     Raises ValueError for points that are not finite (N, 2), and for a label map or `ignore` that
-    does not fit the embedding.
-    """
+    does not fit the embedding."""
     return exclusivity_losses(
         embedding[None], [points], _one(label_map), _fields(section), _one(ignore))[0]
 
@@ -214,8 +207,7 @@ def exclusivity_losses(embedding: torch.Tensor, points: Sequence[Any], label_map
     """`exclusivity_loss` of a batch, all heads of all images on one incidence list.
 
     embedding: (B, D, h, w). points: B sets. label_maps: (B, H, W) int. ignore: (B, H, W) bool.
-    Returns (B,).
-    """
+    Returns (B,)."""
     embedding = features.full_precision(embedding)
     device = embedding.device
     factor = max(label_maps.shape[-1] // embedding.shape[-1], 1)
@@ -300,8 +292,7 @@ def mask_constraint(logits: torch.Tensor, label_map: Any, confident_points: Any 
       The count is exact; its gradient is that of the sigmoids (straight-through, ours: the
       authors' term has no gradient).
     A term without pixels or instances is 0. Raises ValueError for points that are not finite
-    (K, 2), and for a label map or `visible` of another shape.
-    """
+    (K, 2), and for a label map or `visible` of another shape."""
     dots = None if confident_points is None else [confident_points]
     return mask_constraints(logits[None], _one(label_map), dots, _fields(section), stride=stride,
                             visible=_one(visible))[0]
@@ -355,8 +346,7 @@ def point_mask_consistency(logits: torch.Tensor, label_map: Any, points: Any = N
     The mean sigmoid of the positive cells that lie on no instance, plus the mean over instances
     that count of 1 - the largest sigmoid of the instance's cells. Instances too small to hold the
     centre of a cell are left out; a part without cells or instances is 0. (Ours: the authors
-    count mismatches on integers, without gradient.) Raises ValueError as `mask_constraint`.
-    """
+    count mismatches on integers, without gradient.) Raises ValueError as `mask_constraint`."""
     return point_mask_consistencies(
         logits[None], _one(label_map), None if points is None else [points], stride=stride,
         ignore=_one(ignore))[0]

@@ -1,8 +1,7 @@
 """Counting, localisation and segmentation metrics as pure functions: paper section on evaluation.
 
 Label maps hold 0 for background and k > 0 for an instance; labels need not be consecutive.
-Overlaps are sparse, so that images with thousands of heads cost no more than their pixels.
-"""
+Overlaps are sparse, so that images with thousands of heads cost no more than their pixels."""
 
 from __future__ import annotations
 
@@ -30,8 +29,7 @@ def counting(pred: Sequence[float], true: Sequence[float]) -> dict[str, float | 
     - rmse: root of the mean squared error (called MSE in this field);
     - nae: normalised absolute error, mean |pred - true| / true over the images with true > 0,
       None if there are none.
-    Raises ValueError if there are no images, the lengths differ, or a count is not finite.
-    """
+    Raises ValueError if there are no images, the lengths differ, or a count is not finite."""
     pred = np.asarray(pred, dtype=np.float64).reshape(-1)
     true = np.asarray(true, dtype=np.float64).reshape(-1)
     if len(pred) != len(true) or len(true) == 0:
@@ -55,8 +53,7 @@ def localization(pred_points: Any, true_points: Any, sigma: float) -> dict[str, 
     - precision: matched / n_pred; recall: matched / n_true; f1: their harmonic mean. Nothing
       predicted and nothing there is perfect (1.0 each); otherwise a share of nothing is 0.0;
     - the counts behind them, for `localization_total`: matched, n_pred, n_true.
-    Raises ValueError if sigma is negative or points are not finite (N, 2).
-    """
+    Raises ValueError if sigma is negative or points are not finite (N, 2)."""
     if not sigma >= 0:
         raise ValueError(f"sigma: found {sigma}; give a distance in pixels, 0 or more")
     pred, true = (point_tensor(_numpy(p))[0].numpy() for p in (pred_points, true_points))
@@ -90,8 +87,7 @@ def segmentation(pred_map: Any, true_map: Any) -> dict[str, float]:
       unions plus the pixels of predicted instances that served none;
     - the sums behind them, for `segmentation_total`.
     A value whose denominator is 0 (no instances) is 0.0.
-    Raises ValueError if the shapes differ or a label is negative.
-    """
+    Raises ValueError if the shapes differ or a label is negative."""
     pred, true = _numpy(pred_map), _numpy(true_map)
     if pred.shape != true.shape:
         raise ValueError(
@@ -122,8 +118,7 @@ def overlapping_iou_sum(masks: Incidence, true_map: np.ndarray) -> float:
     """IoU summed over the best one-to-one matching, for predicted masks that may overlap.
 
     masks: pairs of arrays, mask of head i covers pixel u. true_map: (H, W) int label map.
-    It serves the baseline of equal discs.
-    """
+    It serves the baseline of equal discs."""
     flat = np.asarray(true_map).reshape(-1)
     true, _, length = _runs(flat, flat)
     true, true_area = _compact(true, "true_map", length)
@@ -138,8 +133,7 @@ def segmentation_total(images: Iterable[dict[str, float]]) -> dict[str, float]:
     """`segmentation` of a data set, from the dicts of its images.
 
     Sums are added first: mean_iou is the matched IoU of all images divided by the number of true
-    instances in all images (paper), not a mean over images; likewise ap50, pq and aji.
-    """
+    instances in all images (paper), not a mean over images; likewise ap50, pq and aji."""
     images = list(images)
     return _segmentation_values({key: sum(image[key] for image in images) for key in _SUMS})
 
@@ -173,8 +167,7 @@ def _overlaps(pred: np.ndarray, true: np.ndarray, length: np.ndarray, shape: tup
               ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Pairs of instances that overlap, (i, j) sorted, and their common pixels.
 
-    pred, true: instance of each run of pixels, -1 for none. shape: numbers of instances.
-    """
+    pred, true: instance of each run of pixels, -1 for none. shape: numbers of instances."""
     both = (pred >= 0) & (true >= 0)
     table = coo_array((length[both], (pred[both], true[both])), shape=shape).tocsr()
     table.sum_duplicates()  # and sorts the columns of a row
@@ -187,8 +180,7 @@ def _best_pairs(i: np.ndarray, j: np.ndarray, iou: np.ndarray, shape: tuple[int,
     """Positions in (i, j) of the one-to-one pairs with the largest total IoU.
 
     A full matching of rows exists once every row has a dummy column of its own. Costs are 2 - IoU
-    and 2 for a dummy, because the sparse solver takes a stored zero for no edge.
-    """
+    and 2 for a dummy, because the sparse solver takes a stored zero for no edge."""
     # Edges that meet no other edge are pairs already.
     lonely = (np.bincount(i, minlength=shape[0])[i] == 1) & (
         np.bincount(j, minlength=shape[1])[j] == 1)

@@ -67,8 +67,7 @@ def network_maps(network: nn.Module, image: np.ndarray, *, tile: int | None = No
 
     image: (H, W, 3) uint8. tile: px, a multiple of 32, side of the pieces without their margins;
     an image that is no larger than one piece with its margins is one piece. None: `TILE`, on an
-    accelerator `TILE_ACCELERATOR`, and at least four margins. It changes memory, not the result.
-    """
+    accelerator `TILE_ACCELERATOR`, and at least four margins. It changes memory, not the result."""
     if tile is not None and (tile < model.MULTIPLE or tile % model.MULTIPLE):
         raise ValueError(f"tile: {tile} is not a positive multiple of {model.MULTIPLE} px")
     device = next(network.parameters()).device
@@ -106,8 +105,7 @@ _REACH: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 def reach(network: nn.Module) -> int:
     """How far from an output cell, px, a pixel may change it: a multiple of 32 (160 for VGG16-BN,
     512 for EfficientNet-Lite0), or more than 1,024 where a cell sees the whole image, which then is
-    one piece. Found once for a network, by where NaN in one block of a strip comes out.
-    """
+    one piece. Found once for a network, by where NaN in one block of a strip comes out."""
     if network not in _REACH:
         block, half = model.MULTIPLE, _FARTHEST + model.MULTIPLE
         strip = torch.zeros(1, 3, block, 2 * half + block, device=next(network.parameters()).device)
@@ -137,8 +135,7 @@ class Predictor:
 
     network: the `xmask.model.XMask`, in evaluation mode. config: the `Config` of its training.
     record: what it is, JSON-ready (see `xmask.tools.models.load`). calibration: of its counts, or
-    None. decoding: what is used, `config.evaluation`, calibrated, unless changed.
-    """
+    None. decoding: what is used, `config.evaluation`, calibrated, unless changed."""
 
     def __init__(self, network: nn.Module, config: configuration.Config, record: dict,
                  calibration: Calibration | None = None):
@@ -159,8 +156,7 @@ class Predictor:
             brought back to its own size. None: never. Heads should look about as large as in the
             training images, and those of a close-up do not.
         tile: px, see `network_maps`. name: what errors call an array.
-        Raises FileNotFoundError or ValueError, naming the file, for what is no such image.
-        """
+        Raises FileNotFoundError or ValueError, naming the file, for what is no such image."""
         if isinstance(image, (str, os.PathLike)):
             name = str(image)
         pixels = _pixels(image)

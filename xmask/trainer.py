@@ -4,8 +4,7 @@ An epoch is one pass over all training images as unlabelled ones; a step is one 
 crops and, once their weight is above zero, one of unlabelled crops whose labels the teacher makes.
 `Trainer.state` holds everything and crops are a function of their index, so a training that goes
 on from a state ends exactly as if it had not been interrupted. Several processes (`torchrun`) share
-each batch, and see the crops that one would see; see `xmask.processes`.
-"""
+each batch, and see the crops that one would see; see `xmask.processes`."""
 
 from __future__ import annotations
 
@@ -33,8 +32,7 @@ OWN_POINTS = 0.5  # the student's own points: cells with a logit above 0 (paper)
 def learning_rates(config: Config, phase: int) -> dict[str, float]:
     """Parts of the network that learn in a phase, and how fast; the others stay as they are.
 
-    The encoder is frozen in phase 2, as in the paper, unless `phase2_encoder_lr` says otherwise.
-    """
+    The encoder is frozen in phase 2, as in the paper, unless `phase2_encoder_lr` says otherwise."""
     o = config.optimisation
     if phase == 1:
         return {"encoder": o.encoder_lr, "fusion": o.lr, "decoder": o.lr}
@@ -53,8 +51,7 @@ def unlabelled_weight(schedule: Schedule, epoch: int) -> float:
     """Weight w of the unlabelled loss; total = (labelled + w * unlabelled) / (1 + w).
 
     It grows by `ramp` an epoch up to `ramp_end`: from 0 after `warmup` epochs of phase 1 and
-    `mask_warmup` of phase 2 (our reading: it starts anew), from `ramp_start` in phase 3.
-    """
+    `mask_warmup` of phase 2 (our reading: it starts anew), from `ramp_start` in phase 3."""
     if not schedule.unlabelled:
         return 0.0
     phase = phase_of(schedule, epoch)
@@ -132,8 +129,7 @@ class Trainer:
 
         An exception in the middle, Ctrl-C too, leaves half an epoch done: go on from a `state`.
         Raises RuntimeError, naming what to lower, when the device is out of memory, and, in all
-        processes, FloatingPointError when the loss of one is no longer finite.
-        """
+        processes, FloatingPointError when the loss of one is no longer finite."""
         s = self.config.schedule
         phase, weight = phase_of(s, self.epoch), self._weight(self.epoch)
         if self.optimiser is None:
@@ -278,8 +274,7 @@ class Trainer:
         probability `pseudo.point_threshold`; one counts if a point above `confident` lies on it.
         Points are `decode.peaks` if `pseudo.peaks`, here and in the labelled terms.
         Phase 2 leaves out the pixels under the cut-out and in discs of `ignore_radius` px around
-        the teacher's other points. For the cut-out in phase 3 see `losses.mask_constraint`.
-        """
+        the teacher's other points. For the cut-out in phase 3 see `losses.mask_constraint`."""
         c, o, visible = self.config.loss, self.config.optimisation, batch.visible
         terms = {}
         if phase != 2:
@@ -352,8 +347,7 @@ class Trainer:
     def restore(self, state: dict) -> None:
         """Go on from a `state` of a trainer of this configuration.
 
-        Raises ValueError for anything else, and is then as before.
-        """
+        Raises ValueError for anything else, and is then as before."""
         before = copy.deepcopy(self.state())
         try:
             self._take(state)

@@ -68,6 +68,7 @@ class Explorer:
         full = upsample(embedding.cpu(), 4)[:, :shape[0], :shape[1]]
         self._spread = (self._pairs.squared / reach.square()).to(full.dtype)
         self._distance = {sigma: self._to_head(smooth(full, sigma), heads) for sigma in sigmas}
+        self._last: tuple[tuple[float, float], tuple[np.ndarray, np.ndarray]] | None = None
         self._rim = self._pairs.pixel[self._pairs.squared.sqrt() > reach - 0.72].numpy()
 
     @classmethod
@@ -92,17 +93,24 @@ class Explorer:
 
     def assign(self, geometry_weight: float, sigma: float) -> tuple[np.ndarray, np.ndarray]:
         """(owner, energy), (H, W) int32 and float32: per pixel the head, from 1, that claims it
-        with the lowest energy, and that energy; 0 and infinity outside of all circles.
+        with the lowest energy, and that energy; 0 and infinity outside of all circles. Kept until
+        others are asked for: a picture and the line below it ask for the same.
 
         Raises ValueError for a sigma that was not prepared.
         """
         if sigma not in self._distance:
             raise ValueError(f"sigma: {sigma} was not prepared; choose one of "
                              f"{', '.join(map(str, self.sigmas))}, or give sigmas to Explorer")
+        if self._last is not None and self._last[0] == (geometry_weight, sigma):
+            return self._last[1]
         energy = self._distance[sigma] + geometry_weight * self._spread
         lowest = torch.full((self.shape[0] * self.shape[1],), torch.inf)
         lowest.scatter_reduce_(0, self._pairs.pixel, energy, "amin")
-        return self._pairs.lowest_wins(energy).numpy(), lowest.view(self.shape).numpy()
+        found = self._pairs.lowest_wins(energy).numpy(), lowest.view(self.shape).numpy()
+        for array in found:
+            array.setflags(write=False)
+        self._last = (geometry_weight, sigma), found
+        return found
 
     def label_map(self, settings: ExplorerSettings) -> np.ndarray:
         """(H, W) int32: what `decode.instance_map` gives with these thresholds."""
