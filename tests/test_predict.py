@@ -72,6 +72,17 @@ def test_a_model_may_see_its_images_enlarged(bundled, scene):
     assert found.high - found.count == pytest.approx(2 * wider, abs=1)
 
 
+def test_an_interval_reads_the_cells_that_may_be_heads(scene):
+    mine = xmask.load("drawn", device="cpu")
+    mine.decoding = configuration.override(mine.decoding, {"peaks": True})
+    mine.calibration = Calibration(mine.decoding.count_threshold, 50.0, 0.9, 10, 1.0, 1.0)
+    found = mine.predict(scene.image)
+    cells = predict.own_cells(mine.maps(scene.image)[0], scene.image)
+    alone = decode.peaks(torch.from_numpy(cells)).numpy()
+    assert spread(alone) < spread(cells)
+    assert found.high == np.ceil(found.count + 50 * spread(alone))
+
+
 @given(height=st.integers(1, 60), width=st.integers(1, 60), scale=st.floats(0.25, 4))
 @settings(max_examples=60, deadline=None)
 def test_a_resized_image_has_sides_times_the_scale(height, width, scale):

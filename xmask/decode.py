@@ -64,9 +64,9 @@ def predict(logits: torch.Tensor, embedding: torch.Tensor, shape: tuple[int, int
     right and bottom: cells that hold padding only are dropped.
     decoding: a configuration's section `evaluation`. Points of at least `point_threshold` take
         part in masks (paper: 0.1); of these, points are counted whose logit is above that of
-        `count_threshold` (paper: 0.5, so logit > 0). `peaks`: only those of `peaks` are points.
-        `theta`, `geometry_weight`, `sigma`, `nnec`:
-        of `instance_maps`; `density_gate`: gate by the sigmoid of the logits, see `density` there.
+        `count_threshold` (paper: 0.5, so logit > 0). `peaks`: only cells of `peaks` are points.
+        `theta`, `geometry_weight`, `sigma`, `nnec`: of `instance_maps`; `density_gate`: gate by the
+        sigmoid of the logits, see `density` there.
     Raises ValueError if the maps do not cover the image."""
     height, width = shape
     if logits.shape[-2] * stride < height or logits.shape[-1] * stride < width:

@@ -108,9 +108,11 @@ def test_without_images_to_spare_as_many_heads_are_counted_as_the_network_expect
 
     def miscounted(decoding):
         counted = sum(predict_image(network, s.image, decoding).count for s in images)
-        return abs(counted - expected)
+        return abs(counted - expected) / expected
 
-    assert miscounted(found.applied(config.evaluation)) <= miscounted(config.evaluation)
+    after = miscounted(found.applied(config.evaluation))
+    assert after < miscounted(config.evaluation)
+    assert peaks or after < 0.01  # an untrained network has fewer peaks than it expects heads
 
 
 def test_a_calibration_sees_images_as_large_as_a_prediction_does(network):

@@ -131,6 +131,15 @@ def test_sliders_repaint(small):
     assert line.value == explorer.describe(small, final)
 
 
+def test_pixels_are_assigned_once_for_a_picture_and_its_line(small):
+    first = small.assign(0.8, 1.5)
+    assert small.assign(0.8, 1.5) is first
+    other = small.assign(0.1, 1.5)
+    assert other is not first and (other[1] != first[1]).any()
+    again = small.assign(0.8, 1.5)
+    assert all(np.array_equal(a, b) for a, b in zip(again, first))
+
+
 def test_a_move_takes_less_than_a_fifth_of_a_second():
     """1024 x 768 px, 500 heads: every slider and every picture, in processor time, which other
     work on the machine does not change, best of five."""
