@@ -21,7 +21,7 @@ from torch.distributed import run as torchrun
 import xmask
 from xmask import config, files, presets, segmenters
 from xmask.cli import _parser, main
-from xmask.study import claims, elsewhere, model_card, pages
+from xmask.study import claims, elsewhere, model_card, pages, profile_table
 from xmask.study.steps import _assigned
 from xmask.study.walkthroughs import walkthroughs
 from xmask.synthetic import draw_scene
@@ -265,6 +265,11 @@ def test_the_schedules_that_the_evidence_names_are_those_of_the_profiles():
     paper = config.preset("paper", "sha", 10)
     passes = -(-300 // paper.optimisation.batch)  # of 300 training images
     assert f"has {paper.schedule.phase3 * passes:,} steps" in page
+
+
+def test_the_table_of_profiles_is_that_of_the_presets():
+    page = (ROOT / profile_table.PAGE).read_text("utf-8")
+    assert profile_table.differences_block(ROOT) in page, "run `xmask docs`"
 
 
 def test_the_numbers_of_the_model_card_are_those_of_its_run():

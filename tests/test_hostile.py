@@ -89,6 +89,16 @@ def test_tables_that_people_really_have_are_read(tmp_path):
         np.testing.assert_array_equal(annotations.read_dots(path), [[1, 2], [3.5, 4]])
     path.write_bytes(b"x,y\n")
     assert annotations.read_dots(path).shape == (0, 2)
+    path.write_bytes(b"image,x,y\na.jpg,1,2\na.jpg,3.5,4\n")
+    np.testing.assert_array_equal(annotations.read_dots(path), [[1, 2], [3.5, 4]])
+
+
+@pytest.mark.parametrize("column", ["image", "filename", "Image_ID", "photo"])
+def test_a_table_of_several_photos_is_not_taken_for_that_of_one(tmp_path, column):
+    path = tmp_path / "dots.csv"
+    path.write_text(f"{column},x,y\na.jpg,1,2\na.jpg,3,4\nb.jpg,5,6\n")
+    found = refused(annotations.read_dots, path)
+    assert "dots.csv: line 4 is of another image" in found and "COCO, VIA" in found
 
 
 def test_annotations_that_are_none_are_refused_by_name(tmp_path):

@@ -112,6 +112,13 @@ def test_the_facts_beside_this_test_are_those_of_the_page():
     assert {k: RELEASE[k] for k in ("common", "splits")} == {k: page[k] for k in ("common", "splits")}
 
 
+@pytest.mark.parametrize("dataset, percent", [("shb", 5), ("sha", 20), ("synthetic", 10)])
+def test_the_paper_profile_has_no_values_of_other_splits(dataset, percent):
+    with pytest.raises(ValueError, match=f"^profile paper: .*no values for {dataset} at {percent}%,"
+                                         " .*sha, qnrf and jhu at 5, 10 and 40%; choose one"):
+        preset("paper", dataset, percent)
+
+
 @pytest.mark.parametrize("profile", PROFILES)
 def test_every_split_of_every_profile_has_a_configuration(profile):
     assert len({preset(profile, d, p, seed=1).run for d in DATASETS for p in PERCENTS}) == 9

@@ -167,6 +167,17 @@ def test_a_cpu_trains_in_bfloat16_only_if_asked_and_able(monkeypatch, instructio
     assert trainer(tiny()).precision == "32-true"
 
 
+@pytest.mark.parametrize("able, precision", [(True, "bf16-mixed"), (False, "32-true")])
+def test_a_gpu_trains_in_bfloat16_only_if_asked_and_able(monkeypatch, able, precision):
+    asked = []
+    monkeypatch.setattr(processes, "Fabric", lambda **options: options["precision"])
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: (
+        asked.append(including_emulation) or able))
+    gpu = torch.device("cuda", 0)
+    assert processes.open_fabric(gpu, "bfloat16") == precision and asked == [False]
+    assert processes.open_fabric(gpu) == processes.open_fabric(gpu, "float32") == "32-true"
+
+
 def test_a_training_in_bfloat16_is_near_that_in_single_precision(able):
     whole, half = trainer(tiny(network__backbone="tf_efficientnet_lite0")), trainer(
         tiny(**BFLOAT16))

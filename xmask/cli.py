@@ -227,7 +227,7 @@ def _page_commands(command: Callable) -> None:
     made.add_argument("--only", type=names, default=(), metavar="GROUPS",
                       help="e.g. decode,losses; default: all")
     made.add_argument("--threads", type=threads, default=2)
-    made = command("docs", _docs, "for maintainers: write README.md's results table anew")
+    made = command("docs", _docs, "for maintainers: write the numbers in README.md and docs anew")
     made.add_argument("--diagram", action="store_true",
                       help="instead, draw the method's picture (figures/method)")
     made.add_argument("--walkthroughs", nargs="*", metavar="NAME",
@@ -499,7 +499,16 @@ def _bench(o: argparse.Namespace) -> int:
 
 
 def _docs(o: argparse.Namespace) -> None:
-    from xmask.study import claims, diagram, elsewhere, model_card, pages, steps, walkthroughs
+    from xmask.study import (
+        claims,
+        diagram,
+        elsewhere,
+        model_card,
+        pages,
+        profile_table,
+        steps,
+        walkthroughs,
+    )
 
     root = steps.enter_root()
     if o.diagram:
@@ -508,7 +517,8 @@ def _docs(o: argparse.Namespace) -> None:
         made = [pages.refresh(root),
                 *(pages.write_block(root / page, block(root)) for page, block in (
                     (model_card.CARD, model_card.card_block),
-                    (model_card.CARD, elsewhere.card_block), (claims.PAGE, claims.evidence_block)))]
+                    (model_card.CARD, elsewhere.card_block), (claims.PAGE, claims.evidence_block),
+                    (profile_table.PAGE, profile_table.differences_block)))]
     else:
         made = map(walkthroughs.execute, walkthroughs.walkthroughs(only=o.walkthroughs))
     _say(made)

@@ -237,8 +237,8 @@ class Machine(Section):
     # processes that load data; 0: in the training process
     workers: Annotated[int, Field(ge=0, le=256)] = 4
     cache_images: bool = False  # keep decoded training images in memory
-    # of the network in training on a CPU: bfloat16 where the CPU has instructions for it, else
-    # float32; an accelerator always computes in half precision, and prediction on a CPU never
+    # of the network in training: bfloat16 (mixed) where the device has instructions for it, else
+    # float32, in which it always predicts
     precision: Literal["float32", "bfloat16"] = "float32"
     checkpoint_every: Count = 10  # epochs
 

@@ -71,7 +71,6 @@ def network_maps(network: nn.Module, image: np.ndarray, *, tile: int | None = No
     if tile is not None and (tile < model.MULTIPLE or tile % model.MULTIPLE):
         raise ValueError(f"tile: {tile} is not a positive multiple of {model.MULTIPLE} px")
     device = next(network.parameters()).device
-    half = device.type == "cuda" and torch.cuda.is_bf16_supported()
     height, width = (-(-side // model.MULTIPLE) * model.MULTIPLE for side in image.shape[:2])
     smallest = TILE if device.type == "cpu" else TILE_ACCELERATOR
     margin = reach(network) if max(height, width) > (tile or smallest) else 0
@@ -83,17 +82,16 @@ def network_maps(network: nn.Module, image: np.ndarray, *, tile: int | None = No
             y0, y1 = max(top - margin, 0), min(bottom + margin, height)
             x0, x1 = max(left - margin, 0), min(right + margin, width)
             piece = model.pad_to_multiple(to_tensor(image[y0:y1, x0:x1])[None]).to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=half):
-                output = network(piece.contiguous(memory_format=torch.channels_last),
-                                 grid=grid[:, y0 // 8:y1 // 8, x0 // 8:x1 // 8])
+            output = network(piece.contiguous(memory_format=torch.channels_last),
+                             grid=grid[:, y0 // 8:y1 // 8, x0 // 8:x1 // 8])
             if logits is None or embedding is None:
                 cells = height // model.STRIDE, width // model.STRIDE
                 logits = torch.empty(cells, device=device)
                 embedding = torch.empty((output.embedding.shape[1], *cells), device=device)
             into = _cells(top, bottom), _cells(left, right)
             out = _cells(top - y0, bottom - y0), _cells(left - x0, right - x0)
-            logits[into] = output.logits[0].float()[out]
-            embedding[(slice(None), *into)] = output.embedding[0].float()[(slice(None), *out)]
+            logits[into] = output.logits[0][out]
+            embedding[(slice(None), *into)] = output.embedding[0][(slice(None), *out)]
     return logits, embedding
 
 

@@ -214,4 +214,8 @@ def _values(profile: str, dataset: str, percent: int) -> dict[str, Any]:
     if profile == "photo":
         return (_CPU | _LITE | _PHOTO | (_MANY_LABELLED if percent >= 40 else _FEW_LABELLED)
                 | (_ALL_LABELLED if percent == 100 else {}))
-    return dict(zip(_FIELDS, _PUBLISHED.get((dataset, percent), ())))
+    if (dataset, percent) not in _PUBLISHED:
+        raise ValueError(f"profile paper: the authors published no values for {dataset} at "
+                         f"{percent}%, but for sha, qnrf and jhu at 5, 10 and 40%; choose one of "
+                         "these, or another profile (photo is for photographs)")
+    return dict(zip(_FIELDS, _PUBLISHED[dataset, percent]))

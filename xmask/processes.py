@@ -29,14 +29,10 @@ def count() -> int:
 def open_fabric(device: torch.device, wanted: str = "float32") -> Fabric:
     """The Fabric of a kind of device, connected to the other processes if there are any.
 
-    Mixed precision on CUDA: bfloat16 where the device has it, else float16. wanted: of a CPU,
-    "float32", or "bfloat16" for mixed precision if it has instructions for it.
+    wanted: "float32", or "bfloat16" for mixed precision where the device has instructions for it.
     """
     cuda = device.type == "cuda"
-    if cuda:
-        precision = "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
-    else:
-        precision = "bf16-mixed" if wanted == "bfloat16" and _fast_bfloat16() else "32-true"
+    precision = "bf16-mixed" if wanted == "bfloat16" and _fast_bfloat16(device) else "32-true"
     if count() == 1:
         return Fabric(accelerator=device.type, devices=[device.index or 0] if cuda else 1,
                       precision=precision)
@@ -47,8 +43,10 @@ def open_fabric(device: torch.device, wanted: str = "float32") -> Fabric:
     return fabric
 
 
-def _fast_bfloat16() -> bool:
-    """Whether this CPU multiplies in bfloat16."""
+def _fast_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies in bfloat16 itself: emulated, it is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     able = torch.cpu.get_capabilities()
     return bool(able.get("amx_bf16") or able.get("avx512_bf16"))
 

@@ -326,6 +326,24 @@ def test_dots_may_be_given_as_an_array(folder):
             OwnPhotos([(folder / "a.png", wrong)])
 
 
+@pytest.mark.parametrize("dots, refused", [
+    ([[-0.9, 2], [64.0, 48.0]], False),            # slips of less than a pixel
+    ([[3, 4]] * 9 + [[80, 4]], False),             # one that is far out
+    ([[3, 4]] * 20 + [[80, 4]] * 2, False),        # no more than a tenth
+    ([[3, 4]] * 9 + [[80, 4]] * 2, True),
+    ([[40, 60], [30, 63]], True),                  # y before x
+])
+def test_dots_that_belong_to_another_size_are_refused(folder, dots, refused):
+    photos = OwnPhotos([(folder / "a.png", np.array(dots, dtype=float))])
+    if refused:
+        with pytest.raises(ValueError, match=r"a.png: 2 of its \d+ dots lie outside the image \(64 "
+                                             r"x 48 px\), the first at x \d+, y \d+. Are they in"):
+            photos[0]
+        assert photos.sound()[1] and len(photos.sound()[0]) == 0
+    else:
+        assert len(photos[0].points) == len(dots)
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
     | st.sampled_from(["", "a.png", 10**400, 1e999, -1]),

@@ -31,6 +31,15 @@ def network():
     return model.build(tiny().network)[0].eval()
 
 
+@pytest.mark.parametrize("changes", [{}, {"evaluation.peaks": True, "evaluation.scale": 1.25,
+                                          "evaluation.count_threshold": 0.65}])
+def test_the_error_that_selects_is_that_of_the_predicted_counts(network, changes):
+    decoding = override(tiny(), changes).evaluation
+    samples = [scene(i, (64, 48)) for i in range(3)]
+    errors = [predict_image(network, s.image, decoding).count - len(s.points) for s in samples]
+    assert evaluate.count_error(network, samples, decoding) == np.abs(errors).mean() > 0
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (31, 50), (64, 64), (65, 33)])
 def test_a_prediction_has_the_size_of_the_image(network, shape):
     image = np.random.default_rng(0).integers(0, 255, (*shape, 3), dtype=np.uint8)

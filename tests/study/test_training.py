@@ -136,12 +136,20 @@ def test_best_on_test_keeps_the_network_with_the_lowest_score(tmp_path):
         return score
 
     config = tiny(schedule__phase3=8, selection="best-on-test")
+    assert config.schedule.phase2 == 5 and config.machine.checkpoint_every == 1
     kill_at(tmp_path, 7, config, score=scored([3.0, 1.0]))
     chosen = run(tmp_path, config, score=scored([2.0])).network
     assert len(states) == 3
     assert all(torch.equal(v, states[1][k]) for k, v in chosen.state_dict().items())
     network, _, _ = models.load_network(tmp_path / "model.safetensors")
     assert same(network, chosen)
+
+
+def test_every_epoch_of_phase_3_is_scored_however_often_it_is_saved(tmp_path):
+    asked = []
+    config = tiny(schedule__phase3=9, selection="best-on-test", machine__checkpoint_every=4)
+    run(tmp_path, config, score=lambda network: asked.append(1) or len(asked))
+    assert len(asked) == 9 - config.schedule.phase2
 
 
 # --- shared states -----------------------------------------------------------------------------
@@ -195,8 +203,10 @@ OTHER = {
     "variant": "another", "selection": "best-on-test", "masks.segmenter": "bundled",
     "evaluation.weights": "student", "evaluation.count_threshold": 0.9,
     "evaluation.point_threshold": 0.2, "schedule.phase2": 4, "schedule.phase3": 7,
-    "schedule.mask_warmup": 0,
+    "schedule.mask_warmup": 0, "optimisation.pseudo_threshold": 0.5,
 }
+# the rule that reads most
+BASE = {"schedule__steps_per_epoch": 1, "optimisation__pseudo_threshold": None}
 
 
 def changed(config, name):
@@ -216,7 +226,7 @@ def changed(config, name):
 @pytest.fixture(scope="module")
 def phase_1():
     """Networks at the end of a warm-up and of a phase 1 with unlabelled images."""
-    made = trainer(tiny(schedule__steps_per_epoch=1))
+    made = trainer(tiny(**BASE))
     made.run_epoch()
     warm = {k: v.clone() for k, v in made.student.state_dict().items()}
     made.run_epoch(), made.run_epoch()
@@ -227,7 +237,7 @@ def phase_1():
 @pytest.mark.parametrize("name", NOT_READ_IN_WARMUP)
 def test_fields_on_the_list_do_not_change_phase_1(phase_1, name):
     warm, end = phase_1
-    made = Trainer(changed(tiny(schedule__steps_per_epoch=1), name), *images(), device=CPU)
+    made = Trainer(changed(tiny(**BASE), name), *images(), device=CPU)
     made.run_epoch()
     assert all(torch.equal(v, warm[k]) for k, v in made.student.state_dict().items())
     if name in NOT_READ_IN_PHASE_1:

@@ -63,16 +63,22 @@ def read_jhu(path: str | os.PathLike) -> Annotation:
     return _as_points(table[:, :2], path, "x y"), table[:, 2:4]
 
 
+# columns by which tables of several photos tell them apart
+_OF_IMAGES = ("image", "image_id", "image_name", "file", "file_name", "filename", "photo")
+
+
 def read_dots(path: str | os.PathLike) -> np.ndarray:
     """Read the dots of an own photo: a CSV in UTF-8 with columns x and y in pixels, a line a head.
 
-    Further columns are left out. Returns (N, 2) float64, (0, 2) for a table without lines.
+    Further columns are left out. One that names several images is refused: their dots would all
+    become those of one photo. Returns (N, 2) float64, (0, 2) for a table without lines.
     Raises FileNotFoundError, or ValueError naming file and line.
     """
     expected = "expected a table with columns x and y: a line 'x,y' first, then one line a head"
     text = read_csv_text(path, expected)
     check_number(text.count("\n") - 1, path)
     reader, points, header = csv.reader(io.StringIO(text, newline="")), [], None
+    named: set[tuple[str, str]] = set()  # the images of the lines, by column
     try:
         for fields in reader:
             if not any(field.strip() for field in fields):
@@ -82,12 +88,18 @@ def read_dots(path: str | os.PathLike) -> np.ndarray:
                 if header.count("x") != 1 or header.count("y") != 1:
                     raise ValueError(f"{path}: {expected}; the first line is "
                                      f"{', '.join(fields)[:60]!r}")
+                naming = [k for k, name in enumerate(header) if name in _OF_IMAGES]
                 at = header.index("x"), header.index("y")
                 continue
             where = f"{path}: line {reader.line_num}"
             if len(fields) > len(header):
                 raise ValueError(f"{where} has more fields than the header ({', '.join(header)}); "
                                  f"{expected}. Name every column, or remove what is too much")
+            named.update((header[k], fields[k].strip()) for k in naming if k < len(fields))
+            if len(named) > len(naming):
+                raise ValueError(f"{where} is of another image than the lines before it; a CSV "
+                                 "holds the dots of one photo, a.csv those of a.jpg. Split it, or "
+                                 "give the dots of many photos as COCO, VIA or Label Studio")
             found = [fields[k].strip() if k < len(fields) else "" for k in at]
             if "" in found:
                 raise ValueError(f"{where} lacks x or y; complete or delete it")

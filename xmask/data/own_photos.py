@@ -13,11 +13,14 @@ from pathlib import Path
 import numpy as np
 
 from xmask import files
+from xmask.data.check import FAR_OUTSIDE
 from xmask.data.dot_formats import DOT_SUFFIXES, Listed, read_dot_file
 from xmask.data.images import SUFFIXES, is_image
 from xmask.data.masks import OWN_FILES
 from xmask.data.readers import first_few, read_sample
 from xmask.data.sample import Sample
+
+_SLIPS = 0.1  # share of the dots that may lie outside the image: slips at its border (ours)
 
 
 class OwnPhotos(Sequence):
@@ -28,7 +31,8 @@ class OwnPhotos(Sequence):
     centre of the top-left pixel; or None for a photo without dots. `ids` are file names without
     suffix, or with it where two are alike. `files` are all files that were named.
     Raises FileNotFoundError for a file that is missing, ValueError for dots that cannot be
-    read; reading a photo that is damaged raises ValueError, all naming the file.
+    read; reading a photo that is damaged, or of whose dots more than one and more than a tenth lie
+    outside by more than 1 px, raises ValueError, all naming the file.
     """
 
     synthetic = False
@@ -50,7 +54,15 @@ class OwnPhotos(Sequence):
     def __getitem__(self, index: int) -> Sample:
         image, dots = self._pairs[index]
         points = np.zeros((0, 2)) if dots is None else dots
-        return read_sample(image, points, None, None, self.ids[index], None)
+        sample = read_sample(image, points, None, None, self.ids[index], None)
+        moved = (np.abs(points - sample.points) > FAR_OUTSIDE).any(axis=1)
+        if moved.sum() > max(1, _SLIPS * len(points)):
+            (x, y), (height, width) = points[moved][0], sample.shape
+            raise ValueError(
+                f"{image}: {moved.sum()} of its {len(points)} dots lie outside the image "
+                f"({width} x {height} px), the first at x {x:g}, y {y:g}. Are they in pixels of "
+                "this file, x before y? Correct the dots, or take the photo they were put on")
+        return sample
 
     def image_path(self, index: int) -> Path:
         """The file of a photo."""
@@ -170,8 +182,9 @@ class _Names:
             stems += [table.stem.removeprefix("GT_"), table.stem.removesuffix("_ann")]
         owners = next((self._stems[stem] for stem in stems if stem in self._stems), [])
         if not owners:
-            raise ValueError(f"{table}: no image of this name beside it; rename one of the two, or "
-                             "move the table elsewhere")
+            raise ValueError(f"{table}: no image of this name beside it. Dots of one photo have "
+                             "its name, a.csv for a.jpg: rename one of the two, or move the table "
+                             "elsewhere")
         if len(owners) > 1:
             raise ValueError(f"{table}: are these the dots of "
                              f"{' or of '.join(one.name for one in owners)}? Rename the other "

@@ -35,7 +35,7 @@ NOT_READ_IN_PHASE_1 = (
     "loss.tau", "loss.margin", "loss.push_margins", "loss.sigma", "loss.differentiable_centers",
     "loss.nnec", "loss.ignore_radius", "loss.point_mask", "loss.phase2_p2r", "loss.background",
     "loss.foreground", "loss.one_point",
-    "pseudo.point_threshold", "pseudo.theta", "pseudo.geometry_weight", "pseudo.sigma",
+    "pseudo.theta", "pseudo.geometry_weight", "pseudo.sigma",
     "pseudo.density_gate",
     "evaluation.point_threshold", "evaluation.count_threshold", "evaluation.theta",
     "evaluation.geometry_weight", "evaluation.sigma", "evaluation.density_gate",
@@ -64,9 +64,9 @@ def fit(trainer: Trainer, folder: str | os.PathLike, *, fingerprint: str = "",
     shared: folder in which runs share what is the same in all of them, and a fingerprint of the
         data and code that phase 1 depends on: the end of the warm-up, with or without unlabelled
         images after it, and the end of phase 1, whatever the masks and phases 2 and 3.
-    score: a number to minimise of a network in evaluation mode, asked for every
-        `checkpoint_every` epochs of phase 3 and at its end; the network with the lowest one is
-        the result (configuration "best-on-test"). None: the last one is.
+    score: a number to minimise of a network in evaluation mode, asked for after every epoch of
+        phase 3; the network with the lowest one is the result (configuration "best-on-test").
+        None: the last one is.
     finish: is given the result before the checkpoint goes: what it does, a crash does not lose.
     Returns the result, `trainer.network`. Raises what `Trainer.run_epoch` raises.
     """
@@ -86,7 +86,7 @@ def fit(trainer: Trainer, folder: str | os.PathLike, *, fingerprint: str = "",
             row = trainer.run_epoch()
             epoch = trainer.epoch
             due = epoch % config.machine.checkpoint_every == 0 or trainer.finished
-            if score and row["phase"] == 3 and due:
+            if score and row["phase"] == 3:
                 value = score(copy.deepcopy(trainer.network).eval())
                 if best is None or value < best[0]:
                     best = value, copy.deepcopy(trainer.network.state_dict())
