@@ -73,7 +73,7 @@ bench: setup
 	$(BIN)/xmask bench
 
 report: setup
-	$(BIN)/xmask report --profile $(PROFILE) $(call option,data,$(DATA)) $(if $(PICTURES),--pictures)
+	$(BIN)/xmask report --profile $(PROFILE) $(call option,data,$(DATA)) $(if $(filter yes,$(PICTURES)),--pictures)
 
 walkthroughs: setup
 	$(BIN)/xmask docs --walkthroughs

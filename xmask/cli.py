@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from xmask.presets import ABLATIONS, DATASETS, PERCENTS, PROFILES, VARIANTS
+from xmask.presets import DATASETS, PERCENTS, PROFILES, VARIANTS
 from xmask.tools.arguments import names, number, numbers, positive, threads
 
 
@@ -102,7 +102,7 @@ def _reproduce_command(command: Callable) -> None:
     made = command("reproduce", _reproduce, "run the study: what is missing or stale, then compare")
     _profile(made)
     made.add_argument("--sam", default="", help="SAM checkpoint (.pth) or vit_b, vit_l, vit_h; "
-                      "default: classical")
+                      "default: the profile's own, classical (photo: the bundled SAM)")
     made.add_argument("--datasets", type=names, default=DATASETS, help="e.g. sha,qnrf")
     made.add_argument("--percents", type=numbers, default=PERCENTS, help="e.g. 5,40")
     made.add_argument("--seeds", type=numbers, help="e.g. 1,2,3; default: 1; full: 1 to 5")
@@ -117,11 +117,13 @@ def _own_photo_commands(command: Callable) -> None:
     made = command("masks", _masks, "EDP-SAM masks of a dataset or of one image, resumable")
     made.add_argument("--dataset", choices=(*DATASETS, "shb", "synthetic"))
     made.add_argument("--root", type=Path, help="folder of the dataset")
-    made.add_argument("--split", default="train")
+    made.add_argument("--split", default="train", help="of the dataset; default: train")
     made.add_argument("--image", type=Path, help="one image instead of a dataset")
     made.add_argument("--points", type=Path, help="its heads: a CSV with columns x and y")
     made.add_argument("--out", required=True, type=Path)
-    made.add_argument("--segmenter", choices=("bundled", "classical"), default="bundled")
+    made.add_argument("--segmenter", choices=("bundled", "classical"), default="bundled",
+                      help="bundled (default): the small SAM of the package; classical: without "
+                           "a network, faster")
     made.add_argument("--checkpoint", metavar="PATH_OR_NAME", help="SAM to use instead: a .pth, or "
                       "vit_b, vit_l, vit_h as `xmask sam-weights` stores them")
     made.add_argument("--workers", type=number, default=1, help="processes; masks do not depend "
@@ -167,10 +169,11 @@ def _own_photo_commands(command: Callable) -> None:
                       "(x,y), LabelMe's a.json or a .mat for a.jpg; or a file of COCO, VIA or "
                       "Label Studio for many")
     made.add_argument("--out", required=True, type=Path, help="a run folder, for predict --weights")
-    made.add_argument("--segmenter", default="bundled", help="of the masks; or classical (faster), "
-                      "a SAM checkpoint (.pth), or vit_b, vit_l, vit_h")
-    made.add_argument("--seed", type=number, default=1)
-    _set(made, "a field, e.g. --set schedule.phase1=60")
+    made.add_argument("--segmenter", default="bundled", help="what makes the masks to learn from: "
+                      "bundled (default), classical (faster), a SAM checkpoint (.pth), or vit_b, "
+                      "vit_l, vit_h")
+    made.add_argument("--seed", type=number, default=1, help="of the training; default: 1")
+    _set(made, "a field, e.g. --set schedule.phase3=48")
     _guards(made)
 
 
@@ -205,11 +208,13 @@ def _run_commands(command: Callable) -> None:
         made = command(name, function, text)
         _profile(made)
         made.add_argument("--dataset", choices=(*DATASETS, "shb"), default="sha")
-        made.add_argument("--percent", type=int, default=10)
-        made.add_argument("--seed", type=number, default=1)
+        made.add_argument("--percent", type=int, default=10, help="of the images are labelled; "
+                          "default: 10")
+        made.add_argument("--seed", type=number, default=1, help="default: 1")
         made.add_argument("--variant", choices=VARIANTS, default="xmask",
-                          help="an ablation: " + ", ".join(ABLATIONS))
-        made.add_argument("--sam", default="", help="SAM checkpoint (.pth)")
+                          help="xmask, a rival or an ablation: " + ", ".join(VARIANTS))
+        made.add_argument("--sam", default="", help="SAM checkpoint (.pth); default: the profile's "
+                          "own, classical (photo: the bundled SAM)")
         _set(made, "a field, e.g. --set loss.tau=0.5")
 
     text = "regenerate the {} of a profile from its run folders"
@@ -378,7 +383,8 @@ def _predict(o: argparse.Namespace) -> int:
     failed = [row for row in rows if row.error]
     print(f"{len(rows) - len(failed)} of {len(rows)} images done, in {o.out}"
           + (f"; {len(failed)} failed, see above and counts.csv" if failed else ""))
-    print(models.reliability(model.record, [row.count for row in rows if row.count is not None]))
+    if said := models.reliability(model.record, [r.count for r in rows if r.count is not None]):
+        print(said)
     return 1 if failed else 0
 
 

@@ -73,7 +73,7 @@ class Section(BaseModel):
             found = [getattr(self, name) for name in names]
             if found != sorted(found):
                 raise ValueError(f"{names[0]}: {' <= '.join(names)} must hold, "
-                                 f"found {', '.join(map(str, found))}")
+                                 f"found {', '.join(map(str, found))}; set them together")
         return self
 
 
@@ -221,9 +221,11 @@ class Optimisation(Section):
 
 
 class Calibration(Section):
-    """Labelled images that training does not see: they set the count's threshold and interval."""
+    """What sets the count's threshold, and its interval; the paper has neither.
 
-    held_out: Share = 0.0  # of the labelled images; 0: no calibration, as in the paper
+    Labelled images that training does not see, or what the network expects on those it saw."""
+
+    held_out: Share = 0.0  # of the labelled images; 0: none
     coverage: Annotated[float, Field(gt=0, lt=1)] = 0.9  # of the count's interval
     # where none is held out: of the images that training learnt from, count as many heads as the
     # network expects there; no interval then

@@ -149,9 +149,11 @@ def test_the_bundled_model_can_be_committed_and_shipped():
 
 
 @pytest.mark.parametrize("counts, said", [
-    ([80], "On the 4 of 10 test images of sha in which this model finds 31 to 90 heads, its count "
-          "is wrong by 5 on average (-5 with its sign)"),
-    ([1, 2, 900], "finds 1 to 10 heads"), ([], "was not measured"), ([9999], "finds 31 to 90")])
+    ([80], "On the 4 of 10 test images of ShanghaiTech A in which this model finds 31 to 90 "
+          "heads, its count is wrong by 5 on average (-5 with its sign)"),
+    ([1, 2, 900], "finds 1 to 10 heads"),
+    ([0], "0 heads are fewer than in any of this model's test images. On the 3 of 10"),
+    ([9999], "9999 heads are more than in any of this model's test images. On the 4 of 10")])
 def test_it_says_how_far_off_counts_of_a_size_are(tmp_path, counts, said):
     rows = [{"count": n, "true_count": n + 5} for n in (1, 5, 10, 11, 20, 30, 31, 40, 50, 90)]
     files.write_json(tmp_path / "metrics.json", {
@@ -159,8 +161,14 @@ def test_it_says_how_far_off_counts_of_a_size_are(tmp_path, counts, said):
         "per_image": rows})
     record = {"trained_on": {"synthetic": False}, "measured": models.measured(tmp_path)}
     assert said in models.reliability(record, counts)
+    assert models.reliability(record, []) == ""
     record["trained_on"]["synthetic"] = True
     assert "drawn crowds" in models.reliability(record, counts)
+    alone = {"trained_on": {"synthetic": False}, "measured": None}
+    assert "was not measured" in models.reliability(alone, counts)
+    learnt = alone | {"calibration": {"mae": 12.3}}
+    assert "held out when this model learnt, its count was wrong by 12" in models.reliability(
+        learnt, counts)
     assert models.measured(tmp_path / "none") is None
     (tmp_path / "metrics.json").write_text("{}")
     with pytest.warns(UserWarning, match="metrics.json: field 'per_image' is missing"):

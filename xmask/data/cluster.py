@@ -106,7 +106,8 @@ def _jobs(cluster: str) -> Any:
     if cluster != "slurm":
         raise ValueError(f"--cluster {cluster}: unknown; known: slurm")
     if not importlib.util.find_spec("dask_jobqueue"):
-        raise ValueError('--cluster slurm needs dask-jobqueue: pip install "xmask[slurm]"')
+        raise ValueError('--cluster slurm needs dask-jobqueue: pip install ".[slurm]" in the '
+                         'clone')
     from dask_jobqueue import SLURMCluster
     return SLURMCluster()
 

@@ -26,7 +26,7 @@ SHOWN = {
     "MAE, drawn (ours)": "MAE",
     "constant-count MAE, drawn (ours)": "MAE of the best constant",
     "RMSE, drawn (ours)": "RMSE",
-    "constant-count RMSE, drawn (ours)": "RMSE of the best constant",
+    "constant-count RMSE, drawn (ours)": "RMSE of that constant",
     "F1 % at 4 px, drawn (ours)": "F1 % at 4 px",
     "F1 % at 8 px, drawn (ours)": "F1 % at 8 px",
     "mean IoU %, drawn (ours)": "mean IoU %",

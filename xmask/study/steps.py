@@ -117,7 +117,8 @@ def data_root(profile: str, dataset: str, data: str = "", *, jobs: int = 1) -> P
         if not data:
             raise ValueError(
                 f"data: profile {profile!r} runs on real photographs; give the folder that holds "
-                "the datasets (`make reproduce PROFILE=... DATA=/path`, or `-p data /path`)")
+                "the datasets (`--data /path`; with make `DATA=/path`, with papermill `-p data "
+                "/path`)")
         return Path(data)
     if data:
         raise ValueError(

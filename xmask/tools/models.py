@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import xmask
 from xmask import calibration, files, model
 from xmask import config as configuration
+from xmask.data.layouts import LAYOUTS
 from xmask.predict import Predictor
 
 _FOLDER = Path(xmask.__file__).parent / "weights"
@@ -192,16 +193,29 @@ def measured(folder: Path) -> dict[str, Any] | None:
 
 def reliability(record: dict[str, Any], counts: Sequence[int]) -> str:
     """What counts of a model are worth, in words: its error on the third of its test images in
-    which it found about as many heads as in these."""
+    which it found about as many heads as in these, or on photos held out from what it learnt
+    from. Empty without a count."""
+    if not counts:
+        return ""
     if record["trained_on"]["synthetic"]:
         return ("This model was trained on drawn crowds: do not rely on its counts of "
                 "photographs.")
-    known, typical = record.get("measured"), sorted(counts)[len(counts) // 2] if counts else None
-    if not known or typical is None:
-        return "The error of this model was not measured: compare some counts with your own."
-    part = next((p for p in known["thirds"] if typical <= p["to"]), known["thirds"][-1])
-    return (f"On the {part['images']} of {known['images']} test images of {known['dataset']} in "
-            f"which this model finds {part['from']} to {part['to']} heads, its count is wrong by "
+    known, typical = record.get("measured"), sorted(counts)[len(counts) // 2]
+    if not known:
+        error = (record.get("calibration") or {}).get("mae")
+        if error is None:
+            return "The error of this model was not measured: compare some counts with your own."
+        return ("On dotted photos that were held out when this model learnt, its count was wrong "
+                f"by {error:.0f} on average.")
+    thirds = known["thirds"]
+    part = next((p for p in thirds if typical <= p["to"]), thirds[-1])
+    beyond = ("fewer" if typical < thirds[0]["from"] else
+              "more" if typical > thirds[-1]["to"] else "")
+    title = LAYOUTS[known["dataset"]].title if known["dataset"] in LAYOUTS else known["dataset"]
+    return ((f"{typical} heads are {beyond} than in any of this model's test images. "
+             if beyond else "") +
+            f"On the {part['images']} of {known['images']} test images of {title} in which this "
+            f"model finds {part['from']} to {part['to']} heads, its count is wrong by "
             f"{part['mae']:.0f} on average ({part['bias']:+.0f} with its sign). Photographs of "
             "another kind can be far worse: see docs/model_card.md.")
 

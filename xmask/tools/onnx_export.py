@@ -31,7 +31,8 @@ def export(predictor: Predictor, out: str | os.PathLike) -> dict[str, float]:
     Raises RuntimeError, writing nothing, without onnx or onnxscript, or if the file is wrong.
     """
     if not all(map(importlib.util.find_spec, ("onnx", "onnxscript"))):
-        raise RuntimeError('ONNX files need onnx and onnxscript: pip install "xmask[onnx]"')
+        raise RuntimeError('ONNX files need onnx and onnxscript: pip install ".[onnx]" in the '
+                           'clone')
     made = _program(predictor.network, predictor.config.network.embedding)
     record, config = predictor.record, predictor.config.to_dict()
     made.model.metadata_props.update(backbone=record["initialisation"], config=json.dumps(config),
