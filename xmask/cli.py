@@ -313,14 +313,18 @@ def _masks(o: argparse.Namespace) -> None:
         raise ValueError(f"--root: give the folder of {o.dataset}")
     if o.image and not o.points:
         raise ValueError("--points: give a CSV with columns x and y, one row per head")
-    own = (o.image, o.points) if o.image else ()
-    dataset = OwnPhotos([own]) if own else open_dataset(o.dataset, o.root, o.split)
+    if o.image:
+        read = [o.image, o.points]
+        dataset = OwnPhotos([(o.image, o.points)])
+    else:
+        dataset = open_dataset(o.dataset, o.root, o.split)
+        read = dataset.paths()
     files.OutputFolder(o.out, overwrite=o.overwrite).check()
     segmenter = open_segmenter(str(o.checkpoint or o.segmenter), steps.device())
     options = {name: getattr(o, name) for name in (
         "shard", "overwrite", "workers", "threads", "scheduler", "cluster", "boxes")}
     told, failure = mask_folder.make(dataset, list(range(len(dataset)))[: o.limit], segmenter,
-                                     o.out, kept=own, **options)
+                                     o.out, kept=read, **options)
     print("\n".join(told))
     if failure:
         raise failure
@@ -389,6 +393,7 @@ def _export(o: argparse.Namespace) -> None:
     out, as_onnx = o.onnx or o.out, o.onnx is not None or o.out.suffix.lower() == ".onnx"
     if as_onnx and o.half:
         raise ValueError("--half: an ONNX file has weights in 32 bits; leave it out")
+    models.check_apart(o.run, out)
     files.check_new(out, o.overwrite)
     if not as_onnx:
         print(models.load(models.export(o.run, out, half=o.half), "cpu"))

@@ -126,6 +126,12 @@ class CrowdDataset(Sequence):
         """The file that holds the points of an image."""
         return self._listing.annotations[self.ids[index]]
 
+    def paths(self) -> list[Path]:
+        """The files that samples are read from: images, annotations and, if any, true masks."""
+        return [path for i, name in enumerate(self.ids)
+                for path in (self.image_path(i), self.annotation_path(i),
+                             mask_path(self.layout, self._listing, name)) if path.exists()]
+
     def counts(self) -> np.ndarray:
         """(N,) int64, N images: annotated heads of every image; reads annotations, no images."""
         return self._counts.copy()
