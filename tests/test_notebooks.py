@@ -28,6 +28,7 @@ def test_a_notebook_fits_the_screen_and_names_no_place_of_ours(path):
         lines = cell.source.splitlines()
         if cell.cell_type == "code":
             assert len(lines) <= 30 and all(len(line) <= 100 for line in lines)
+        assert '"work/' not in cell.source, "`make clean` may remove what lies there"
         assert "/work/" not in cell.source and "/root/" not in cell.source
     assert len({cell.id for cell in notebook.cells}) == len(notebook.cells)
 
