@@ -339,12 +339,10 @@ def _sam_weights(o: argparse.Namespace) -> None:
 def _train_sam(o: argparse.Namespace) -> None:
     import torch
 
-    from xmask import files
     from xmask.segmenting import sam, sam_training
 
     out = o.out or sam.BUNDLED
-    for path in (out, out.with_suffix(".json")):
-        files.check_new(path, o.overwrite)
+    sam.check_out(out, o.overwrite)
     torch.set_num_threads(o.threads)
     chosen = {name: getattr(o, name) for name in ("seed", "scenes", "steps", "stop")}
     plan = sam_training.Training(**{k: value for k, value in chosen.items() if value is not None})
