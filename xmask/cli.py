@@ -317,7 +317,7 @@ def _masks(o: argparse.Namespace) -> None:
         read = [o.image, o.points]
         dataset = OwnPhotos([(o.image, o.points)])
     else:
-        dataset = open_dataset(o.dataset, o.root, o.split)
+        dataset = open_dataset(o.dataset, o.root, o.split, draw=False)
         read = dataset.paths()
     files.OutputFolder(o.out, overwrite=o.overwrite).check()
     segmenter = open_segmenter(str(o.checkpoint or o.segmenter), steps.device())
@@ -543,7 +543,7 @@ def _coverage(o: argparse.Namespace) -> None:
     from xmask.study import illustrations
 
     files.check_new(o.out, o.overwrite)
-    splits = [open_dataset(o.dataset, o.root, split) for split in ("train", "test")]
+    splits = [open_dataset(o.dataset, o.root, split, draw=False) for split in ("train", "test")]
     table = illustrations.coverage_table((s.points, s.shape) for split in splits for s in split)
     files.write_text(o.out, table.to_csv(index=False))
     print(o.out)
