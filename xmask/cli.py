@@ -502,9 +502,10 @@ def _bench(o: argparse.Namespace) -> int:
 
 
 def _docs(o: argparse.Namespace) -> None:
+    from xmask import provenance
     from xmask.study import claims, diagram, elsewhere, model_card, pages, steps, walkthroughs
 
-    root = steps.enter_root()
+    root = steps.enter_root(provenance.ROOT)  # the package's own clone, not where this is called
     if o.diagram:
         made = diagram.write()
     elif o.walkthroughs is None:
