@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -278,6 +279,34 @@ def test_damaged_notes_of_one_photo_stop_no_other(folder, tmp_path, model, damag
     assert "the notes about plain are damaged" in caplog.text
     assert not any(row.error for row in photos.run([plain], model, tmp_path, progress=False))
     assert set(pd.read_csv(tmp_path / "counts.csv")["name"]) == {"plain", "grey"}
+
+
+@pytest.mark.parametrize("failure", ["moved", ".overlay.png", ".masks.png", ".jsonl"])
+def test_a_finished_result_stays_when_a_later_call_fails(folder, tmp_path, model, monkeypatch,
+                                                         failure):
+    wanted = photos.find([folder / "plain.png", folder / "grey.png"])
+    photos.run(wanted, model, tmp_path, progress=False)
+    before = pd.read_csv(tmp_path / "counts.csv").set_index("name")
+    replacing, options = files.replacing, {}
+
+    def full(path):
+        if os.fspath(path).endswith(failure):
+            raise OSError(28, "No space left on device", str(path))
+        return replacing(path)
+    if failure == "moved":
+        (folder / "plain.png").rename(folder / "elsewhere.png")
+    else:
+        monkeypatch.setattr(files, "replacing", full)
+        options = {"max_side": 48}
+    rows = photos.run(wanted, model, tmp_path, progress=False, **options)
+    assert rows[0].error
+    after = pd.read_csv(tmp_path / "counts.csv").set_index("name")
+    assert after.loc["plain", "error"] and len(after) == 2
+    # from the masks on, what lies there is half of the new settings
+    stays = failure != ".jsonl"
+    assert (after["count"] == before["count"]).tolist() == [stays] * 2
+    images = json.loads((tmp_path / "coco.json").read_text())["images"]
+    assert len(images) == (2 if stays else 0)
 
 
 def test_names_that_look_like_our_own_are_names(tmp_path, scene, model):
