@@ -148,7 +148,11 @@ def test_a_changed_image_model_or_output_is_made_again(folder, tmp_path, model, 
     photos.run(wanted, model, tmp_path, max_side=48, progress=False)
     assert made_again() and files.read_json(tmp_path / "model.json")["max_side"] is None
     monkeypatch.setitem(model.record, "sha256", "0" * 64)
-    assert made_again() and not made_again()
+    with pytest.raises(ValueError, match="holds 1 results of another model.*--overwrite"):
+        made_again()
+    assert (tmp_path / "plain.masks.png").stat().st_mtime_ns == before
+    photos.run(wanted, model, tmp_path, overwrite=True, progress=False)
+    assert made_again() is True and not made_again()
 
 
 def test_files_folders_and_globs_name_each_image_once(folder, tmp_path):
@@ -253,7 +257,7 @@ def test_results_of_two_models_in_one_folder_are_told(folder, tmp_path, model, m
     photos.run([plain], model, tmp_path, progress=False)
     assert "of another model" not in caplog.text
     monkeypatch.setitem(model.record, "sha256", "0" * 64)
-    photos.run([grey], model, tmp_path, progress=False)
+    photos.run([grey], model, tmp_path, overwrite=True, progress=False)
     assert "1 of the 2 results in counts.csv and coco.json are of another model" in caplog.text
 
 

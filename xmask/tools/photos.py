@@ -135,14 +135,17 @@ def run(photos: Sequence[Photo], model: Predictor, out: str | os.PathLike, *,
     call, beside the count of an earlier one) and `coco.json` (all masks as RLE). Written for this
     call: `model.json` (the record of the model and the thresholds). A photo keeps its name from
     call to call; another one of the same name gets the name of its folder before its own.
-    Raises ValueError for a max_side that no image can have, and what `files.OutputFolder` does.
+    Raises ValueError for a max_side that no image can have, and, without overwrite, for a folder
+    with masks of `xmask masks` or results of another model; and what `files.OutputFolder` does.
     """
     check_side(max_side)
     with files.OutputFolder(out, overwrite=overwrite,
                             kept=[photo.path for photo in photos]) as folder:
+        results, rows = _Results(folder, model, max_side), []
+        if not overwrite:
+            results.check()
         for name in ("counts.csv", "coco.json", "model.json"):
             folder.make_way(folder.path / name)
-        results, rows = _Results(folder, model, max_side), []
         bar = tqdm(photos, desc="predict", unit="image", disable=not progress)
         for photo in bar:
             bar.set_postfix_str(_plain(photo.name[-30:]), refresh=False)
@@ -168,10 +171,19 @@ class _Results:
         self.place = folder.path / files.HIDDEN
         self.source: dict[str, str] = {}  # where a photo lies -> its name
         self.image: dict[str, str] = {}  # name in lower case -> checksum of its photo
+        self.others = 0  # results that are known to be of other weights
         for path in sorted((self.place / "notes").glob("*.json")):
             if note := self._note(path.stem):
                 self.source[note["source"]] = path.stem
                 self.image[path.stem.casefold()] = note["image"]
+                self.others += note.get("model", self.settings[0]) != self.settings[0]
+
+    def check(self) -> None:
+        """Raises ValueError where results in the folder are of another command or model."""
+        coco.check_folder(self.folder, "manifest.json", "masks of `xmask masks`")
+        if self.others:
+            raise ValueError(f"{self.folder.path}: holds {self.others} results of another model. "
+                             "Give another folder (--out), or --overwrite to replace them")
 
     def _note(self, name: str) -> dict[str, Any] | None:
         """What is known of a result; None if nothing, or if its note is damaged."""
