@@ -188,10 +188,21 @@ def test_corrections_of_earlier_versions_go_on(folder, stale):
     again.rank.value = 2
     again.buttons["drop"].click()
     assert len(correct.read_edits(folder, "IMG_4")) == 2
+    assert (place / "IMG_4.png.set-aside-1").is_file() is not stale, "it may be drawn by hand"
     again.name.value = "IMG_3"
     again.buttons["drop"].click()
     assert "files of yours" in again.status.value
     assert (place / "IMG_3.png").read_bytes() == b"mine"
+
+
+def test_corrections_that_were_copied_without_their_record_go_on(folder):
+    tool = correct.Corrector(Dataset(), folder, ClassicalSegmenter(), ["IMG_4"])
+    tool.buttons["drop"].click()
+    shutil.rmtree(folder / "corrected" / files.HIDDEN)
+    tool.buttons["disc"].click()
+    assert len(correct.read_edits(folder, "IMG_4")) == 2
+    assert sorted(p.name for p in (folder / "corrected").iterdir()) == [
+        files.HIDDEN, "IMG_4.json", "IMG_4.png"]
 
 
 def test_a_folder_without_masks_is_named(tmp_path):

@@ -123,16 +123,21 @@ def save(folder: str | os.PathLike, name: str, labels: np.ndarray,
 @contextmanager
 def _corrections(folder: Path, name: str) -> Iterator[None]:
     """The folder of corrections, open for an image. Earlier versions kept no record: there, edits
-    are known by what they say, and a map by the edits beside it."""
+    are known by what they say; a map that they do not seal may be a person's, and is set aside."""
     place = folder / "corrected"
     earlier = not files.read_record(place) and any(map(_noted, place.glob("*.json")))
     try:
         with files.OutputFolder(place, overwrite=earlier, wait=PATIENCE) as held:
             held.overwrite = False
-            edits = place / f"{name}.json"
-            for path in (edits, place / f"{name}.png") if _noted(edits) else ():
-                if path.is_file() and not held.is_listed(path):
-                    held.note(path, files.sha256(path))
+            edits, png = (place / f"{name}.{kind}" for kind in ("json", "png"))
+            if noted := _noted(edits):
+                if png.is_file() and not held.is_listed(png):
+                    if noted.get("seal") == _seal(noted["edits"], png):
+                        held.note(png, files.sha256(png))
+                    else:
+                        held.set_aside(png, "of an earlier version, or changed")
+                if not held.is_listed(edits):
+                    held.note(edits, files.sha256(edits))
             yield
     except FileExistsError:
         raise FileExistsError(f"{place}: holds files of yours where corrections of {name} belong, "
