@@ -85,8 +85,18 @@ docs: setup
 lab: setup
 	$(BIN)/jupyter lab notebooks
 
+# What steps of the study, and setuptools, make; all else in work/ and build/ is somebody's.
+PROFILES := demo full photo paper
+MADE := $(foreach profile,$(PROFILES),$(addprefix work/$(profile)/,.xmask calibration data logs \
+  masks notebooks phase1 stamps)) work/edp_study work/sweeps
+
 clean:
-	rm -rf work build docs/api .pytest_cache .hypothesis .ruff_cache
+	@for folder in $(MADE); do \
+	  if test -z "$$(find $$folder -name corrected 2>/dev/null)"; then rm -rf $$folder; fi; done
+	rm -rf build/lib build/bdist.* build/temp.* docs/api .pytest_cache .hypothesis .ruff_cache
+	@rmdir $(addprefix work/,$(PROFILES)) work build 2>/dev/null || true
+	@for folder in work build; do test ! -d $$folder || find $$folder -mindepth 1 -maxdepth 1 \
+	  -exec echo "stays, because it holds more than the study makes:" {} \; ; done
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # Compare the locked versions with published advisories. The tool is fetched for the occasion;

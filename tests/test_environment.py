@@ -46,6 +46,23 @@ def test_the_locks_hold_every_requirement_with_hashes_and_no_address():
     assert LOCKS[1].startswith("uv==")
 
 
+def test_clean_removes_what_the_study_makes_and_nothing_else(tmp_path):
+    made = ["work/demo/data/a.jpg", "work/full/stamps/b.json", "work/edp_study/c/1.json",
+            "work/sweeps/d.ipynb", "build/lib/xmask/e.py", "xmask/__pycache__/f.pyc"]
+    kept = ["work/correct/masks/corrected/a.json", "work/photo/masks/sha/corrected/a.json",
+            "work/elsewhere/shb-s1/model.safetensors", "work/notes.txt", "build/thesis.tex",
+            "own/correct/masks/corrected/a.json", "own/elsewhere/x/model.safetensors"]
+    for name in (*made, *kept):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    shown = subprocess.run(["make", "-f", ROOT / "Makefile", "clean"], cwd=tmp_path, check=True,
+                           capture_output=True, text=True).stdout
+    assert {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()} == set(kept)
+    for name in ("work/correct", "work/elsewhere", "work/notes.txt", "work/photo", "build/thesis.tex"):
+        assert f"stays, because it holds more than the study makes: {name}" in shown
+    assert not (tmp_path / "work" / "demo").exists()
+
+
 def test_what_builds_the_package_is_in_the_lock():
     assert names(PROJECT["build-system"]["requires"]) <= set(LOCKED)
     assert "--no-build-isolation" in (ROOT / "Makefile").read_text()

@@ -28,8 +28,20 @@ def test_a_notebook_fits_the_screen_and_names_no_place_of_ours(path):
         lines = cell.source.splitlines()
         if cell.cell_type == "code":
             assert len(lines) <= 30 and all(len(line) <= 100 for line in lines)
+        assert '"work/' not in cell.source, "`make clean` may remove what lies there"
         assert "/work/" not in cell.source and "/root/" not in cell.source
     assert len({cell.id for cell in notebook.cells}) == len(notebook.cells)
+
+
+@pytest.mark.parametrize("name", ["10_masks", "23_claims", "24_constants"])
+def test_what_a_notebook_writes_itself_is_written_within_a_folder_with_a_record(name):
+    path = next(path for path in STEPS if path.stem == name)
+    for cell in nbformat.read(path, 4).cells:
+        lines = cell.source.splitlines()
+        for before, line in zip(lines, lines[1:]):
+            if ".write(" in line and "claims.write(" not in line or "write_text(" in line:
+                assert before.startswith("with files.OutputFolder(") and line.startswith("    ")
+        assert "files.replacing" not in cell.source
 
 
 def test_every_step_of_the_study_has_a_notebook():

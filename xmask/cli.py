@@ -318,14 +318,18 @@ def _masks(o: argparse.Namespace) -> None:
         raise ValueError(f"--root: give the folder of {o.dataset}")
     if o.image and not o.points:
         raise ValueError("--points: give a CSV with columns x and y, one row per head")
-    own = (o.image, o.points) if o.image else ()
-    dataset = OwnPhotos([own]) if own else open_dataset(o.dataset, o.root, o.split)
+    if o.image:
+        read = [o.image, o.points]
+        dataset = OwnPhotos([(o.image, o.points)])
+    else:
+        dataset = open_dataset(o.dataset, o.root, o.split, draw=False)
+        read = dataset.paths()
     files.OutputFolder(o.out, overwrite=o.overwrite).check()
     segmenter = open_segmenter(str(o.checkpoint or o.segmenter), steps.device())
     options = {name: getattr(o, name) for name in (
         "shard", "overwrite", "workers", "threads", "scheduler", "cluster", "boxes")}
     told, failure = mask_folder.make(dataset, list(range(len(dataset)))[: o.limit], segmenter,
-                                     o.out, kept=own, **options)
+                                     o.out, kept=read, **options)
     print("\n".join(told))
     if failure:
         raise failure
@@ -340,12 +344,10 @@ def _sam_weights(o: argparse.Namespace) -> None:
 def _train_sam(o: argparse.Namespace) -> None:
     import torch
 
-    from xmask import files
     from xmask.segmenting import sam, sam_training
 
     out = o.out or sam.BUNDLED
-    for path in (out, out.with_suffix(".json")):
-        files.check_new(path, o.overwrite)
+    sam.check_out(out, o.overwrite)
     torch.set_num_threads(o.threads)
     chosen = {name: getattr(o, name) for name in ("seed", "scenes", "steps", "stop")}
     plan = sam_training.Training(**{k: value for k, value in chosen.items() if value is not None})
@@ -395,6 +397,7 @@ def _export(o: argparse.Namespace) -> None:
     out, as_onnx = o.onnx or o.out, o.onnx is not None or o.out.suffix.lower() == ".onnx"
     if as_onnx and o.half:
         raise ValueError("--half: an ONNX file has weights in 32 bits; leave it out")
+    models.check_apart(o.run, out)
     files.check_new(out, o.overwrite)
     if not as_onnx:
         print(models.load(models.export(o.run, out, half=o.half), "cpu"))
@@ -505,6 +508,7 @@ def _bench(o: argparse.Namespace) -> int:
 
 
 def _docs(o: argparse.Namespace) -> None:
+    from xmask import provenance
     from xmask.study import (
         claims,
         diagram,
@@ -516,7 +520,7 @@ def _docs(o: argparse.Namespace) -> None:
         walkthroughs,
     )
 
-    root = steps.enter_root()
+    root = steps.enter_root(provenance.ROOT)  # the package's own clone, not where this is called
     if o.diagram:
         made = diagram.write()
     elif o.walkthroughs is None:
@@ -556,7 +560,7 @@ def _coverage(o: argparse.Namespace) -> None:
     from xmask.study import illustrations
 
     files.check_new(o.out, o.overwrite)
-    splits = [open_dataset(o.dataset, o.root, split) for split in ("train", "test")]
+    splits = [open_dataset(o.dataset, o.root, split, draw=False) for split in ("train", "test")]
     table = illustrations.coverage_table((s.points, s.shape) for split in splits for s in split)
     files.write_text(o.out, table.to_csv(index=False))
     print(o.out)

@@ -228,6 +228,33 @@ def test_a_stopped_run_keeps_its_rows_and_says_what_is_missing(tmp_path, monkeyp
     assert "Not measured" not in (tmp_path / "bench.md").read_text()
 
 
+def test_a_stopped_rerun_loses_no_earlier_number_and_no_file_of_the_user(tmp_path, monkeypatch):
+    monkeypatch.setattr(comparisons, "comparisons", _tiny_rows)
+    monkeypatch.setattr(bench, "compare", _canned)
+    for name in ("bench.md", "bench.png"):
+        (tmp_path / name).write_text("mine")
+    first = bench.run(tmp_path, tmp_path, threads=1, progress=False)
+    for name in ("bench.md", "bench.png"):
+        assert (tmp_path / f"{name}.set-aside-1").read_text() == "mine"
+    measured = []
+
+    def second_stops(row, *, threads):
+        if measured:
+            raise KeyboardInterrupt
+        measured.append(row.name)
+        return _canned(row, threads=threads) | {"times_faster": 2.0}
+
+    monkeypatch.setattr(bench, "compare", second_stops)
+    with pytest.raises(KeyboardInterrupt):
+        bench.run(tmp_path, tmp_path, threads=1, progress=False)
+    found = read_json(tmp_path / "bench.json")
+    assert found["missing"] == {} and found["rows"][1] == first["rows"][1]
+    assert [row["times_faster"] for row in found["rows"]] == [2.0, 1.0]
+    monkeypatch.setattr(bench, "compare", _canned)
+    bench.run(tmp_path, tmp_path, only=("decode",), threads=2, progress=False)
+    assert read_json(tmp_path / "bench.json.set-aside-1") == found
+
+
 def test_a_row_that_fails_is_named_and_the_others_are_measured(tmp_path, monkeypatch):
     def first_fails(row, *, threads):
         if row.group == "decode":

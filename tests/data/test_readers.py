@@ -14,10 +14,12 @@ from PIL import Image, ImageOps
 from scipy.io import savemat
 
 from xmask import files
+from xmask.cli import main
 from xmask.data import images, mat_file, open_dataset, read_image, readers
 from xmask.data.annotations import clip_points, read_jhu, read_qnrf, read_shanghaitech
 from xmask.data.layouts import LAYOUTS
 from xmask.data.readers import turns_upright
+from xmask.synthetic import write_dataset
 
 REAL = Path(__file__).parents[2].parent / "shared/data"
 needs_real_data = pytest.mark.skipif(
@@ -658,6 +660,34 @@ def test_the_synthetic_data_set_is_never_mixed_with_a_real_one(tmp_path):
     build_sha(tmp_path, drawn=False)
     with pytest.raises(ValueError, match="has no synthetic.json.*name it 'sha'"):
         open_dataset("synthetic", tmp_path)
+
+
+@pytest.mark.parametrize("state", ["photos", "drawn", "empty", "finder"])
+def test_the_synthetic_data_set_is_drawn_beside_no_file_of_the_user(tmp_path, monkeypatch, state):
+    monkeypatch.setattr(readers, "DRAWN", {"train": 1, "test": 1, "seed": 0})
+    if state == "photos":
+        save_jpeg(tmp_path / "holiday.jpg")
+        with pytest.raises(ValueError, match="holds holiday.jpg and no drawn data set"):
+            open_dataset("synthetic", tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == ["holiday.jpg"]
+        return
+    if state == "drawn":
+        write_dataset("qnrf", tmp_path, train=1, test=1, seed=0, progress=False)
+    if state == "finder":
+        (tmp_path / ".DS_Store").write_text("")
+    assert len(open_dataset("synthetic", tmp_path)) == 1
+
+
+@pytest.mark.parametrize("command", ["masks", "data coverage"])
+@pytest.mark.parametrize("missing", [True, False])
+def test_a_command_that_reads_draws_nothing(tmp_path, command, missing, capsys):
+    root = tmp_path / "photos"
+    if not missing:
+        root.mkdir()
+    assert main([*command.split(), "--dataset", "synthetic", "--root", str(root), "--out",
+                 str(tmp_path / "out.csv")]) == 1
+    assert "no drawn data set. Draw one first" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.rglob("*")] == ([] if missing else ["photos"])
 
 
 # --- the real ShanghaiTech A ------------------------------------------------------------------

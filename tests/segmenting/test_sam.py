@@ -14,6 +14,7 @@ from segment_anything import SamPredictor
 
 from tests.test_segmenters import as_sam_does, crowd, picture
 from xmask import files
+from xmask.cli import main
 from xmask.edp_sam import generate_masks
 from xmask.segmenters import Prompts, open_segmenter
 from xmask.segmenting import sam, sam_training
@@ -159,6 +160,17 @@ def test_training_repeats_and_leaves_a_loadable_bundle(tmp_path):
                            sam.load_bundled()[0].mask_decoder.iou_token.weight)
     with pytest.raises(ValueError, match="steps: 0 is too small"):
         sam_training.train(sam_training.Training(steps=0), tmp_path / "c.safetensors")
+
+
+@pytest.mark.parametrize("name", ["dots.safetensors", "dots.json", "new.json"])
+def test_weights_and_their_record_replace_no_file(tmp_path, name, monkeypatch, capsys):
+    monkeypatch.setattr(sam_training, "train", lambda *_: pytest.fail("it must not begin"))
+    (tmp_path / "dots.json").write_text("[dots of the user]")
+    with pytest.raises((ValueError, FileExistsError), match=r"dots.json: is there|gets this name"):
+        sam.check_out(tmp_path / name)
+    options = ["--overwrite"] if name == "new.json" else []
+    assert main(["train-sam", "--out", str(tmp_path / name), *options]) == 1
+    assert "json" in capsys.readouterr().err
 
 
 def test_the_last_step_is_saved_wherever_training_ends(tmp_path, monkeypatch):

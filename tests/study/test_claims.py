@@ -200,6 +200,10 @@ def test_the_page_names_every_claim_and_folds_what_was_not_tested(results, table
     read = pd.read_csv(paths[1])
     assert list(read) == list(claims.COLUMNS) and len(read) == len(table)
     assert claims.write(table, results)[0].read_text(encoding="utf-8") == page
+    assert not list(results.glob("*.set-aside-*"))
+    paths[0].write_text("notes of the user")
+    claims.write(table, results)
+    assert (results / "claims.md.set-aside-1").read_text() == "notes of the user"
 
 
 def test_luck_is_told_apart(results):

@@ -254,6 +254,7 @@ def test_what_a_run_needs_to_travel_is_its_own():
             "work/demo/masks/sha-no-nnec", "work/demo/data"} <= set(needed)
     assert not any(name in needed for name in ("results", "results/demo", "work/demo"))
     assert "results/demo" in travel.needed({"profile": "demo", "runs": ["sha-10-s1"]})
+    assert "figures/claims" in travel.needed({"profile": "full"}), "its record goes along"
     assert "results" not in travel.needed({})
 
 

@@ -137,6 +137,7 @@ def test_the_profile_full_compares_all_that_claims_need():
     assert len(trained) == 5 * (9 + 3 * 3 + len(ABLATIONS) - 1 + 1)
     assert {f"evaluate {moved[0].split()[1]}", "evaluate sha-10-s5"} <= set(
         planned["constants"].inputs)
+    assert "constants" in planned["claims"].inputs, "it reads their table"
     known = list(planned)
     for index, step in enumerate(planned.values()):
         assert set(step.inputs) <= set(known[:index]), f"{step.name} before its inputs"

@@ -225,6 +225,15 @@ def test_outside_a_clone_the_notebooks_say_so(tmp_path, monkeypatch):
         steps.enter_root()
 
 
+def test_another_project_with_notebooks_is_no_clone(tmp_path, monkeypatch):
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "mine"\ndependencies = ["xmask"]\n')
+    monkeypatch.chdir(tmp_path / "sub")
+    with pytest.raises(FileNotFoundError, match="not inside a clone of the repository"):
+        steps.enter_root()
+
+
 def test_the_mask_summary_says_where_masks_come_from(inside):
     table = pd.read_csv(next((inside / "results" / "photo" / "masks").rglob("masks.csv")))
     assert table[list(edp_sam.SOURCES)].sum(axis=1).round(3).eq(1).all()

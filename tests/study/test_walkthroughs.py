@@ -15,11 +15,31 @@ import pytest
 from nbval.plugin import get_sanitize_patterns
 from PIL import Image
 
+from xmask import provenance
+from xmask.cli import main
 from xmask.study.walkthroughs import METADATA, tidy, walkthroughs
 
 ROOT = Path(__file__).parents[2]
 WALKTHROUGHS = walkthroughs(ROOT / "notebooks")
 LARGEST = 1_200_000  # bytes of a walkthrough with its pictures
+
+
+def test_docs_are_written_in_the_clone_of_the_package(tmp_path, monkeypatch, capsys):
+    """... never in the project from which the command is called, whatever that looks like."""
+    notebook = tmp_path / "notebooks" / "01_mine.ipynb"
+    notebook.parent.mkdir()
+    notebook.write_text("mine")
+    (tmp_path / "pyproject.toml").write_text('name = "xmask"\n')
+    run = []
+    monkeypatch.setattr("xmask.study.walkthroughs.execute",
+                        lambda path: run.append(path.resolve()) or path)
+    monkeypatch.chdir(tmp_path)
+    assert main(["docs", "--walkthroughs", "01"]) == 0
+    assert run == [provenance.ROOT / "notebooks" / "01_nnec.ipynb"]
+    monkeypatch.setattr(provenance, "ROOT", tmp_path / "site-packages")
+    (tmp_path / "pyproject.toml").write_text('name = "mine"\n')
+    assert main(["docs", "--walkthroughs"]) == 1
+    assert "not inside a clone" in capsys.readouterr().err and len(run) == 1
 
 
 def nbval(*paths: Path) -> subprocess.CompletedProcess:

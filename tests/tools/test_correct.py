@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import nbformat
@@ -102,6 +103,108 @@ def test_edits_of_other_automatic_masks_are_refused(folder):
         correct.read_corrected(folder, "IMG_4")
 
 
+@pytest.mark.parametrize("link", [False, True])
+def test_a_picture_of_the_user_is_never_replaced(folder, tmp_path, link):
+    place = folder / "corrected"
+    if link:
+        (tmp_path / "photos").mkdir()
+        place.symlink_to(tmp_path / "photos")
+    else:
+        place.mkdir()
+    (place / "IMG_4.png").write_bytes(b"a photo")
+    tool = correct.Corrector(Dataset(), folder, ClassicalSegmenter(), ["IMG_4"])
+    tool.buttons["drop"].click()
+    assert "holds files of yours" in tool.status.value and tool.edits == []
+    assert [(p.name, p.read_bytes()) for p in place.iterdir()] == [("IMG_4.png", b"a photo")]
+
+
+def test_two_tools_do_not_lose_each_others_edits(folder):
+    one, two = (correct.Corrector(Dataset(), folder, ClassicalSegmenter(), ["IMG_4", "IMG_3"])
+                for _ in range(2))
+    one.buttons["drop"].click()
+    two.rank.value = 2
+    two.buttons["prompt"].click()
+    assert "edited elsewhere" in two.status.value and two.edits == []
+    assert correct.read_edits(folder, "IMG_4") == one.edits
+    two.name.value = "IMG_3"
+    two.name.value = "IMG_4"
+    two.rank.value = 2
+    two.buttons["prompt"].click()
+    assert [edit["action"] for edit in correct.read_edits(folder, "IMG_4")] == ["drop", "prompt"]
+    two.buttons["undo"].click()
+    assert correct.read_edits(folder, "IMG_4") == one.edits
+
+
+@pytest.mark.parametrize("before", [0, 1])
+@pytest.mark.parametrize("killed", ["write_png", "write_json"])
+def test_a_kill_while_saving_loses_no_finished_edit(folder, monkeypatch, before, killed):
+    tool = correct.Corrector(Dataset(), folder, ClassicalSegmenter(), ["IMG_4"])
+    for rank in range(before):
+        tool.rank.value = rank + 1
+        tool.buttons["drop"].click()
+    tool.rank.value = before + 1
+    with monkeypatch.context() as patch:
+        write = getattr(files, killed)
+
+        def kill(path, *content):
+            if path.stem == "IMG_4":
+                raise KeyboardInterrupt
+            write(path, *content)
+        patch.setattr(files, killed, kill)
+        with pytest.raises(KeyboardInterrupt):
+            tool.act("drop")
+    again = correct.Corrector(Dataset(), folder, ClassicalSegmenter(), ["IMG_4"])
+    assert len(again.edits) == before
+    again.rank.value = before + 2
+    again.buttons["drop"].click()
+    edits = correct.read_edits(folder, "IMG_4")
+    assert len(edits) == before + 1
+    labels = correct.read_corrected(folder, "IMG_4")
+    assert (labels == correct.apply(read_masks(folder, "IMG_4"), again.points, edits)).all()
+
+
+def test_a_map_that_is_not_of_its_edits_is_named(folder):
+    tool = correct.Corrector(Dataset(), folder, ClassicalSegmenter(), ["IMG_4"])
+    tool.buttons["drop"].click()
+    files.write_png(folder / "corrected" / "IMG_4.png", tool.automatic.astype(np.uint16))
+    with pytest.raises(ValueError, match="not the map that the edits in IMG_4.json made"):
+        correct.read_corrected(folder, "IMG_4")
+
+
+@pytest.mark.parametrize("stale", [False, True])
+def test_corrections_of_earlier_versions_go_on(folder, stale):
+    place = folder / "corrected"
+    tool = correct.Corrector(Dataset(), folder, ClassicalSegmenter(), ["IMG_4"])
+    tool.buttons["drop"].click()
+    shutil.rmtree(place / files.HIDDEN)
+    noted = files.read_json(place / "IMG_4.json")
+    del noted["seal"]
+    files.write_json(place / "IMG_4.json", noted)
+    if stale:  # they could be killed between the edits and the map
+        (place / "IMG_4.png").unlink()
+    (place / "IMG_3.png").write_bytes(b"mine")
+    again = correct.Corrector(Dataset(), folder, ClassicalSegmenter(), ["IMG_4", "IMG_3"])
+    assert again.edits == tool.edits and (again.labels == tool.labels).all()
+    again.rank.value = 2
+    again.buttons["drop"].click()
+    assert len(correct.read_edits(folder, "IMG_4")) == 2
+    assert (place / "IMG_4.png.set-aside-1").is_file() is not stale, "it may be drawn by hand"
+    again.name.value = "IMG_3"
+    again.buttons["drop"].click()
+    assert "files of yours" in again.status.value
+    assert (place / "IMG_3.png").read_bytes() == b"mine"
+
+
+def test_corrections_that_were_copied_without_their_record_go_on(folder):
+    tool = correct.Corrector(Dataset(), folder, ClassicalSegmenter(), ["IMG_4"])
+    tool.buttons["drop"].click()
+    shutil.rmtree(folder / "corrected" / files.HIDDEN)
+    tool.buttons["disc"].click()
+    assert len(correct.read_edits(folder, "IMG_4")) == 2
+    assert sorted(p.name for p in (folder / "corrected").iterdir()) == [
+        files.HIDDEN, "IMG_4.json", "IMG_4.png"]
+
+
 def test_a_folder_without_masks_is_named(tmp_path):
     with pytest.raises(ValueError, match="run `xmask masks` first"):
         correct.Corrector(Dataset(), tmp_path, ClassicalSegmenter())
@@ -152,7 +255,7 @@ def test_an_image_that_cannot_be_read_leaves_the_one_before(folder):
     assert tool.sample.name == "IMG_4"
     tool.act("drop")  # should anybody still do it, it is noted for the image that is shown
     assert [p.name for p in sorted((folder / "corrected").iterdir())] == [
-        "IMG_4.json", "IMG_4.png"]
+        files.HIDDEN, "IMG_4.json", "IMG_4.png"]
 
 
 def test_sliders_of_an_image_without_heads_do_nothing(folder):

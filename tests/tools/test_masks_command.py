@@ -52,6 +52,32 @@ def test_a_dataset_gets_masks_a_manifest_coco_and_a_contact_sheet(drawn, tmp_pat
     assert worst["confidence"].is_monotonic_increasing and worst["heads"].sum() == heads
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_files_of_the_dataset_are_not_replaced_even_if_asked(drawn, tmp_path, workers, capsys):
+    root = tmp_path / "copy"
+    shutil.copytree(drawn, root)
+    truth = next(root.rglob("train_data")) / "instances"
+    before = {path: files.sha256(path) for path in root.rglob("*") if path.is_file()}
+    assert masks(root, truth, *CLASSICAL, "--overwrite", "--workers", workers) == 1
+    assert "is read by this command, and stays as it is" in capsys.readouterr().err
+    assert {path: files.sha256(path) for path in before} == before
+
+
+def test_masks_and_predictions_do_not_share_a_folder(drawn, tmp_path, capsys):
+    image = next(drawn.rglob("train_data")) / "images" / "IMG_1.jpg"
+    predict = ["predict", str(image), "--weights", "drawn", "--out"]
+    assert main([*predict, str(tmp_path / "p")]) == 0
+    assert masks(drawn, tmp_path / "m", *CLASSICAL, "--limit", "1") == 0
+    before = {p: files.sha256(p) for p in tmp_path.glob("*/*") if p.is_file()}
+    capsys.readouterr()
+    assert masks(drawn, tmp_path / "p", *CLASSICAL, "--limit", "1") == 1
+    assert "holds results of `xmask predict`" in capsys.readouterr().err
+    assert main([*predict, str(tmp_path / "m")]) == 1
+    assert "holds masks of `xmask masks`" in capsys.readouterr().err
+    assert {p: files.sha256(p) for p in tmp_path.glob("*/*") if p.is_file()} == before
+    assert masks(drawn, tmp_path / "p", *CLASSICAL, "--limit", "1", "--overwrite") == 0
+
+
 def test_a_killed_run_leaves_nothing_half_written_and_goes_on(drawn, tmp_path):
     process = Program("-m", "xmask", "masks", "--dataset", "sha", "--root", drawn, "--out",
                       tmp_path / "killed", *CLASSICAL, "--workers", "2", log=tmp_path / "log")

@@ -91,6 +91,18 @@ def test_a_run_folder_its_export_and_its_checkpoint_hold_the_same_teacher(run, t
         assert set(file.metadata()) == {"config", "backbone", "record"}
 
 
+@pytest.mark.parametrize("source", ["", "checkpoint.pt", "../mine.safetensors"])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "new.safetensors", "new.onnx"])
+def test_an_export_never_goes_into_the_run_that_it_is_made_from(run, source, name, capsys):
+    out = run / (source if source.startswith("..") else name)
+    models.export(run, run.parent / "mine.safetensors")
+    before = {path: files.sha256(path) for path in run.parent.rglob("*") if path.is_file()}
+    for option in ("--out", "--onnx"):
+        assert main(["export", str(run / source), option, str(out), "--overwrite"]) == 1
+        assert "belongs to the model that is exported" in capsys.readouterr().err
+    assert before == {path: files.sha256(path) for path in run.parent.rglob("*") if path.is_file()}
+
+
 def test_a_checkpoint_gives_the_student_where_evaluation_reads_it(run):
     content = files.read_json(run / "config.json")
     content["config"]["evaluation"]["weights"] = "student"

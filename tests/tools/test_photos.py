@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -147,7 +148,11 @@ def test_a_changed_image_model_or_output_is_made_again(folder, tmp_path, model, 
     photos.run(wanted, model, tmp_path, max_side=48, progress=False)
     assert made_again() and files.read_json(tmp_path / "model.json")["max_side"] is None
     monkeypatch.setitem(model.record, "sha256", "0" * 64)
-    assert made_again() and not made_again()
+    with pytest.raises(ValueError, match="holds 1 results of another model.*--overwrite"):
+        made_again()
+    assert (tmp_path / "plain.masks.png").stat().st_mtime_ns == before
+    photos.run(wanted, model, tmp_path, overwrite=True, progress=False)
+    assert made_again() is True and not made_again()
 
 
 def test_files_folders_and_globs_name_each_image_once(folder, tmp_path):
@@ -252,7 +257,7 @@ def test_results_of_two_models_in_one_folder_are_told(folder, tmp_path, model, m
     photos.run([plain], model, tmp_path, progress=False)
     assert "of another model" not in caplog.text
     monkeypatch.setitem(model.record, "sha256", "0" * 64)
-    photos.run([grey], model, tmp_path, progress=False)
+    photos.run([grey], model, tmp_path, overwrite=True, progress=False)
     assert "1 of the 2 results in counts.csv and coco.json are of another model" in caplog.text
 
 
@@ -278,6 +283,34 @@ def test_damaged_notes_of_one_photo_stop_no_other(folder, tmp_path, model, damag
     assert "the notes about plain are damaged" in caplog.text
     assert not any(row.error for row in photos.run([plain], model, tmp_path, progress=False))
     assert set(pd.read_csv(tmp_path / "counts.csv")["name"]) == {"plain", "grey"}
+
+
+@pytest.mark.parametrize("failure", ["moved", ".overlay.png", ".masks.png", ".jsonl"])
+def test_a_finished_result_stays_when_a_later_call_fails(folder, tmp_path, model, monkeypatch,
+                                                         failure):
+    wanted = photos.find([folder / "plain.png", folder / "grey.png"])
+    photos.run(wanted, model, tmp_path, progress=False)
+    before = pd.read_csv(tmp_path / "counts.csv").set_index("name")
+    replacing, options = files.replacing, {}
+
+    def full(path):
+        if os.fspath(path).endswith(failure):
+            raise OSError(28, "No space left on device", str(path))
+        return replacing(path)
+    if failure == "moved":
+        (folder / "plain.png").rename(folder / "elsewhere.png")
+    else:
+        monkeypatch.setattr(files, "replacing", full)
+        options = {"max_side": 48}
+    rows = photos.run(wanted, model, tmp_path, progress=False, **options)
+    assert rows[0].error
+    after = pd.read_csv(tmp_path / "counts.csv").set_index("name")
+    assert after.loc["plain", "error"] and len(after) == 2
+    # from the masks on, what lies there is half of the new settings
+    stays = failure != ".jsonl"
+    assert (after["count"] == before["count"]).tolist() == [stays] * 2
+    images = json.loads((tmp_path / "coco.json").read_text())["images"]
+    assert len(images) == (2 if stays else 0)
 
 
 def test_names_that_look_like_our_own_are_names(tmp_path, scene, model):

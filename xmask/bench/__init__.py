@@ -28,9 +28,11 @@ def run(results: Path, figures: Path, *, only: Sequence[str] = GROUPS, threads: 
         progress: bool = True) -> dict[str, Any]:
     """Measure the rows of the groups in `only`; write bench.json, bench.md and bench.png.
 
-    Groups that are left out keep the numbers of an earlier bench.json of the same machine.
+    Rows that an earlier bench.json of the same machine has keep their numbers until they are
+    measured again; one of another machine, or with other `threads`, is set aside.
     bench.json is written after every row, and table and figure also if the run is stopped, so
-    that nothing measured is lost; rows that are not there stand in it under "missing".
+    that nothing measured is lost; rows that are not there stand in it under "missing". Files of
+    these names that were not written there are set aside.
     Raises ValueError for a group that does not exist, RuntimeError in the end if sides of rows
     failed (out of memory, say); the other rows are measured nevertheless.
     """
@@ -39,26 +41,30 @@ def run(results: Path, figures: Path, *, only: Sequence[str] = GROUPS, threads: 
         raise ValueError(f"--only: {', '.join(unknown)} unknown; known: {', '.join(GROUPS)}")
     path, rows = results / "bench.json", list(comparisons.comparisons())
     found: dict[str, Any] = {"machine": _machine(threads), "load_average_before": _load()}
-    earlier = files.read_json(path) if path.is_file() else {}
-    done = {row["name"]: row for row in earlier.get("rows", ())
-            if earlier.get("machine") == found["machine"] and row["group"] not in only}
     failed: dict[str, str] = {}
-    try:
-        for row in tqdm([row for row in rows if row.group in only], desc="bench", unit="row",
-                        disable=not progress):
-            try:
-                done[row.name] = compare(row, threads=threads)
-            except Exception as error:
-                failed[row.name] = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-            found |= {"load_average_after": _load(),
-                      "rows": [done[row.name] for row in rows if row.name in done],
-                      "missing": {row.name: failed.get(row.name, "not reached")
-                                  for row in rows if row.name not in done}}
-            files.write_json(path, found)
-    finally:
-        if "rows" in found:  # at least one row was tried
-            files.write_text(results / "bench.md", report.table(found))
-            report.figure(found).write(figures / "bench.png")
+    with (files.OutputFolder(results, cloned=True) as folder,
+          files.OutputFolder(figures, cloned=True)):
+        earlier = files.read_json(path) if path.is_file() else {}
+        foreign = earlier.get("machine") != found["machine"]
+        done = {} if foreign else {row["name"]: row for row in earlier.get("rows", ())}
+        try:
+            for row in tqdm([row for row in rows if row.group in only], desc="bench", unit="row",
+                            disable=not progress):
+                try:
+                    done[row.name] = compare(row, threads=threads)
+                except Exception as error:
+                    failed[row.name] = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+                if foreign and path.is_file() and "rows" not in found:
+                    folder.set_aside(path, "measured on another machine, or with other threads")
+                found |= {"load_average_after": _load(),
+                          "rows": [done[row.name] for row in rows if row.name in done],
+                          "missing": {row.name: failed.get(row.name, "not reached")
+                                      for row in rows if row.name not in done}}
+                files.write_json(path, found)
+        finally:
+            if "rows" in found:  # at least one row was tried
+                files.write_text(results / "bench.md", report.table(found))
+                report.figure(found).write(figures / "bench.png")
     if failed:
         raise RuntimeError(
             f"bench: {len(failed)} rows could not be measured, the others are in {path}; measure "

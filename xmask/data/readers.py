@@ -34,13 +34,13 @@ DRAWN = {"train": 24, "test": 12, "seed": 0}
 
 def open_dataset(
     name: str, root: str | os.PathLike, split: str = "train", *,
-    max_side: int | None = None, allow_partial: bool = False,
+    max_side: int | None = None, allow_partial: bool = False, draw: bool = True,
 ) -> CrowdDataset:
     """Open a split of a data set: its files are listed and paired, none is read yet.
 
     name: "sha", "shb" (ShanghaiTech A, B), "qnrf" (UCF-QNRF), "jhu" (JHU-CROWD++), or
         "synthetic": a small drawn set in the layout of ShanghaiTech A, drawn into `root` first
-        if it is not there.
+        if it is not there, and `root` is new, empty, or holds other drawn sets only.
     root: the data set's folder (part_A, UCF-QNRF_ECCV18, jhu_crowd_v2.0), or one that holds it,
         directly or one level down.
     split: "train" or "test"; "jhu" also has "val".
@@ -48,6 +48,7 @@ def open_dataset(
         boxes and masks. None takes the usual limit of the field (qnrf 1920, jhu 2048, others
         none); 0 never shrinks.
     allow_partial: take the pairs that are there where files are missing.
+    draw: False raises FileNotFoundError where "synthetic" would be drawn.
 
     Raises FileNotFoundError if the data set or the split is not there; ValueError for an unknown
     name or split, for images without annotation or the reverse, and for another number of images
@@ -58,7 +59,7 @@ def open_dataset(
         raise ValueError(f"max_side is a number of pixels, or 0 for no limit; found {max_side}.")
     folder = find_folder(layout, root)
     if name == "synthetic":
-        folder = _draw_if_missing(folder, root)
+        folder = _draw_if_missing(folder, Path(root), draw)
     if folder is None:
         raise no_folder(layout, root)
     listing = list_split(layout, folder, split)
@@ -125,6 +126,12 @@ class CrowdDataset(Sequence):
     def annotation_path(self, index: int) -> Path:
         """The file that holds the points of an image."""
         return self._listing.annotations[self.ids[index]]
+
+    def paths(self) -> list[Path]:
+        """The files that samples are read from: images, annotations and, if any, true masks."""
+        return [path for i, name in enumerate(self.ids)
+                for path in (self.image_path(i), self.annotation_path(i),
+                             mask_path(self.layout, self._listing, name)) if path.exists()]
 
     def counts(self) -> np.ndarray:
         """(N,) int64, N images: annotated heads of every image; reads annotations, no images."""
@@ -276,8 +283,16 @@ def first_few(names: Sequence[object]) -> str:
     return ", ".join([*map(str, names[:5])] + ["..."] * (len(names) > 5))
 
 
-def _draw_if_missing(folder: Path | None, root: str | os.PathLike) -> Path:
+def _draw_if_missing(folder: Path | None, root: Path, draw: bool) -> Path:
     if folder is None:
+        if not draw:
+            raise FileNotFoundError(f"{root}: holds no drawn data set. Draw one first, into a "
+                                    "folder of its own: `xmask data draw --layout sha --out DIR`")
+        others = sorted(one.name for one in (root.iterdir() if root.is_dir() else ())
+                        if not one.name.startswith(".") and not _is_drawn(one))
+        if others:
+            raise ValueError(f"{root}: holds {first_few(others)} and no drawn data set, and none "
+                             "is drawn beside files of yours. Give a new or empty folder")
         from xmask.synthetic import write_dataset  # the generator is not needed to read
 
         return Path(write_dataset("sha", root, **DRAWN))
@@ -286,6 +301,11 @@ def _draw_if_missing(folder: Path | None, root: str | os.PathLike) -> Path:
                          "is a real one, name it 'sha'; if drawing was interrupted, delete it; "
                          "or give another folder.")
     return folder
+
+
+def _is_drawn(path: Path) -> bool:
+    """Whether this is the folder of a drawn data set, or one that holds such a folder."""
+    return (path / MARKER).is_file() or any(path.glob(f"*/{MARKER}"))
 
 
 def _require_whole(

@@ -84,6 +84,15 @@ def save_bundled(model: torch.nn.Module, architecture: dict[str, Any], training:
         "architecture": architecture, "training": training})
 
 
+def check_out(path: Path, overwrite: bool = False) -> None:
+    """Raises ValueError or FileExistsError where weights, and their record, cannot be written."""
+    if path.suffix.lower() == ".json":
+        raise ValueError(f"{path}: the record of the weights gets this name. Give one that ends in "
+                         ".safetensors (--out)")
+    for one in (path, path.with_suffix(".json")):
+        files.check_new(one, overwrite)
+
+
 def bundled_record(path: Path = BUNDLED) -> dict[str, Any]:
     """What lies beside the bundled weights: file, sha256, architecture, how they were trained.
 

@@ -330,7 +330,8 @@ def markdown(claims: pd.DataFrame) -> list[str]:
 
 
 def write(claims: pd.DataFrame, results: str | Path = "results") -> list[Path]:
-    """Write claims.csv and claims.md into `results`; return their paths."""
+    """Write claims.csv and claims.md into `results`; return their paths. Others of these names
+    are set aside."""
     results = Path(results)
     page = ["# Claims, and what holds of them here", "",
             "Written by `notebooks/23_claims.ipynb`, not by hand; `docs/evidence.md` says what it "
@@ -338,8 +339,9 @@ def write(claims: pd.DataFrame, results: str | Path = "results") -> list[Path]:
             "people (MAE) or points of mean IoU, both means over images. \"As good\" allows "
             f"{AS_GOOD[COUNTS]} or {AS_GOOD[MASKS]}.", "",
             *markdown(claims), ""]
-    files.write_text(results / "claims.md", "\n".join(page))
-    files.write_text(results / "claims.csv", claims.to_csv(index=False, float_format="%.6g"))
+    with files.OutputFolder(results, cloned=True):
+        files.write_text(results / "claims.md", "\n".join(page))
+        files.write_text(results / "claims.csv", claims.to_csv(index=False, float_format="%.6g"))
     return [results / "claims.md", results / "claims.csv"]
 
 

@@ -40,7 +40,7 @@ def parts(number: int, dotted: int, bare: int, seed: int) -> list[np.ndarray]:
 
 def trial(dataset: Sequence, out: str | Path, *, dotted: int = 20, bare: int = 40,
           seed: int = 2024, segmenter: str = "bundled", overrides: dict | None = None,
-          work: str | Path = "work/elsewhere", progress: bool = True) -> Path:
+          work: str | Path = "own/elsewhere", progress: bool = True) -> Path:
     """Learn from a part of a dataset and count on the rest, with both models.
 
     dataset: photos with points, as of `open_dataset`. seed: draws who is dotted, and trains. The

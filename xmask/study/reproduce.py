@@ -93,10 +93,11 @@ def plan(profile: str, *, data: str = "", sam: str = "",
     if compared and profile in COMPARED:
         of_first = [(run, v) for run, v in runs if run.dataset == first]
         evaluated = [step for step in planned if step.name.startswith(f"evaluate {first}-")]
+        if profile in steps.DRAWN:  # the claims read their table, and share a folder of figures
+            moved = _constant_steps([run for run, v in of_first if v == "xmask"
+                                     and run.percent == middle], settings)
+            planned, evaluated = planned + moved, [*evaluated, moved[-1]]
         planned += _claim_steps(of_first, settings, evaluated)
-        if profile in steps.DRAWN:
-            planned += _constant_steps([run for run, v in of_first if v == "xmask"
-                                        and run.percent == middle], settings)
     return planned
 
 
@@ -184,7 +185,7 @@ def _claims_fingerprint() -> str:
     """Of every run that claims may read: they are of several profiles."""
     inputs = [path for profile in COMPARED for name in (
         "runs/*/metrics.json", "runs/*/history.csv", "runs/*/other_masks.json",
-        "runs/*/calibrated.json", "edp_sam/scenes.csv")
+        "runs/*/calibrated.json", "edp_sam/scenes.csv", "constants.csv")
               for path in sorted(steps.results_folder(profile).glob(name))]
     return provenance.fingerprint(("xmask.study.claims", "xmask.study.claim_figures"),
                                   [(path.as_posix(), files.sha256(path)) for path in inputs])

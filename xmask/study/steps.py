@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import difflib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache
@@ -41,16 +42,21 @@ DRAWN = {"demo": {"train": 100, "test": 16, "seed": 2024},
 # -- notebooks -----------------------------------------------------------------------------
 
 
-def enter_root() -> Path:
-    """Change to the repository's root, the folder above that holds `notebooks` and `xmask`."""
-    here = Path.cwd()
+def enter_root(start: Path | None = None) -> Path:
+    """Change to the repository's root: `start`, by default the current folder, or one above it.
+
+    Another project with notebooks is none: the root's pyproject.toml is the one of xmask.
+    """
+    here = start or Path.cwd()
     for folder in (here, *here.parents):
-        if (folder / "notebooks").is_dir() and (folder / "pyproject.toml").is_file():
+        project = folder / "pyproject.toml"
+        if (folder / "notebooks").is_dir() and project.is_file() and re.search(
+                r'^name\s*=\s*"xmask"', project.read_text(encoding="utf-8"), re.MULTILINE):
             os.chdir(folder)
             return folder
     raise FileNotFoundError(
         f"{here} is not inside a clone of the repository (no folder above it holds `notebooks` "
-        "and `pyproject.toml`); start Jupyter or papermill in the clone")
+        "and the `pyproject.toml` of xmask); work in the clone")
 
 
 def check_parameters(inputs: Sequence[str]) -> None:

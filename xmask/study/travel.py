@@ -120,7 +120,7 @@ def needed(parameters: dict[str, Any]) -> list[str]:
     work, results = steps.work_folder(profile), steps.results_folder(profile)
     paths = [work / "stamps", *([work / "data"] if profile in steps.DRAWN else [])]
     if "variant" not in parameters:  # tables and figures of all runs
-        paths += [results, Path("figures") / profile]
+        paths += [results, Path("figures") / profile, Path("figures") / "claims"]
     else:
         percent = (parameters.get("percents") or [parameters.get("percent")])[0]
         run = steps.configure(profile, parameters["dataset"], percent, parameters.get("seed", 1),

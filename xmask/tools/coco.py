@@ -19,6 +19,13 @@ from pycocotools import mask as coco_mask
 from xmask import files
 
 
+def check_folder(folder: files.OutputFolder, mark: str, what: str) -> None:
+    """Raises ValueError where another command has written `mark`: coco.json is one command's."""
+    if folder.is_listed(folder.path / mark) and (folder.path / mark).is_file():
+        raise ValueError(f"{folder.path}: holds {what}, whose coco.json would be lost. Give "
+                         "another folder (--out), or --overwrite to replace it")
+
+
 def encode(labels: np.ndarray) -> dict[int, dict[str, Any]]:
     """RLE of every instance of a label map: {k: {"size": [H, W], "counts": str}}.
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,14 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw
 
-from xmask import files, nnec
+from xmask import files, nnec, provenance
 from xmask.data.images import read_labels
 from xmask.data.masks import read_masks
 from xmask.edp_sam import keep_connected, point_prompts
 from xmask.segmenters import Prompts, Segmenter
 
 ACTIONS = ("drop", "disc", "prompt")
+PATIENCE = 5.0  # seconds to wait for another tool that is saving
 
 
 def apply(labels: np.ndarray, points: np.ndarray, edits: list[dict[str, Any]],
@@ -95,17 +98,65 @@ def _check(edit: dict[str, Any], heads: int) -> None:
 
 
 def save(folder: str | os.PathLike, name: str, labels: np.ndarray,
-         edits: list[dict[str, Any]]) -> Path:
+         edits: list[dict[str, Any]], *, since: list[dict[str, Any]] | None = None) -> Path:
     """Write corrected/<name>.png and .json (the edits) beside the automatic masks of `folder`.
 
     labels: (H, W) int label map. edits: as `apply` takes them; "segmenter" in a "prompt" says
-    which one answered (its `describe()`). Returns the path of the .png.
+    which one answered (its `describe()`). since: the edits that these go on from. Returns the
+    path of the .png.
+    Raises ValueError, writing nothing, if others than `since` are saved by now, and what
+    `files.OutputFolder` does, which `corrected` is.
     """
-    place = Path(folder) / "corrected"
-    files.write_json(place / f"{name}.json", {
-        "image": name, "automatic": files.sha256(Path(folder) / f"{name}.png"), "edits": edits})
-    files.write_png(place / f"{name}.png", labels.astype(np.uint16))
-    return place / f"{name}.png"
+    png = Path(folder) / "corrected" / f"{name}.png"
+    with _corrections(Path(folder), name):
+        if since is not None and _seal(since) != _seal(read_edits(folder, name)):
+            raise ValueError(f"{name}: edited elsewhere since it was opened here, so nothing was "
+                             "saved. Choose another image and this one again, or run the cell "
+                             "again, to go on from those edits")
+        files.write_png(png, labels.astype(np.uint16))
+        files.write_json(png.with_suffix(".json"), {
+            "image": name, "automatic": files.sha256(Path(folder) / f"{name}.png"),
+            "edits": edits, "seal": _seal(edits, png)})
+    return png
+
+
+@contextmanager
+def _corrections(folder: Path, name: str) -> Iterator[None]:
+    """The folder of corrections, open for an image. Earlier versions kept no record: there, edits
+    are known by what they say; a map that they do not seal may be a person's, and is set aside."""
+    place = folder / "corrected"
+    earlier = not files.read_record(place) and any(map(_noted, place.glob("*.json")))
+    try:
+        with files.OutputFolder(place, overwrite=earlier, wait=PATIENCE) as held:
+            held.overwrite = False
+            edits, png = (place / f"{name}.{kind}" for kind in ("json", "png"))
+            if noted := _noted(edits):
+                if png.is_file() and not held.is_listed(png):
+                    if noted.get("seal") == _seal(noted["edits"], png):
+                        held.note(png, files.sha256(png))
+                    else:
+                        held.set_aside(png, "of an earlier version, or changed")
+                if not held.is_listed(edits):
+                    held.note(edits, files.sha256(edits))
+            yield
+    except FileExistsError:
+        raise FileExistsError(f"{place}: holds files of yours where corrections of {name} belong, "
+                              "and nothing was saved. Move them elsewhere, then press again"
+                              ) from None
+
+
+def _noted(path: Path) -> dict[str, Any]:
+    """What the file of an image's edits holds; {} if it is none."""
+    try:
+        noted = files.read_json(path)
+    except (OSError, ValueError):
+        return {}
+    return noted if {"image", "automatic", "edits"} <= set(noted) else {}
+
+
+def _seal(edits: list[dict[str, Any]], png: Path | None = None) -> str:
+    """A digest of edits and the map that they made: whether the two belong together."""
+    return provenance.digest(edits, files.sha256(png) if png and png.is_file() else "")
 
 
 def read_edits(folder: str | os.PathLike, name: str) -> list[dict[str, Any]]:
@@ -116,7 +167,10 @@ def read_edits(folder: str | os.PathLike, name: str) -> list[dict[str, Any]]:
     path = Path(folder) / "corrected" / f"{name}.json"
     if not path.is_file():
         return []
-    noted = files.read_json(path)
+    noted = _noted(path)
+    if not noted:
+        raise ValueError(f"{path}: expected the edits of an image, found something else. Move it "
+                         "elsewhere")
     if noted["automatic"] != files.sha256(Path(folder) / f"{name}.png"):
         raise ValueError(f"{path}: made for other automatic masks of {name} than {folder} holds "
                          "now; look at them again, or delete this file")
@@ -128,10 +182,19 @@ def read_edits(folder: str | os.PathLike, name: str) -> list[dict[str, Any]]:
 
 
 def read_corrected(folder: str | os.PathLike, name: str) -> np.ndarray:
-    """The corrected label map where there is one, else the automatic one: (H, W) int32."""
+    """The corrected label map where there is one, else the automatic one: (H, W) int32.
+
+    Raises ValueError if the map is not the one that the edits made.
+    """
     if not read_edits(folder, name):
         return read_masks(folder, name)
-    return read_labels(Path(folder) / "corrected" / f"{name}.png")
+    png = Path(folder) / "corrected" / f"{name}.png"
+    noted = _noted(png.with_suffix(".json"))
+    if noted.get("seal", "") not in ("", _seal(noted["edits"], png)) or not png.is_file():
+        raise ValueError(f"{png}: not the map that the edits in {name}.json made, because saving "
+                         "was stopped or one of the two was changed. Any edit of this image in "
+                         "notebook 14 makes the map again")
+    return read_labels(png)
 
 
 def close_up(image: np.ndarray, labels: np.ndarray, points: np.ndarray, k: int,
@@ -206,7 +269,7 @@ class Corrector:
             sample = self.dataset[self.dataset.ids.index(name)]
             automatic = read_masks(self.folder, name)
             edits = read_edits(self.folder, name)
-            labels = read_corrected(self.folder, name)
+            labels = self._corrected(name, automatic, edits, sample)
             table = pd.read_csv(self.folder / f"{name}.csv", keep_default_na=False)
         except (OSError, ValueError) as error:
             for button in self.buttons.values():
@@ -221,6 +284,19 @@ class Corrector:
         self.rank.max = max(len(self.order), 1)
         self.rank.value = 1
         self.look()
+
+    def _corrected(self, name: str, automatic: np.ndarray, edits: list[dict[str, Any]],
+                   sample: Any) -> np.ndarray:
+        """The map that is saved, made again from the edits unless it is sure to be theirs."""
+        png = self.folder / "corrected" / f"{name}.png"
+        noted = _noted(png.with_suffix(".json"))
+        sure = bool(noted) and noted.get("seal") == _seal(noted["edits"], png)
+        others = any(edit["action"] == "prompt" and "segmenter" in edit
+                     and _seal([edit["segmenter"]]) != _seal([self.segmenter.describe()])
+                     for edit in edits)
+        if sure or others:  # another segmenter's masks cannot be made again
+            return read_corrected(self.folder, name)
+        return apply(automatic, sample.points, edits, sample.image, self.segmenter)
 
     def look(self) -> None:
         """Another head: the box starts around its mask."""
@@ -271,12 +347,12 @@ class Corrector:
             todo = [{"head": self.head, "action": action, **extra}]
             before, edits = self.labels, self.edits + todo
         try:
-            self.labels = apply(before, self.points, todo, self.sample.image, self.segmenter)
-        except ValueError as error:
+            labels = apply(before, self.points, todo, self.sample.image, self.segmenter)
+            save(self.folder, self.opened, labels, edits, since=self.edits)
+        except (OSError, ValueError) as error:
             self.status.value = str(error)
             return
-        self.edits = edits
-        save(self.folder, self.opened, self.labels, self.edits)
+        self.labels, self.edits = labels, edits
         self.show()
 
 

@@ -33,10 +33,13 @@ def make(dataset: Sequence, indices: list[int], segmenter: Segmenter, out: str |
     shard, options: as of `masks.mask_dataset`. kept: as of `files.OutputFolder`. Of shards, the
     last one to come to its end writes the two files. Returns what to tell about it, line by line,
     and the error to end with if some images got no masks.
+    Raises ValueError, without overwrite, for a folder with results of `xmask predict`.
     """
     failure, written, out = None, [], Path(out)
     names = [dataset.ids[i] for i in masks.part_of(indices, shard)]
     with files.OutputFolder(out, overwrite=overwrite, shard=shard, kept=kept) as folder:
+        if not overwrite:
+            coco.check_folder(folder, "model.json", "results of `xmask predict`")
         try:
             masks.mask_dataset(dataset, indices, segmenter, out, shard=shard, anew=overwrite,
                                overwrite=overwrite, **options)

@@ -116,6 +116,16 @@ def export(run: str | os.PathLike, out: str | os.PathLike, *, half: bool = False
     return Path(out)
 
 
+def check_apart(run: str | os.PathLike, out: str | os.PathLike) -> None:
+    """Raises ValueError where a file made from a model would lie in its run folder, or be it."""
+    source = BUNDLED.get(os.fspath(run)) or Path(run)
+    if source.name == "checkpoint.pt":
+        source = source.parent
+    if Path(out).resolve().is_relative_to(source.resolve()):
+        raise ValueError(f"{out}: belongs to the model that is exported, which stays as it is. "
+                         "Give a name elsewhere (--out)")
+
+
 def _read_run(folder: Path) -> tuple[nn.Module, configuration.Config, dict[str, Any]]:
     """Network with the weights that evaluation uses, configuration and record of a run folder."""
     file = folder / "config.json"

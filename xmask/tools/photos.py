@@ -44,7 +44,8 @@ class Photo:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of counts.csv: `count` is None and `error` says why where an image failed; `low` and
+    """A line of counts.csv: `error` says why where an image failed, and `count` is None unless an
+    earlier call has counted it; `low` and
     `high` are the count's interval where the model is calibrated."""
 
     image: str
@@ -131,17 +132,20 @@ def run(photos: Sequence[Photo], model: Predictor, out: str | os.PathLike, *,
     Written for a photo named N: `N.points.csv` (counted heads: x, y, score, area in pixels),
     `N.masks.png` (16-bit label map, value k the head of line k), `N.overlay.png`. Written for all
     results in the folder, of earlier calls, too: `counts.csv` (by name, and what failed in this
-    call) and `coco.json` (all masks as RLE). Written for this call: `model.json` (the record of
-    the model and the thresholds). A photo keeps its name from call to call; another one of the
-    same name gets the name of its folder before its own.
-    Raises ValueError for a max_side that no image can have, and what `files.OutputFolder` does.
+    call, beside the count of an earlier one) and `coco.json` (all masks as RLE). Written for this
+    call: `model.json` (the record of the model and the thresholds). A photo keeps its name from
+    call to call; another one of the same name gets the name of its folder before its own.
+    Raises ValueError for a max_side that no image can have, and, without overwrite, for a folder
+    with masks of `xmask masks` or results of another model; and what `files.OutputFolder` does.
     """
     check_side(max_side)
     with files.OutputFolder(out, overwrite=overwrite,
                             kept=[photo.path for photo in photos]) as folder:
+        results, rows = _Results(folder, model, max_side), []
+        if not overwrite:
+            results.check()
         for name in ("counts.csv", "coco.json", "model.json"):
             folder.make_way(folder.path / name)
-        results, rows = _Results(folder, model, max_side), []
         bar = tqdm(photos, desc="predict", unit="image", disable=not progress)
         for photo in bar:
             bar.set_postfix_str(_plain(photo.name[-30:]), refresh=False)
@@ -167,10 +171,19 @@ class _Results:
         self.place = folder.path / files.HIDDEN
         self.source: dict[str, str] = {}  # where a photo lies -> its name
         self.image: dict[str, str] = {}  # name in lower case -> checksum of its photo
+        self.others = 0  # results that are known to be of other weights
         for path in sorted((self.place / "notes").glob("*.json")):
             if note := self._note(path.stem):
                 self.source[note["source"]] = path.stem
                 self.image[path.stem.casefold()] = note["image"]
+                self.others += note.get("model", self.settings[0]) != self.settings[0]
+
+    def check(self) -> None:
+        """Raises ValueError where results in the folder are of another command or model."""
+        coco.check_folder(self.folder, "manifest.json", "masks of `xmask masks`")
+        if self.others:
+            raise ValueError(f"{self.folder.path}: holds {self.others} results of another model. "
+                             "Give another folder (--out), or --overwrite to replace them")
 
     def _note(self, name: str) -> dict[str, Any] | None:
         """What is known of a result; None if nothing, or if its note is damaged."""
@@ -235,10 +248,11 @@ class _Results:
         table = pd.DataFrame(found.heads, columns=["x", "y"]).assign(
             score=found.scores[found.counted], area=area)
         points, masks, picture = results
+        # the largest first: on a full disk, numbers of an earlier call stay
+        files.write_png(picture, overlay(image, labels, found.heads))
+        files.write_png(masks, labels.astype(np.uint16))
         files.write_text(points, table.to_csv(index=False, float_format="%.6g",
                                               lineterminator="\n"))
-        files.write_png(masks, labels.astype(np.uint16))
-        files.write_png(picture, overlay(image, labels, found.heads))
         table = pd.read_csv(points).assign(head=range(1, len(table) + 1), source="predicted")
         with files.replacing(fragment) as temporary, open(temporary, "w", encoding="utf-8") as file:
             for one in coco.annotations(labels, table):
@@ -248,12 +262,17 @@ class _Results:
 
     def write_tables(self, failed: list[Row]) -> None:
         """counts.csv and coco.json, of all results and of what failed in this call."""
-        lost = {os.fspath(Path(row.image).absolute()) for row in failed}
+        without = {os.fspath(Path(row.image).absolute()): row for row in failed}
         kept, others = [], 0
         for path in (self.place / "notes").glob("*.json"):
             note, part = self._note(path.stem), self._paths(path.stem)[-1]
             if note and part.is_file() and files.sha256(part) == note["files"].get(part.name):
-                kept += [note["row"]] if note["source"] not in lost else []
+                if note["source"] in without:
+                    if self._is_changed(note, path.stem):
+                        continue
+                    # what an earlier call has finished stays, with what failed in this one
+                    note["row"] |= {"error": without.pop(note["source"]).error}
+                kept.append(note["row"])
                 others += note.get("model") != self.settings[0]
             else:
                 _log.warning("%s: the notes about %s are damaged, so counts.csv and coco.json "
@@ -262,7 +281,7 @@ class _Results:
             _log.warning("%s: %d of the %d results in counts.csv and coco.json are of another "
                          "model or an earlier version; predict those photos again, or give every "
                          "model a folder of its own", self.folder.path, others, len(kept))
-        rows = [*failed, *(Row(**row) for row in kept)]
+        rows = [*without.values(), *(Row(**row) for row in kept)]
         rows.sort(key=lambda row: (row.name, row.image))
         table = pd.DataFrame(rows, columns=[field.name for field in dataclasses.fields(Row)])
         table = table.astype(dict.fromkeys(
@@ -276,7 +295,12 @@ class _Results:
                             {"description": text, "version": record["sha256"]},
                             (({"file_name": row.image, "width": row.width, "height": row.height,
                                "count": row.count}, self._annotations(row.name))
-                             for row in rows if not row.error))
+                             for row in rows if row.count is not None))
+
+    def _is_changed(self, note: dict[str, Any], name: str) -> bool:
+        """Whether points or masks are not as a result's note says; to remove them is no change."""
+        return any(path.is_file() and files.sha256(path) != note["files"].get(path.name)
+                   for path in self._paths(name)[:2])
 
     def _annotations(self, name: str) -> Iterator[dict[str, Any]]:
         with open(self._paths(name)[-1], encoding="utf-8") as file:
