@@ -409,6 +409,34 @@ class OutputFolder:
         elif self.is_listed(path) and os.path.lexists(path):
             self.set_aside(path)
 
+    def keep_earlier(self, *names: str) -> None:
+        """Move results that are about to be made anew into a new folder, `earlier-1`, and say so.
+
+        Ours are copied there before the first one is removed, in the order of `names`: whenever
+        the process is killed, they are whole in one of the two. Others go with them.
+        """
+        there = [path for path in map(self.path.joinpath, names) if os.path.lexists(path)]
+        ours, number = list(filter(self.is_intact, there)), 1
+        while os.path.lexists(aside := self.path / f"earlier-{number}"):
+            number += 1
+        aside.mkdir()
+        for path in ours:
+            with replacing(aside / path.name) as temporary:
+                shutil.copyfile(path, temporary)
+        for path in there:
+            path.unlink() if path in ours else os.rename(path, aside / path.name)
+        _log.warning("%s: what was there is kept in %s, and made anew", self.path, aside.name)
+
+    def remove_earlier(self) -> None:
+        """Remove what `keep_earlier` has kept, now that the new results are there; a folder with
+        anything that we did not write stays."""
+        for aside in self.path.glob("earlier-*"):
+            found = [] if aside.is_symlink() or not aside.is_dir() else list(aside.iterdir())
+            if found and all(map(self.is_intact, found)):
+                for path in found:
+                    self.remove(path)
+                aside.rmdir()
+
     def _check_kept(self, path: Path) -> None:
         if any(path.exists() and one.exists() and os.path.samefile(one, path)
                for one in self.kept.get(path.name.casefold(), ())):
@@ -427,7 +455,9 @@ class OutputFolder:
         return (path.parent.resolve() / path.name).relative_to(self._key).as_posix()
 
     def set_aside(self, path: Path, why: str = "changed since xmask wrote it") -> None:
-        """Give a file another name, which is free, and say so."""
+        """Give a file another name, which is free, and say so; FileExistsError if the command reads
+        it."""
+        self._check_kept(path)
         number = 1
         while os.path.lexists(aside := path.with_name(f"{path.name}.set-aside-{number}")):
             number += 1
