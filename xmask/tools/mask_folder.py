@@ -38,7 +38,8 @@ def make(dataset: Sequence, indices: list[int], segmenter: Segmenter, out: str |
     names = [dataset.ids[i] for i in masks.part_of(indices, shard)]
     with files.OutputFolder(out, overwrite=overwrite, shard=shard, kept=kept) as folder:
         try:
-            masks.mask_dataset(dataset, indices, segmenter, out, shard=shard, anew=overwrite,
+            masks.mask_dataset(dataset, indices, segmenter, out, shard=shard,
+                               other="replace" if overwrite else "refuse",
                                overwrite=overwrite, **options)
         except masks.MasksFailed as error:
             failure = error
