@@ -323,6 +323,38 @@ def test_half_a_line_of_a_killed_process_spoils_no_record(tmp_path):
     assert set(files.read_record(tmp_path)) == {"a.txt", "c.txt"}
 
 
+@pytest.mark.parametrize("link", [".xmask", ".xmask/record.jsonl", ".xmask/lock", ".xmask/notes",
+                                  ".xmask/trying/IMG_1"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_link_in_the_hidden_part_is_not_followed(link, overwrite, tmp_path):
+    mine, out = tmp_path / "mine", tmp_path / "out"
+    mine.mkdir()
+    (mine / "dots.csv").write_text("x,y\n1,2")
+    with files.OutputFolder(out):
+        files.write_text(out / "a.txt", "a")
+    place = out / link
+    place.parent.mkdir(exist_ok=True)
+    if place.is_dir():
+        shutil.rmtree(place)
+    place.unlink(missing_ok=True)
+    place.symlink_to(mine if link in (".xmask", ".xmask/notes") else mine / "dots.csv")
+    with pytest.raises(ValueError, match=f"{place.name}: is a link.*new or empty folder"):
+        with files.OutputFolder(out, overwrite=overwrite):
+            pass
+    assert [one.name for one in mine.iterdir()] == ["dots.csv"]
+    assert (mine / "dots.csv").read_text() == "x,y\n1,2"
+
+
+@pytest.mark.parametrize("content", ["x,y\n1,2\n3,4", "x,y", "{}\n"])
+def test_a_record_that_is_none_is_refused_and_stays(content, tmp_path):
+    (tmp_path / ".xmask").mkdir()
+    (tmp_path / ".xmask" / "record.jsonl").write_text(content)
+    with pytest.raises(ValueError, match="record.jsonl, line 1: not a record of xmask"):
+        with files.OutputFolder(tmp_path, overwrite=True):
+            pass
+    assert (tmp_path / ".xmask" / "record.jsonl").read_text() == content
+
+
 def test_no_name_leads_out_of_a_folder(tmp_path):
     (tmp_path / "victim.txt").write_text("mine")
     with files.OutputFolder(tmp_path / "out", cloned=True):

@@ -306,6 +306,7 @@ class OutputFolder:
                     hidden / f"shard-{shard}", self.wait, f"{self.path}: another process fills it "
                     f"as shard {shard}. Wait for it or end it, then run the same command again"))
             with _held(hidden / "record.lock", _PATIENCE):
+                read_record(self.path)  # whether it is one, before it is changed
                 _begin_record(self.path)
             for place in hidden.glob("**/"):
                 _remove_abandoned(place)
@@ -335,6 +336,11 @@ class OutputFolder:
         _check_space(self.path)
         if not self.path.is_dir():
             return
+        hidden = self.path / HIDDEN
+        for path in (hidden, *hidden.rglob("*")):
+            if path.is_symlink():
+                raise ValueError(f"{path}: is a link, and xmask makes none there, so what it leads "
+                                 "to stays as it is. Give a new or empty folder (--out)")
         others = sorted(one.name for one in self.path.iterdir() if not _is_nobodys(one))
         if others and not (self.overwrite or self.cloned) and not _record(self.path).is_file():
             more = f" and {len(others) - 1} more" if len(others) > 1 else ""
@@ -474,7 +480,10 @@ def read_record(folder: str | os.PathLike) -> dict[str, set[str]]:
     path = _record(Path(folder))
     if not path.is_file():
         return {}
-    lines = path.read_bytes().split(b"\n")[:-1]  # the last one is empty, or was cut off by a kill
+    content = path.read_bytes()
+    lines = content.split(b"\n")[:-1]  # the last one is empty, or was cut off by a kill
+    if content and not lines:
+        lines = [content]  # the first one never is
     known: dict[str, set[str]] = {}
     for number, line in enumerate(lines, start=1):
         try:
