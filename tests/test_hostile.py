@@ -355,6 +355,25 @@ def test_a_record_that_is_none_is_refused_and_stays(content, tmp_path):
     assert (tmp_path / ".xmask" / "record.jsonl").read_text() == content
 
 
+def test_a_folder_that_stayed_empty_goes_before_another_process_can_have_it(tmp_path, monkeypatch):
+    removed, unlink = [], Path.unlink
+
+    def checked(path, **options):
+        if path.name == "record.jsonl":
+            with pytest.raises(files.FolderInUse), files.lock(tmp_path / "out"):
+                pass
+        removed.append(path.name)
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", checked)
+    with files.OutputFolder(tmp_path / "out"):
+        removed.clear()
+    assert removed.index("record.jsonl") < removed.index("lock") and not list(tmp_path.iterdir())
+    with files.OutputFolder(tmp_path / "out"):
+        files.write_text(tmp_path / "out" / "a.txt", "a")
+    assert set(files.read_record(tmp_path / "out")) == {"a.txt"}
+
+
 def test_no_name_leads_out_of_a_folder(tmp_path):
     (tmp_path / "victim.txt").write_text("mine")
     with files.OutputFolder(tmp_path / "out", cloned=True):

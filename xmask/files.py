@@ -323,10 +323,13 @@ class OutputFolder:
         if self._open.get(self._key) is not self:
             return  # entered within itself
         del self._open[self._key]
-        self._stack.close()
-        if self._made and not self.shard and all(map(_is_nobodys, self.path.iterdir())):
-            shutil.rmtree(self.path / HIDDEN)
-            self.path.rmdir()
+        with self._stack, suppress(OSError):  # another process may make the folder anew meanwhile
+            if self._made and not self.shard and all(map(_is_nobodys, self.path.iterdir())):
+                hidden = self.path / HIDDEN
+                for one in sorted(hidden.iterdir(), key=lambda one: one.name == "lock"):
+                    shutil.rmtree(one) if one.is_dir() else one.unlink()  # the lock goes last
+                hidden.rmdir()
+                self.path.rmdir()
 
     def check(self) -> None:
         """Raises, writing nothing, where results cannot go into this folder."""
