@@ -413,6 +413,18 @@ def test_equal_models_are_equal_files(tmp_path):
         assert file.metadata() == dict.fromkeys("abc", '"é')
 
 
+def test_what_a_record_lists_in_a_folder_below_is_ours_too(tmp_path, caplog):
+    run, picture = tmp_path / "run", np.zeros((9, 9, 3), np.uint8)
+    with files.OutputFolder(run):
+        for name in ("ours.png", "changed.png"):
+            files.write_png(run / "predictions" / name, picture)
+    for name in ("changed.png", "mine.png"):
+        Image.fromarray(picture + 1).save(run / "predictions" / name)
+    for pattern in (f"{run}/**/*.png", f"{run}/predictions", f"{tmp_path}/r*/predictions/*.png"):
+        assert [photo.path.name for photo in photos.find([pattern])] == ["mine.png"]
+    assert "changed.png: left out" in caplog.text
+
+
 def test_files_have_the_permissions_that_the_umask_asks_for(tmp_path):
     before = os.umask(0o027)
     try:
@@ -456,6 +468,14 @@ def test_drawing_replaces_no_annotation(tmp_path, layout, place, capsys):
     said = capsys.readouterr().err
     assert status == 1 and mine.name in said and "stays as it is" in said
     assert mine.read_text() == "mine"
+
+
+def test_a_link_to_a_disk_that_is_away_is_a_file_that_is_there(tmp_path):
+    link = tmp_path / "table.csv"
+    link.symlink_to(tmp_path / "away" / "table.csv")
+    with pytest.raises(FileExistsError, match="table.csv: is there already"):
+        files.check_new(link, overwrite=False)
+    files.check_new(link, overwrite=True)
 
 
 @pytest.mark.parametrize("words", [

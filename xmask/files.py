@@ -20,6 +20,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -165,7 +166,7 @@ def check_new(path: str | os.PathLike, overwrite: bool) -> None:
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path}: is a folder; give the name of a file (--out)")
-    if path.exists() and not overwrite:
+    if os.path.lexists(path) and not overwrite:  # a link to a disk that is away, too
         raise FileExistsError(f"{path}: is there already, and nothing was written. Give another "
                               "name (--out), or --overwrite to replace it")
     _check_space(path.parent)
@@ -508,12 +509,11 @@ def read_record(folder: str | os.PathLike) -> dict[str, set[str]]:
 def without_ours(paths: Iterable[Path]) -> list[Path]:
     """The paths, sorted, without files that this package wrote; one that it wrote and somebody
     changed is left out, too, and named."""
-    records: dict[Path, dict[str, set[str]]] = {}
+    read = cache(read_record)
     left = []
     for path in sorted(paths):
-        if path.parent not in records:
-            records[path.parent] = read_record(path.parent)
-        known = records[path.parent].get(path.name)
+        beside, above = path.absolute().parents[0], path.absolute().parents[:2][-1]
+        known = read(beside).get(path.name) or read(above).get(f"{beside.name}/{path.name}")
         if known is None:
             left.append(path)
         elif path.is_file() and sha256(path) not in known:
