@@ -226,16 +226,34 @@ def stopped(*_, **__):
     raise KeyboardInterrupt
 
 
-def test_a_users_model_in_the_folder_is_named_before_training(photos, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["model.safetensors", "checkpoint.pt"])
+def test_a_users_file_with_a_needed_name_is_told_before_anything_is_made(photos, tmp_path, name):
     folder, _ = photos
-    with files.OutputFolder(tmp_path / "run"):
-        files.write_text(tmp_path / "run" / "history.csv", "")
-    (tmp_path / "run" / "model.safetensors").write_text("mine")
-    monkeypatch.setattr(learn.training, "fit", None)
-    with pytest.raises(FileExistsError, match="model.safetensors: was not written by xmask"):
+    out = tmp_path / "run"
+    with files.OutputFolder(out):
+        files.write_text(out / "history.csv", "")
+    (out / name).write_text("mine")
+    with pytest.raises(FileExistsError, match=f"{name}: was not written by xmask"):
+        learn.learn(*learn.read_folder(folder), out, learn.configure(TINY), segmenter="classical",
+                    progress=False)
+    assert (out / name).read_text() == "mine" and not (out / "masks").exists()
+
+
+def test_a_finished_model_stays_where_a_checkpoint_makes_it_look_unfinished(
+        photos, tmp_path, monkeypatch):
+    folder, _ = photos
+
+    def run():
         learn.learn(*learn.read_folder(folder), tmp_path / "run", learn.configure(TINY),
                     segmenter="classical", progress=False)
-    assert (tmp_path / "run" / "model.safetensors").read_text() == "mine"
+
+    run()
+    model = (tmp_path / "run" / "model.safetensors").read_bytes()
+    (tmp_path / "run" / "checkpoint.pt").write_text("of another run")
+    monkeypatch.setattr(learn.training, "fit", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == model
 
 
 def test_a_folder_of_the_users_takes_no_model(photos, tmp_path):

@@ -96,6 +96,9 @@ def _learn(dotted: OwnPhotos, bare: OwnPhotos, folder: files.OutputFolder, setti
             and files.read_json(record).get("fingerprint") == fingerprint)
     if same and not unfinished and folder.is_intact(weights):
         return out  # finished before
+    for needed in (weights, out / "checkpoint.pt"):
+        if not folder.is_listed(needed):
+            folder.make_way(needed)  # the user's own is named now, not when training has ended
     _check_start(settings, shipped)
     (dotted, damaged), (bare, more) = dotted.sound(), bare.sound()
     for message in damaged + more:
@@ -116,11 +119,10 @@ def _learn(dotted: OwnPhotos, bare: OwnPhotos, folder: files.OutputFolder, setti
         network.load_state_dict(shipped.network.state_dict())
     trainer.initialisation = initialisation
     # what is of other photos or settings is not to stand beside a new record
-    if folder.is_intact(weights) and not same:
+    if not same and any(map(folder.is_intact, (weights, report))):
         folder.keep_earlier(weights.name, report.name, "history.csv", record.name)
-    for stale in (weights, report):
-        folder.remove(stale)
-    folder.make_way(weights)  # the user's own file is named now, not when training has ended
+    if not folder.is_intact(weights):
+        folder.remove(weights)
     written = {
         **evaluation.identity(settings, synthetic=False),
         "backbone": {"name": settings.network.backbone, "initialisation": initialisation},
