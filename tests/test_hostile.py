@@ -333,6 +333,57 @@ def test_half_a_line_of_a_killed_process_spoils_no_record(tmp_path):
     assert set(files.read_record(tmp_path)) == {"a.txt", "c.txt"}
 
 
+@pytest.mark.parametrize("link", [".xmask", ".xmask/record.jsonl", ".xmask/lock", ".xmask/notes",
+                                  ".xmask/trying/IMG_1"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_link_in_the_hidden_part_is_not_followed(link, overwrite, tmp_path):
+    mine, out = tmp_path / "mine", tmp_path / "out"
+    mine.mkdir()
+    (mine / "dots.csv").write_text("x,y\n1,2")
+    with files.OutputFolder(out):
+        files.write_text(out / "a.txt", "a")
+    place = out / link
+    place.parent.mkdir(exist_ok=True)
+    if place.is_dir():
+        shutil.rmtree(place)
+    place.unlink(missing_ok=True)
+    place.symlink_to(mine if link in (".xmask", ".xmask/notes") else mine / "dots.csv")
+    with pytest.raises(ValueError, match=f"{place.name}: is a link.*new or empty folder"):
+        with files.OutputFolder(out, overwrite=overwrite):
+            pass
+    assert [one.name for one in mine.iterdir()] == ["dots.csv"]
+    assert (mine / "dots.csv").read_text() == "x,y\n1,2"
+
+
+@pytest.mark.parametrize("content", ["x,y\n1,2\n3,4", "x,y", "{}\n"])
+def test_a_record_that_is_none_is_refused_and_stays(content, tmp_path):
+    (tmp_path / ".xmask").mkdir()
+    (tmp_path / ".xmask" / "record.jsonl").write_text(content)
+    with pytest.raises(ValueError, match="record.jsonl, line 1: not a record of xmask"):
+        with files.OutputFolder(tmp_path, overwrite=True):
+            pass
+    assert (tmp_path / ".xmask" / "record.jsonl").read_text() == content
+
+
+def test_a_folder_that_stayed_empty_goes_before_another_process_can_have_it(tmp_path, monkeypatch):
+    removed, unlink = [], Path.unlink
+
+    def checked(path, **options):
+        if path.name == "record.jsonl":
+            with pytest.raises(files.FolderInUse), files.lock(tmp_path / "out"):
+                pass
+        removed.append(path.name)
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", checked)
+    with files.OutputFolder(tmp_path / "out"):
+        removed.clear()
+    assert removed.index("record.jsonl") < removed.index("lock") and not list(tmp_path.iterdir())
+    with files.OutputFolder(tmp_path / "out"):
+        files.write_text(tmp_path / "out" / "a.txt", "a")
+    assert set(files.read_record(tmp_path / "out")) == {"a.txt"}
+
+
 def test_no_name_leads_out_of_a_folder(tmp_path):
     (tmp_path / "victim.txt").write_text("mine")
     with files.OutputFolder(tmp_path / "out", cloned=True):
@@ -370,6 +421,18 @@ def test_equal_models_are_equal_files(tmp_path):
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
     with safe_open(tmp_path / "abc", "pt") as file:
         assert file.metadata() == dict.fromkeys("abc", '"é')
+
+
+def test_what_a_record_lists_in_a_folder_below_is_ours_too(tmp_path, caplog):
+    run, picture = tmp_path / "run", np.zeros((9, 9, 3), np.uint8)
+    with files.OutputFolder(run):
+        for name in ("ours.png", "changed.png"):
+            files.write_png(run / "predictions" / name, picture)
+    for name in ("changed.png", "mine.png"):
+        Image.fromarray(picture + 1).save(run / "predictions" / name)
+    for pattern in (f"{run}/**/*.png", f"{run}/predictions", f"{tmp_path}/r*/predictions/*.png"):
+        assert [photo.path.name for photo in photos.find([pattern])] == ["mine.png"]
+    assert "changed.png: left out" in caplog.text
 
 
 def test_files_have_the_permissions_that_the_umask_asks_for(tmp_path):
@@ -415,6 +478,14 @@ def test_drawing_replaces_no_annotation(tmp_path, layout, place, capsys):
     said = capsys.readouterr().err
     assert status == 1 and mine.name in said and "stays as it is" in said
     assert mine.read_text() == "mine"
+
+
+def test_a_link_to_a_disk_that_is_away_is_a_file_that_is_there(tmp_path):
+    link = tmp_path / "table.csv"
+    link.symlink_to(tmp_path / "away" / "table.csv")
+    with pytest.raises(FileExistsError, match="table.csv: is there already"):
+        files.check_new(link, overwrite=False)
+    files.check_new(link, overwrite=True)
 
 
 @pytest.mark.parametrize("words", [

@@ -20,6 +20,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -165,7 +166,7 @@ def check_new(path: str | os.PathLike, overwrite: bool) -> None:
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path}: is a folder; give the name of a file (--out)")
-    if path.exists() and not overwrite:
+    if os.path.lexists(path) and not overwrite:  # a link to a disk that is away, too
         raise FileExistsError(f"{path}: is there already, and nothing was written. Give another "
                               "name (--out), or --overwrite to replace it")
     _check_space(path.parent)
@@ -306,6 +307,7 @@ class OutputFolder:
                     hidden / f"shard-{shard}", self.wait, f"{self.path}: another process fills it "
                     f"as shard {shard}. Wait for it or end it, then run the same command again"))
             with _held(hidden / "record.lock", _PATIENCE):
+                read_record(self.path)  # whether it is one, before it is changed
                 _begin_record(self.path)
             for place in hidden.glob("**/"):
                 _remove_abandoned(place)
@@ -322,10 +324,13 @@ class OutputFolder:
         if self._open.get(self._key) is not self:
             return  # entered within itself
         del self._open[self._key]
-        self._stack.close()
-        if self._made and not self.shard and all(map(_is_nobodys, self.path.iterdir())):
-            shutil.rmtree(self.path / HIDDEN)
-            self.path.rmdir()
+        with self._stack, suppress(OSError):  # another process may make the folder anew meanwhile
+            if self._made and not self.shard and all(map(_is_nobodys, self.path.iterdir())):
+                hidden = self.path / HIDDEN
+                for one in sorted(hidden.iterdir(), key=lambda one: one.name == "lock"):
+                    shutil.rmtree(one) if one.is_dir() else one.unlink()  # the lock goes last
+                hidden.rmdir()
+                self.path.rmdir()
 
     def check(self) -> None:
         """Raises, writing nothing, where results cannot go into this folder."""
@@ -335,6 +340,11 @@ class OutputFolder:
         _check_space(self.path)
         if not self.path.is_dir():
             return
+        hidden = self.path / HIDDEN
+        for path in (hidden, *hidden.rglob("*")):
+            if path.is_symlink():
+                raise ValueError(f"{path}: is a link, and xmask makes none there, so what it leads "
+                                 "to stays as it is. Give a new or empty folder (--out)")
         others = sorted(one.name for one in self.path.iterdir() if not _is_nobodys(one))
         if others and not (self.overwrite or self.cloned) and not _record(self.path).is_file():
             more = f" and {len(others) - 1} more" if len(others) > 1 else ""
@@ -409,6 +419,34 @@ class OutputFolder:
         elif self.is_listed(path) and os.path.lexists(path):
             self.set_aside(path)
 
+    def keep_earlier(self, *names: str) -> None:
+        """Move results that are about to be made anew into a new folder, `earlier-1`, and say so.
+
+        Ours are copied there before the first one is removed, in the order of `names`: whenever
+        the process is killed, they are whole in one of the two. Others go with them.
+        """
+        there = [path for path in map(self.path.joinpath, names) if os.path.lexists(path)]
+        ours, number = list(filter(self.is_intact, there)), 1
+        while os.path.lexists(aside := self.path / f"earlier-{number}"):
+            number += 1
+        aside.mkdir()
+        for path in ours:
+            with replacing(aside / path.name) as temporary:
+                shutil.copyfile(path, temporary)
+        for path in there:
+            path.unlink() if path in ours else os.rename(path, aside / path.name)
+        _log.warning("%s: what was there is kept in %s, and made anew", self.path, aside.name)
+
+    def remove_earlier(self) -> None:
+        """Remove what `keep_earlier` has kept, now that the new results are there; a folder with
+        anything that we did not write stays."""
+        for aside in self.path.glob("earlier-*"):
+            found = [] if aside.is_symlink() or not aside.is_dir() else list(aside.iterdir())
+            if found and all(map(self.is_intact, found)):
+                for path in found:
+                    self.remove(path)
+                aside.rmdir()
+
     def _check_kept(self, path: Path) -> None:
         if any(path.exists() and one.exists() and os.path.samefile(one, path)
                for one in self.kept.get(path.name.casefold(), ())):
@@ -427,7 +465,9 @@ class OutputFolder:
         return (path.parent.resolve() / path.name).relative_to(self._key).as_posix()
 
     def set_aside(self, path: Path, why: str = "changed since xmask wrote it") -> None:
-        """Give a file another name, which is free, and say so."""
+        """Give a file another name, which is free, and say so; FileExistsError if the command reads
+        it."""
+        self._check_kept(path)
         number = 1
         while os.path.lexists(aside := path.with_name(f"{path.name}.set-aside-{number}")):
             number += 1
@@ -444,7 +484,10 @@ def read_record(folder: str | os.PathLike) -> dict[str, set[str]]:
     path = _record(Path(folder))
     if not path.is_file():
         return {}
-    lines = path.read_bytes().split(b"\n")[:-1]  # the last one is empty, or was cut off by a kill
+    content = path.read_bytes()
+    lines = content.split(b"\n")[:-1]  # the last one is empty, or was cut off by a kill
+    if content and not lines:
+        lines = [content]  # the first one never is
     known: dict[str, set[str]] = {}
     for number, line in enumerate(lines, start=1):
         try:
@@ -466,12 +509,11 @@ def read_record(folder: str | os.PathLike) -> dict[str, set[str]]:
 def without_ours(paths: Iterable[Path]) -> list[Path]:
     """The paths, sorted, without files that this package wrote; one that it wrote and somebody
     changed is left out, too, and named."""
-    records: dict[Path, dict[str, set[str]]] = {}
+    read = cache(read_record)
     left = []
     for path in sorted(paths):
-        if path.parent not in records:
-            records[path.parent] = read_record(path.parent)
-        known = records[path.parent].get(path.name)
+        beside, above = path.absolute().parents[0], path.absolute().parents[:2][-1]
+        known = read(beside).get(path.name) or read(above).get(f"{beside.name}/{path.name}")
         if known is None:
             left.append(path)
         elif path.is_file() and sha256(path) not in known:

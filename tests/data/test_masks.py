@@ -319,6 +319,61 @@ def test_masks_of_other_settings_are_made_anew(tmp_path):
     assert segmenter.images == 6 and "depends" not in files.read_json(tmp_path / "manifest.json")
 
 
+def whole(folder, numbers):
+    """Content of the masks of some images."""
+    return {path.name: path.read_bytes() for k in numbers for path in folder.glob(f"IMG_{k}.*")}
+
+
+def test_masks_of_other_settings_are_not_replaced_where_others_would_be_lost(tmp_path):
+    masks(tmp_path, ClassicalSegmenter(), indices=[1, 2, 3])
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.*") if path.is_file()}
+    with pytest.raises(ValueError, match="masks of 3 images .* another options. Give another folder"
+                                         r" \(--out\), or make those of all anew: IMG_1 is not"):
+        masks(tmp_path, ClassicalSegmenter(), indices=[2], nnec=False, other="replace")
+    with pytest.raises(ValueError, match="--overwrite to make masks anew"):
+        masks(tmp_path, ClassicalSegmenter(), indices=[1, 2, 3], nnec=False, other="refuse")
+    assert before == {
+        path.name: path.read_bytes() for path in tmp_path.glob("*.*") if path.is_file()}
+    segmenter = Counting()
+    masks(tmp_path, segmenter, indices=[1, 2, 3], nnec=False, other="replace")
+    assert segmenter.images == 3 and whole(tmp_path, [1, 2, 3]) != before
+
+
+def test_masks_that_are_made_anew_stay_until_the_new_ones_are_there(tmp_path):
+    masks(tmp_path, ClassicalSegmenter(), indices=[1, 2, 3])
+    before = whole(tmp_path, [1, 2, 3])
+    options = {"indices": [1, 2, 3], "nnec": False, "other": "replace"}
+    with pytest.raises(KeyboardInterrupt):
+        masks(tmp_path, Counting(stop_after=0), **options)
+    assert whole(tmp_path, [1, 2, 3]) == before
+    with pytest.raises(KeyboardInterrupt):
+        masks(tmp_path, Counting(stop_after=1), **options)
+    assert {**before, **whole(tmp_path, [1])} == whole(tmp_path, [1, 2, 3]) != before
+    with pytest.raises(ValueError, match="holds masks of 3 images that were made with another"):
+        masks(tmp_path, Counting(), indices=[1, 2], other="refuse")  # old ones, too, are not lost
+    segmenter = Counting()
+    masks(tmp_path, segmenter, **options)
+    assert segmenter.images == 2, "old masks are not taken for new ones"
+    fresh = masks(tmp_path / "fresh", ClassicalSegmenter(), indices=[1, 2, 3], nnec=False)
+    assert whole(tmp_path, [1, 2, 3]) == whole(fresh, [1, 2, 3])
+
+
+def test_no_old_table_stands_beside_a_new_label_map(tmp_path, monkeypatch):
+    masks(tmp_path, ClassicalSegmenter(), indices=[3])
+    old, write_png = whole(tmp_path, [3]), files.write_png
+
+    def killed(path, labels):
+        write_png(path, labels)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(files, "write_png", killed)
+        masks(tmp_path, ClassicalSegmenter(), indices=[3], superpixel_prompt=False)
+    assert list(whole(tmp_path, [3])) == ["IMG_3.png"]
+    masks(tmp_path, ClassicalSegmenter(), indices=[3])
+    assert whole(tmp_path, [3]) == old
+
+
 def test_the_manifest_names_every_option_and_a_default_is_no_other_request(tmp_path):
     masks(tmp_path, ClassicalSegmenter(), indices=[1])
     options = files.read_json(tmp_path / "manifest.json")["options"]
@@ -467,8 +522,31 @@ def test_masks_of_an_earlier_call_that_were_damaged_since_count_no_longer(tmp_pa
     others.ids = [f"other_{k}" for k in range(5)]  # a call that does not know IMG_1
     mask_dataset(others, [1], ClassicalSegmenter(), tmp_path, progress=False)
     assert list(files.read_json(tmp_path / "manifest.json")["images"]) == ["other_1"]
-    assert (tmp_path / f"IMG_1.{kind}.set-aside-1").read_text() == "x"
+    assert (tmp_path / f"IMG_1.{kind}").read_text() == "x", "no result needs its name"
     assert f"IMG_1.{kind} not as xmask wrote it" in caplog.text
+    masks(tmp_path, ClassicalSegmenter(), indices=[1])  # this one does
+    assert (tmp_path / f"IMG_1.{kind}.set-aside-1").read_text() == "x"
+
+
+@pytest.mark.parametrize("options", [{}, {"nnec": False}])
+def test_a_photo_of_the_users_under_the_name_of_a_mask_stays_where_no_result_needs_it(
+        tmp_path, options):
+    masks(tmp_path, ClassicalSegmenter(), indices=[1, 2, 3])
+    (tmp_path / "IMG_1.png").write_bytes(b"my photo")
+    (tmp_path / "manifest.json").write_text("{damaged")
+    masks(tmp_path, ClassicalSegmenter(), indices=[2])
+    (tmp_path / "IMG_2.png").write_bytes(b"my photo")
+    masks(tmp_path, ClassicalSegmenter(), indices=[3], **options)
+    assert all((tmp_path / f"IMG_{k}.png").read_bytes() == b"my photo" for k in (1, 2))
+
+
+def test_what_the_command_reads_is_not_set_aside(tmp_path):
+    masks(tmp_path, ClassicalSegmenter(), indices=[1])
+    read = tmp_path / "IMG_1.csv"
+    with files.OutputFolder(tmp_path, kept=[read]) as folder:
+        with pytest.raises(FileExistsError, match="IMG_1.csv: is read by this command"):
+            folder.set_aside(read)
+    assert read.is_file()
 
 
 def test_half_written_files_are_removed_once_they_are_old(tmp_path):

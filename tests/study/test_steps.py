@@ -18,6 +18,7 @@ from xmask.config import from_dict, override
 from xmask.data.masks import read_masks
 from xmask.data.training_images import BareImages, Kept, MaskedImages
 from xmask.study import steps
+from xmask.tools import models
 
 
 def test_a_run_folder_holds_everything_a_number_traces_to(inside):
@@ -64,6 +65,55 @@ def test_where_no_image_is_held_out_the_learnt_ones_can_set_the_threshold(inside
     assert found["images"] == len(record["data"]["labelled"]) and found["mae"] is None
     assert result["counting_uncalibrated"] is not None and result["interval"] is None
     shutil.rmtree(steps.run_folder(config))
+
+
+def test_a_finished_run_is_kept_until_the_new_one_is(inside, monkeypatch):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    config = steps.configure("photo", "sha", 40, 1, overrides=TINY | {
+        "schedule.unlabelled": False, "loss.tau": 0.4})
+    folder = steps.run_folder(config)
+    steps.evaluate(config, "data", progress=False)
+    names = ("model.safetensors", "metrics.json", "history.csv", "config.json")
+    before = {name: (folder / name).read_bytes() for name in names}
+    monkeypatch.setattr(provenance, "code", lambda *_: "new code")
+    with monkeypatch.context() as patch:
+        patch.setattr(steps.training, "fit", stopped)
+        for _ in range(2):  # the second time nothing that is finished is in the way
+            with pytest.raises(KeyboardInterrupt):
+                steps.train(config, "data", progress=False)
+    kept = folder / "earlier-1"
+    assert {one.name: one.read_bytes() for one in kept.iterdir()} == before
+    assert models.load(kept, "cpu").config == config
+    assert not {"model.safetensors", "metrics.json"} & {one.name for one in folder.iterdir()}
+    assert files.read_json(folder / "config.json")["code"]["digest"] == "new code"
+    steps.train(config, "data", progress=False)
+    assert kept.is_dir() and not (folder / "earlier-2").exists(), "until it is evaluated"
+    steps.evaluate(config, "data", progress=False)
+    assert not kept.exists() and (folder / "model.safetensors").is_file()
+    assert files.read_json(folder / "metrics.json")["code"]["digest"] == "new code"
+    shutil.rmtree(folder)
+
+
+def test_a_run_killed_while_it_keeps_the_earlier_one_has_it_whole_in_one_place(
+        tmp_path, monkeypatch):
+    names = ("model.safetensors", "config.json")
+    moves = []
+    with files.OutputFolder(tmp_path) as folder:
+        for name in names:
+            files.write_text(tmp_path / name, name)
+        unlink = Path.unlink
+
+        def watched(path, *arguments, **options):
+            if path.parent == tmp_path:
+                moves.append(path.name)
+                assert all((tmp_path / "earlier-1" / name).read_text() == name for name in names)
+            unlink(path, *arguments, **options)
+
+        monkeypatch.setattr(Path, "unlink", watched)
+        folder.keep_earlier(*names)
+    assert moves == list(names)
 
 
 def test_another_setting_makes_a_step_stale(inside):
@@ -266,15 +316,16 @@ def test_a_run_folder_with_files_of_the_user_is_left_alone(content, tmp_path):
         assert held.names() == []
 
 
-def test_a_run_folder_of_a_clone_is_ours_but_for_files_that_no_run_leaves(tmp_path, caplog):
+def test_a_run_folder_of_a_clone_is_ours_but_for_files_that_no_commit_brings(tmp_path, caplog):
     (tmp_path / "config.json").write_text('{"config": {}, "profile": "demo", "data": {}}')
     (tmp_path / "metrics.json").write_text("{}")
-    (tmp_path / "history.csv.bak").write_text("mine")
-    with steps._held(tmp_path):
+    (tmp_path / "model.safetensors").write_text("mine")
+    with steps._held(tmp_path) as held:
         files.write_json(tmp_path / "metrics.json", {"new": 1})
-        with pytest.raises(FileExistsError, match="was not written by xmask"):
-            files.write_text(tmp_path / "history.csv.bak", "ours")
-    assert not list(tmp_path.glob("*set-aside*"))
+        assert held.names() == ["config.json", "metrics.json"]
+        assert not list(tmp_path.glob("*set-aside*"))
+        files.write_text(tmp_path / "model.safetensors", "ours")
+    assert (tmp_path / "model.safetensors.set-aside-1").read_text() == "mine"
     (tmp_path / "metrics.json").write_text("edited by hand")
     with steps._held(tmp_path):
         files.write_json(tmp_path / "metrics.json", {"newer": 1})
@@ -282,13 +333,22 @@ def test_a_run_folder_of_a_clone_is_ours_but_for_files_that_no_run_leaves(tmp_pa
     assert "set aside as metrics.json.set-aside-1" in caplog.text
 
 
-def test_a_users_file_with_a_needed_name_stops_a_training_before_it_is_replaced(tmp_path):
-    (tmp_path / "config.json").write_text('{"config": {}, "profile": "demo", "data": {}}')
-    with steps._held(tmp_path):
-        pass
-    (tmp_path / "model.safetensors").write_text("mine")
-    with steps._held(tmp_path) as held:
-        held.remove(tmp_path / "model.safetensors")
-        with pytest.raises(FileExistsError, match="was not written by xmask"):
-            files.write_text(tmp_path / "model.safetensors", "ours")
-    assert (tmp_path / "model.safetensors").read_text() == "mine"
+@pytest.mark.parametrize("made_by", ["", "xmask"])
+def test_a_model_put_into_a_run_folder_by_hand_is_kept(inside, made_by, caplog):
+    config = steps.configure("photo", "sha", 40, 1, overrides=TINY | {
+        "schedule.unlabelled": False})
+    folder = steps.run_folder(config)
+    shutil.copytree(the_run(inside), folder, ignore=shutil.ignore_patterns(".xmask"))
+    if made_by:
+        with steps._held(folder):
+            pass  # the record is there, and knows nothing of these
+    mine = ("model.safetensors", "checkpoint.pt")
+    for name in mine:
+        (folder / name).write_text(f"my {name}")
+    steps.evaluate(config, "data", progress=False)
+    assert models.load(folder, "cpu").record["trained_on"]["labelled"]
+    assert (folder / "earlier-1" / "model.safetensors").read_text() == "my model.safetensors"
+    assert (folder / "earlier-1" / "config.json").is_file(), "what it was lies beside it"
+    assert (folder / "checkpoint.pt.set-aside-1").read_text() == "my checkpoint.pt"
+    assert "kept in earlier-1" in caplog.text
+    shutil.rmtree(folder)

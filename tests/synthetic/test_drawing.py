@@ -383,6 +383,29 @@ def test_images_of_other_settings_or_photographs_are_never_overwritten(dataset):
     assert contents(folder) == before
 
 
+@pytest.mark.parametrize("name", ["IMG_1.jpg", "IMG_7.jpg"])  # one that is drawn, one that is not
+def test_photographs_behind_a_linked_folder_are_never_overwritten(name, tmp_path):
+    photos, split = tmp_path / "disk", tmp_path / "ShanghaiTech" / "part_A" / "train_data"
+    for folder in (photos, split):
+        folder.mkdir(parents=True)
+    Image.new("RGB", (80, 80)).save(photos / name)
+    before = contents(photos)
+    (split / "images").symlink_to(photos)
+    with pytest.raises(ValueError, match=f"{name}: .*no comment of this generator"):
+        write_dataset("sha", tmp_path, train=2, test=1, seed=1, progress=False)
+    assert contents(photos) == before and [one.name for one in split.iterdir()] == ["images"]
+
+
+@pytest.mark.parametrize("place", ["images/IMG_1.jpg", "instances/IMG_1.png"])
+def test_a_link_to_a_disk_that_is_away_is_not_replaced(place, tmp_path):
+    link = tmp_path / "ShanghaiTech" / "part_A" / "train_data" / place
+    link.parent.mkdir(parents=True)
+    link.symlink_to(tmp_path / "away")
+    with pytest.raises(ValueError, match=f"{link.name}: .*not drawn by these settings"):
+        write_dataset("sha", tmp_path, train=1, test=1, seed=1, progress=False)
+    assert link.is_symlink()
+
+
 @pytest.mark.parametrize("layout", sorted(CHARACTERS))
 @pytest.mark.parametrize("images", [40, 16])
 def test_counts_cover_the_logarithmic_range_evenly(layout, images):

@@ -180,6 +180,82 @@ def test_what_is_finished_is_not_done_again(photos, tmp_path, monkeypatch, caplo
     assert (out / "masks" / "p1.png").stat().st_size > 0
 
 
+@pytest.mark.parametrize("change", ["a photo more", "another segmenter", "other photos"])
+def test_a_finished_model_stays_whatever_is_learnt_into_its_folder(photos, tmp_path, monkeypatch,
+                                                                   change, caplog):
+    folder, scene = photos
+    out, tiny = tmp_path / "run", learn.configure(TINY)
+
+    def run(source=folder, segmenter="classical", **options):
+        return learn.learn(*learn.read_folder(source), out, tiny, segmenter=segmenter,
+                           progress=False, **options)
+
+    def results(where=out):
+        return {str(path.relative_to(where)): path.read_bytes() for path in where.rglob("*")
+                if path.suffix in (".safetensors", ".json", ".csv", ".png")
+                and path.parent.name != ".xmask" and path.name != "manifest.json"}
+
+    run()
+    before = results()
+    if change == "another segmenter":
+        with pytest.raises(ValueError, match="masks of 1 images .* another segmenter.*--overwrite"):
+            run(segmenter="bundled")
+        assert results() == before
+        return
+    source = folder
+    if change == "other photos":
+        source = tmp_path / "other"
+        source.mkdir()
+    Image.fromarray(scene.image[:80]).save(source / "q.png")
+    (source / "q.csv").write_text("x,y\n20,30\n")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(learn.training, "fit", stopped)
+        run(source)
+    kept = xmask.load(out / "earlier-1", device="cpu")
+    assert kept.record["trained_on"]["labelled"] == 1 and "kept in earlier-1" in caplog.text
+    run(source)
+    xmask.load(out, device="cpu")
+    after = results()
+    moved = ("model.safetensors", "config.json", "history.csv")
+    assert all(after[f"earlier-1/{name}"] == before[name] for name in moved)
+    assert before["masks/p1.png"] == after["masks/p1.png"] and "masks/q.png" in after
+    assert not (out / "earlier-2").exists()
+
+
+def stopped(*_, **__):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "checkpoint.pt"])
+def test_a_users_file_with_a_needed_name_is_told_before_anything_is_made(photos, tmp_path, name):
+    folder, _ = photos
+    out = tmp_path / "run"
+    with files.OutputFolder(out):
+        files.write_text(out / "history.csv", "")
+    (out / name).write_text("mine")
+    with pytest.raises(FileExistsError, match=f"{name}: was not written by xmask"):
+        learn.learn(*learn.read_folder(folder), out, learn.configure(TINY), segmenter="classical",
+                    progress=False)
+    assert (out / name).read_text() == "mine" and not (out / "masks").exists()
+
+
+def test_a_finished_model_stays_where_a_checkpoint_makes_it_look_unfinished(
+        photos, tmp_path, monkeypatch):
+    folder, _ = photos
+
+    def run():
+        learn.learn(*learn.read_folder(folder), tmp_path / "run", learn.configure(TINY),
+                    segmenter="classical", progress=False)
+
+    run()
+    model = (tmp_path / "run" / "model.safetensors").read_bytes()
+    (tmp_path / "run" / "checkpoint.pt").write_text("of another run")
+    monkeypatch.setattr(learn.training, "fit", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == model
+
+
 def test_a_folder_of_the_users_takes_no_model(photos, tmp_path):
     folder, _ = photos
     with pytest.raises(FileExistsError, match="no record of xmask"):

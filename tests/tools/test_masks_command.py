@@ -285,6 +285,8 @@ def test_photos_and_dots_in_the_output_folder_are_safe_and_results_add_up(tmp_pa
     assert "which has the same name" in capsys.readouterr().err
     assert call("a.jpg", out, "--boxes") == 1  # other settings
     assert "made with another options" in capsys.readouterr().err
+    assert call("a.jpg", out, "--boxes", "--overwrite") == 1  # nor then: b would be lost
+    assert "make those of all anew: b is not among" in capsys.readouterr().err
     for name in ("b.png", "b.csv"):  # a photo that lies there is not replaced, nor removed
         (out / name).unlink()
     shutil.copy(mine / "b.png", out / "b.png")

@@ -40,6 +40,7 @@ except ImportError:  # Windows does not tell a process its peak memory
 OWN_FILES = ("manifest", "times", "coco", "worst")  # beside the masks; no image's names
 _KEYS = {"algorithm", "segmenter", "options", "dataset", "images", "failed"}  # of a manifest
 _STATES = ("images", "failed", "todo")  # of an image; the rest is what all masks depend on
+_OLD = "made anew: what is there is of an earlier request"  # noted where no checksum is to be
 _COUNTS = ("sources", "flags", "repairs")  # what the manifest counts for every image
 _TRIES = 3  # of an image whose worker dies
 _PEAK_UNIT = 1 << (20 if sys.platform == "darwin" else 10)  # a MB, in what the system counts
@@ -60,7 +61,7 @@ class MasksFailed(RuntimeError):
 def mask_dataset(
     dataset: Any, indices: Iterable[int], segmenter: Segmenter, out: str | os.PathLike, *,
     workers: int = 1, threads: int = 1, scheduler: str = "", cluster: str = "", shard: str = "",
-    progress: bool = True, depends: dict[str, Any] | None = None, anew: bool = True,
+    progress: bool = True, depends: dict[str, Any] | None = None, other: str = "drop",
     overwrite: bool = False, wait: float = 0.0, **options: Any,
 ) -> Path:
     """Masks of many images as a folder; run again after an interruption, it goes on.
@@ -74,7 +75,11 @@ def mask_dataset(
     shard: "2/5" makes every fifth image from the second on, in a process that knows nothing of
     those that make the others in the same `out`, and redoes none of theirs.
     depends: further facts that the masks depend on (JSON values, such as versions), stored as
-    "depends". anew: False refuses, instead of making anew, masks of another request.
+    "depends".
+    other: what becomes of masks of another request, that is, of other options or facts or another
+    segmenter. "drop", for a folder that is only a store: those of `indices` are made anew, the
+    rest is removed. "replace" makes them anew, too, but refuses where that would lose masks of
+    further images. "refuse" always refuses.
     overwrite, wait: as of `files.OutputFolder`, which `out` is.
 
     Writes into `out`, per image, <id>.png (label map, 16-bit grey) and then <id>.csv (table),
@@ -84,7 +89,8 @@ def mask_dataset(
     that it is still to do. times.csv has the seconds and memory (MB) of the images of this call.
     Images complete under the same manifest are skipped unless their own checksum changed (of a
     data set: name, height, width, annotation; edited pixels go unseen) or a file of theirs was
-    damaged; other files than the folder's own are left alone.
+    damaged; other files than the folder's own are left alone. Masks that are made anew stay until
+    the new ones are written.
 
     Returns `out`. Raises MasksFailed at the end if any image failed, which stops no other; at once
     what `files.OutputFolder` does, or ValueError for a name that no image can have there.
@@ -112,7 +118,7 @@ def mask_dataset(
         for i in indices if shard else ():  # it takes a while, and others need not wait for it
             manifest.checksum(i)
         with folder.alone():
-            todo = manifest.begin(indices, anew and not shard)
+            todo = manifest.begin(indices, "refuse" if shard else other)
         if todo and (workers > 1 or client):
             from xmask.data.cluster import open_client, work
             client = client or stack.enter_context(open_client(min(workers, len(todo))))
@@ -168,59 +174,70 @@ class _Manifest:
         """Name -> what is noted, of the images in a state."""
         return {name: noted for name, (one, noted) in self._known.items() if one == state}
 
-    def begin(self, indices: list[int], anew: bool) -> list[int]:
+    def begin(self, indices: list[int], other: str) -> list[int]:
         """Take over what the folder holds; returns which of the images `indices` are to be made.
 
-        Raises ValueError, unless `anew`, rather than lose masks of another request, or of another
-        photo of the same name.
+        other: as of `mask_dataset`. Raises ValueError, unless it is "drop", rather than lose masks
+        of another request, or, if it is "refuse", of another photo of the same name.
         """
-        folder, request = self.folder, self.request
+        folder, wanted = self.folder, set(indices)
         before, self._known = self._read()
-        done = self.all_of("images")
-        if before != request:
-            if not anew and (done or (folder.shard and self.all_of("todo"))):
-                differ = [k for k in {**request, **before} if before.get(k) != request.get(k)]
-                raise ValueError(
-                    f"{folder.path}: holds masks of {len(done)} images that were made with "
-                    f"another {' and '.join(differ)}. Give another folder (--out), or --overwrite "
-                    "to make masks anew in this one")
-            # Removed before the new manifest is there: stopped in between, the old one is still
-            # true of what is left.
-            for name in self._known:
-                self._remove(name)
-            self._known, done = {}, {}
-        for name, noted in done.items():
+        if before != self.request:
+            self._leave(before, {self.ids[i] for i in wanted}, other)
+        for name, noted in self.all_of("images").items():
             if name not in self.own:
                 if not folder.shard:
                     self._check_other(name)
             elif noted["checksum"] != (now := self._identity(self.own[name]))["checksum"]:
-                if not anew and noted.get("file") not in (None, now.get("file")):
+                if other == "refuse" and noted.get("file") not in (None, now.get("file")):
                     raise ValueError(
                         f"{now.get('file')}: {folder.path} holds masks of {noted['file']}, which "
                         "has the same name. Rename one of the two, give another folder (--out), "
                         "or --overwrite to replace them")
-                self._remove(name)
+                if self.own[name] not in wanted:
+                    self._remove(name)
                 del self._known[name]
         todo = [i for i in indices if self._is_to_make(i)]
         self.write()
         return todo
 
+    def _leave(self, before: dict[str, Any], wanted: set[str], other: str) -> None:
+        """The request is another one than that of the folder, `before`: its masks count no longer.
+        Those of images that are not `wanted` go, if `other` allows it; see `begin`."""
+        folder = self.folder
+        held = [name for name in {**self.all_of("images"), **self.all_of("todo")}
+                if any(map(folder.is_intact, _paths(folder.path, name)))]
+        lost = [name for name in held if name not in wanted]
+        if lost if other == "replace" else other == "refuse" and (
+                held or (folder.shard and self.all_of("todo"))):
+            differ = [{"depends": "version of xmask"}.get(key, key) for key in
+                      {**self.request, **before} if before.get(key) != self.request.get(key)]
+            remedy = ("--overwrite to make masks anew in this one" if other == "refuse" else
+                      f"make those of all anew: {lost[0]} is not among the images of this call")
+            raise ValueError(
+                f"{folder.path}: holds masks of {len(held)} images that were made with another "
+                f"{' and '.join(differ)}. Give another folder (--out), or {remedy}")
+        # Removed before the new manifest is there: stopped in between, the old one is still true
+        # of what is left.
+        for name in lost:
+            self._remove(name)
+        self._known = {}
+
     def _check_other(self, name: str) -> None:
         """An image that this call does not see: are its masks as they were?"""
-        bad = [path for path in _paths(self.folder.path, name) if not self.folder.is_intact(path)]
-        if not bad:
-            return
-        del self._known[name]
-        for path in bad:
-            self.folder.remove(path)
-        _log.warning("%s: %s not as xmask wrote it, so the masks of %s count no longer; make them "
-                     "again", self.folder.path, " and ".join(path.name for path in bad), name)
+        bad = [path.name for path in _paths(self.folder.path, name)
+               if not self.folder.is_intact(path)]
+        if bad:
+            del self._known[name]
+            _log.warning("%s: %s not as xmask wrote it, so the masks of %s count no longer; make "
+                         "them again", self.folder.path, " and ".join(bad), name)
 
     def _is_to_make(self, i: int) -> bool:
-        """Whether an image still needs masks; if so, their place is cleared."""
+        """Whether an image still needs masks; if so, nothing of the user's is in their place."""
         name, folder = self.ids[i], self.folder
         paths, (state, noted) = _paths(folder.path, name), self._known.get(name, ("", None))
-        if all(map(folder.is_intact, paths)):
+        whole = all(map(folder.is_intact, paths))
+        if whole:
             if state == "images":
                 return False
             if state == "todo" and noted == self.checksum(i):
@@ -229,13 +246,15 @@ class _Manifest:
                     self.note(i, _statistics(table, self.dataset[i].repairs, self.segmenter))
                     return False
         try:
-            self._remove(name)  # so that no old table stands beside a new label map
+            if not whole:
+                self._remove(name)
             for path in paths:
                 folder.make_way(path)
         except FileExistsError as error:
             self.note(i, str(error))
             return False
-        self._known[name] = "todo", self.checksum(i)
+        # Old masks stay until the new ones are there, and are not to be taken for them.
+        self._known[name] = "todo", _OLD if whole else self.checksum(i)
         _tries(folder.path, name).unlink(missing_ok=True)
         return True
 
@@ -261,9 +280,10 @@ class _Manifest:
                          self.request | {state: self.all_of(state) for state in _STATES})
 
     def _remove(self, name: str) -> None:
-        """The table first: without it the image is not complete."""
+        """What is as we wrote it; the table first: without it the image is not complete."""
         for path in reversed(_paths(self.folder.path, name)):
-            self.folder.remove(path)
+            if self.folder.is_intact(path):
+                self.folder.remove(path)
 
     def _read(self) -> tuple[dict[str, Any], dict[str, tuple[str, Any]]]:
         """Request and states of images in the folder's manifest; nothing of a damaged one, whose
@@ -274,10 +294,11 @@ class _Manifest:
                 stored = read_manifest(folder.path)
             except ValueError as error:
                 _log.warning("%s", error)
-                for file in map(folder.path.joinpath, folder.names()):
-                    if (file.suffix in (".png", ".csv") and file.stem not in OWN_FILES
-                            and file.is_file()):
-                        folder.set_aside(file, "its manifest is damaged")
+                for name in dict.fromkeys(Path(one).stem for one in folder.names()):
+                    paths = _paths(folder.path, name)
+                    if name not in OWN_FILES and all(map(folder.is_intact, paths)):
+                        for one in paths:
+                            folder.set_aside(one, "its manifest is damaged")
         known = {name: (state, noted) for state in _STATES
                  for name, noted in stored.pop(state, {}).items()}
         return stored, known
@@ -375,6 +396,8 @@ class _Job:
             line = {"image": name, "heads": len(table), "seconds": time.perf_counter() - began}
             line |= getattr(self.segmenter, "seconds", {}) if len(table) else {}
             picture, numbers = _paths(self.out, name)
+            if folder := files.OutputFolder.around(numbers):
+                folder.remove(numbers)  # no old table is to stand beside a new label map
             files.write_png(picture, labels.astype(np.uint16))
             files.write_text(numbers, table.to_csv(index=False, float_format="%.6g"))
         except Exception as error:  # one broken image must not cost the night's other images

@@ -30,9 +30,8 @@ from xmask.tools import models
 from xmask.trainer import Trainer
 
 TRAINED = ("config.json", "history.csv", "model.safetensors")  # what a training leaves
-# what else may lie in a run folder of ours
-LEFT = (*TRAINED, "checkpoint.pt", "metrics.json", "other_masks.json", "calibrated.json",
-        "predictions/*")
+# what is committed of a run folder, and so comes with a clone
+COMMITTED = ("config.json", "history.csv", "metrics.json", "other_masks.json", "calibrated.json")
 PATIENCE = 5.0  # seconds to wait for a run folder: within these a killed study's notebooks end
 # profiles that draw their crowds; images per dataset: both draw the same training images
 DRAWN = {"demo": {"train": 100, "test": 16, "seed": 2024},
@@ -291,7 +290,8 @@ def train(config: Config, data: str = "", *, progress: bool = True) -> Path:
     """Train one run into its folder (config.json, history.csv, model.safetensors).
 
     Returns the folder. A run that is complete and whose inputs, configuration and code are
-    unchanged is left alone; one that was interrupted goes on from its checkpoint.
+    unchanged is left alone; one that was interrupted goes on from its checkpoint. One of an earlier
+    configuration or code is kept in the folder `earlier-1` until the new one is evaluated.
     Raises ValueError, naming the other process, where one trains the same run, and
     FileExistsError where the folder holds files and is no run folder, or holds a file of the
     user's whose name is needed.
@@ -319,8 +319,9 @@ def train(config: Config, data: str = "", *, progress: bool = True) -> Path:
 def _held(folder: Path) -> Iterator[files.OutputFolder]:
     """A run folder, locked, under the rule of all output folders.
 
-    The record of one that came with a clone, or is from before the rule, is its config.json: what
-    a run leaves there is noted as ours. Without either, files in it are the user's.
+    The record of one that came with a clone is its config.json: what is committed of a run is noted
+    as ours. Another file whose name is needed, such as a model put there by hand, is set aside.
+    Without either, files in it are the user's.
     """
     out = files.OutputFolder(folder, overwrite=_is_run(folder), wait=PATIENCE)
     try:
@@ -333,9 +334,10 @@ def _held(folder: Path) -> Iterator[files.OutputFolder]:
     with out as held:
         held.overwrite = False
         if not held.names():
-            for path in (one for name in LEFT for one in sorted(folder.glob(name))):
+            for path in map(folder.joinpath, COMMITTED):
                 if path.is_file():
                     held.note(path, files.sha256(path))
+        held.cloned = True
         yield held
 
 
@@ -375,8 +377,14 @@ def _fit(config: Config, data: str, masks: Path, fingerprint: str,
             "unlabelled": len(dataset) if config.schedule.unlabelled else 0},
         "calibration": None, "config": config.to_dict()}
     if held:
-        for stale in ("metrics.json", "model.safetensors"):  # of an earlier configuration or code
-            held.remove(folder / stale)
+        # of an earlier configuration or code: not to stand beside a new record
+        finished = [name for name in ("model.safetensors", "metrics.json")
+                    if os.path.lexists(folder / name)]
+        if finished:
+            held.keep_earlier(*finished, "history.csv", "config.json")
+        checkpoint = folder / "checkpoint.pt"
+        if os.path.lexists(checkpoint) and not held.is_listed(checkpoint):
+            held.set_aside(checkpoint, "not written by xmask here")
         files.write_json(folder / "config.json", record)
 
     def calibrate(network):
@@ -396,17 +404,21 @@ def _fit(config: Config, data: str, masks: Path, fingerprint: str,
 
 
 def evaluate(config: Config, data: str = "", *, progress: bool = True) -> dict:
-    """Evaluate a trained run on its test set and write metrics.json; train it first if needed."""
+    """Evaluate a trained run on its test set and write metrics.json; train it first if needed.
+
+    What `train` had kept of an earlier configuration or code is then removed.
+    """
     folder, stamp = train(config, data, progress=progress), stamp_of("evaluate", config)
     fingerprint = evaluation_fingerprint(config, data)
     if not provenance.is_done(stamp, fingerprint):
-        with _held(folder):
+        with _held(folder) as held:
             model = models.load(folder, device())
             if config.machine.threads:
                 torch.set_num_threads(config.machine.threads)
             result = evaluation.evaluate(model.network, open_test(config, data), config, folder,
                                          calibrated=model.calibration, progress=progress)
             files.write_json(folder / "metrics.json", result | {"code": _code(CODE["evaluation"])})
+            held.remove_earlier()
             provenance.write_stamp(stamp, fingerprint, [folder / "metrics.json"])
     return files.read_json(folder / "metrics.json")
 

@@ -8,6 +8,7 @@ import os
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -157,13 +158,14 @@ def stratified_counts(seed: np.random.SeedSequence, images: int, character: Char
 def _missing(tasks: list[Task], folder: Path) -> list[Task]:
     """Tasks still to do; ValueError if there are images that none of the tasks would draw."""
     expected = {task.image: task.comment for task in tasks}
-    for path in sorted(folder.rglob("*.jpg")):
+    places = {task.image.parent for task in tasks}  # `rglob` does not look into linked folders
+    for path in sorted({*folder.rglob("*.jpg"), *chain(*(one.glob("*.jpg") for one in places))}):
         if path.name.startswith("."):
             continue
         try:
             with Image.open(path) as picture:
                 found = picture.info.get("comment")
-        except UnidentifiedImageError:
+        except (UnidentifiedImageError, FileNotFoundError):  # the latter: a link to nowhere
             found = None
         if found is None or found != expected.get(path):
             said = found.decode(errors="replace") if found else "no comment of this generator"
@@ -203,10 +205,10 @@ def _write_mat(path: Path, content: dict) -> None:
 
 def _write(path: Path, content: bytes) -> None:
     """Write a file that is not there; one that is there has to be the same."""
-    if not path.exists():
+    if not os.path.lexists(path):
         with files.replacing(path) as temporary:
             temporary.write_bytes(content)
-    elif path.read_bytes() != content:
+    elif not path.is_file() or path.read_bytes() != content:
         raise ValueError(f"{path}: was not drawn by these settings, and stays as it is; choose "
                          "another root, or delete it if it is not needed")
 

@@ -57,15 +57,17 @@ def learn(dotted: OwnPhotos, bare: OwnPhotos, out: str | os.PathLike, settings: 
     `out` gets config.json, history.csv, model.safetensors, and masks/, a label map per dotted
     photo. Where enough photos have dots (`held_out`), some are kept from training: they calibrate
     the counts, and report.json says what learning changed on them, see `compare`. Interrupted, the
-    same call goes on; finished, it does nothing, and `xmask.load(out)` loads the model. A photo
+    same call goes on; finished, it does nothing, and `xmask.load(out)` loads the model. One of
+    other photos or settings is kept in the folder `earlier-1` of `out`, which loads, too. A photo
     that cannot be read is named and left out.
-    Raises ValueError without a dot, and for a network that cannot take the start.
+    Raises ValueError without a dot, for a network that cannot take the start, and, unless
+    `overwrite`, rather than lose masks of other photos or another segmenter.
     """
     if not len(dotted) or not dotted.counts().sum():
         raise ValueError("no dots: training needs at least one photo with dots beside it")
     with files.OutputFolder(out, overwrite=overwrite,
                             kept=[*dotted.files, *bare.files]) as folder:
-        return _learn(dotted, bare, folder, settings, segmenter, progress)
+        return _learn(dotted, bare, folder, settings, segmenter, overwrite, progress)
 
 
 def held_out(dotted: OwnPhotos, share: float) -> list[int]:
@@ -78,7 +80,7 @@ def held_out(dotted: OwnPhotos, share: float) -> list[int]:
 
 
 def _learn(dotted: OwnPhotos, bare: OwnPhotos, folder: files.OutputFolder, settings: Config,
-           segmenter: str, progress: bool) -> Path:
+           segmenter: str, overwrite: bool, progress: bool) -> Path:
     out = folder.path
     weights, record, report = (out / n for n in ("model.safetensors", "config.json", "report.json"))
     shipped = models.load()
@@ -90,9 +92,13 @@ def _learn(dotted: OwnPhotos, bare: OwnPhotos, folder: files.OutputFolder, setti
          "xmask.data.own_photos"),
         checksum, described, initialisation, settings.to_dict(), device.type)
     unfinished = (out / "checkpoint.pt").exists()  # it goes last, after calibration and report
-    if not unfinished and folder.is_intact(weights) and folder.is_intact(record) and (
-            files.read_json(record).get("fingerprint") == fingerprint):
+    same = (folder.is_intact(record)
+            and files.read_json(record).get("fingerprint") == fingerprint)
+    if same and not unfinished and folder.is_intact(weights):
         return out  # finished before
+    for needed in (weights, out / "checkpoint.pt"):
+        if not folder.is_listed(needed):
+            folder.make_way(needed)  # the user's own is named now, not when training has ended
     _check_start(settings, shipped)
     (dotted, damaged), (bare, more) = dotted.sound(), bare.sound()
     for message in damaged + more:
@@ -103,7 +109,8 @@ def _learn(dotted: OwnPhotos, bare: OwnPhotos, folder: files.OutputFolder, setti
     learnt = [i for i in range(len(dotted)) if i not in measured]
     opened = segmenters.open_segmenter(segmenter, device)
     masks = mask_dataset(dotted, learnt, opened, out / "masks", progress=progress,
-                         depends={"code": provenance.code("xmask.edp_sam")})
+                         depends={"code": provenance.code("xmask.edp_sam")},
+                         other="replace" if overwrite else "refuse")
     labelled = MaskedImages(dotted, learnt, masks, dotted.ids)
     everything = ConcatDataset([Subset(dotted, learnt), bare])
     trainer = Trainer(settings, Kept(labelled, _CACHE), BareImages(Kept(everything, _CACHE)),
@@ -111,8 +118,11 @@ def _learn(dotted: OwnPhotos, bare: OwnPhotos, folder: files.OutputFolder, setti
     for network in (trainer.student, trainer.teacher):
         network.load_state_dict(shipped.network.state_dict())
     trainer.initialisation = initialisation
-    for stale in (weights, report):  # of other photos or settings: not to stand beside a new record
-        folder.remove(stale)
+    # what is of other photos or settings is not to stand beside a new record
+    if not same and any(map(folder.is_intact, (weights, report))):
+        folder.keep_earlier(weights.name, report.name, "history.csv", record.name)
+    if not folder.is_intact(weights):
+        folder.remove(weights)
     written = {
         **evaluation.identity(settings, synthetic=False),
         "backbone": {"name": settings.network.backbone, "initialisation": initialisation},

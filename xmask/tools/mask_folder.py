@@ -41,7 +41,8 @@ def make(dataset: Sequence, indices: list[int], segmenter: Segmenter, out: str |
         if not overwrite:
             coco.check_folder(folder, "model.json", "results of `xmask predict`")
         try:
-            masks.mask_dataset(dataset, indices, segmenter, out, shard=shard, anew=overwrite,
+            masks.mask_dataset(dataset, indices, segmenter, out, shard=shard,
+                               other="replace" if overwrite else "refuse",
                                overwrite=overwrite, **options)
         except masks.MasksFailed as error:
             failure = error
