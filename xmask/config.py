@@ -213,7 +213,7 @@ class Optimisation(Section):
     cosine: bool = False  # rates fall to zero over each phase (ours; the paper: no)
     clip: Annotated[float, Field(gt=0, le=10**6)] = 5.0  # norm of the gradient
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.998  # share of the teacher that a step keeps
-    # probability of a teacher point in P2R; 0.5: logit >= 0. None: as many points as the teacher
+    # probability of a teacher point in P2R; 0.5: logit > 0. None: as many points as the teacher
     # expects heads (ours)
     pseudo_threshold: Share | None = 0.5
     confident: Share = 0.9  # above it a pseudo point vouches for its mask

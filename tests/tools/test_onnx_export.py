@@ -80,7 +80,7 @@ def test_both_options_lead_to_the_remedy_where_the_extra_is_missing(
     monkeypatch.setattr(importlib.util, "find_spec",
                         lambda name: None if name.startswith("onnx") else there(name))
     assert main(["export", "drawn", option, str(tmp_path / file)]) == 1
-    assert 'pip install "xmask[onnx]"' in capsys.readouterr().err
+    assert 'pip install ".[onnx]" in the clone' in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
 
 
