@@ -44,7 +44,7 @@ def open_fabric(device: torch.device, wanted: str = "float32") -> Fabric:
 
 
 def _fast_bfloat16(device: torch.device) -> bool:
-    """Whether a device multiplies in bfloat16 itself: emulated, it is slower than float32."""
+    """Whether a device multiplies in bfloat16 itself; emulation would save nothing."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     able = torch.cpu.get_capabilities()
