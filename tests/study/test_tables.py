@@ -212,18 +212,18 @@ def test_segmentation_is_in_percent_with_its_baselines(study):
     ours = row_of(table.text, method="XMask (ours)", **where)
     assert ours["mean IoU %, drawn (ours)"] == "55.0 ± 7.1"
     assert ours["PQ %, drawn (ours)"] == "20.0 ± 0.0"
-    for discs, value in (("discs", "40.0"), ("discs, exclusive,", "45.0")):
+    for discs, value in (("equal discs, whole,", "40.0"), ("equal discs, cut where they meet,", "45.0")):
         row = row_of(table.text, method=f"{discs} at the points of XMask (baseline)", **where)
         assert row["mean IoU %, drawn (ours)"] == value
         assert row["PQ %, drawn (ours)"] == tables.UNKNOWN
-    assert "may overlap; discs, exclusive: the same" in table.caption
+    assert "may overlap; equal discs, cut where they meet: a contested" in table.caption
 
 
 def test_seeds_whose_baselines_are_equal_all_count_in_their_mean(tmp_path):
     for seed, disc in enumerate((0.4, 0.4, 0.7), 1):
         write_run(tmp_path, seed=seed, disc=disc)
     table = tables.segmentation_table(tables.load_runs(tmp_path))
-    row = row_of(table.text, method="discs at the points of XMask (baseline)")
+    row = row_of(table.text, method="equal discs, whole, at the points of XMask (baseline)")
     assert row["mean IoU %, drawn (ours)"] == "50.0 ± 17.3"
 
 
@@ -250,25 +250,25 @@ def test_the_summary_gives_ratios_and_their_mean_over_datasets(tmp_path):
     numbers = table.numbers
     sha = row_of(numbers, dataset="drawn, ShanghaiTech A layout")
     assert sha["MAE / constant count, drawn (ours)"] == 0.25
-    assert sha["mean IoU % of discs, drawn (ours)"] == 40.0
-    assert sha["mean IoU % of discs, exclusive, drawn (ours)"] == 50.0
-    assert sha["mean IoU / discs, drawn (ours)"] == 1.5
-    assert sha["mean IoU / discs, exclusive, drawn (ours)"] == 1.2
+    assert sha["mean IoU % of equal discs, whole, drawn (ours)"] == 40.0
+    assert sha["mean IoU % of equal discs, cut where they meet, drawn (ours)"] == 50.0
+    assert sha["mean IoU / equal discs, whole, drawn (ours)"] == 1.5
+    assert sha["mean IoU / equal discs, cut where they meet, drawn (ours)"] == 1.2
     mean = row_of(numbers, dataset="mean of 2 datasets")
     assert mean["MAE / constant count, drawn (ours)"] == 0.5
-    assert mean["mean IoU / discs, drawn (ours)"] == 1.375
-    assert mean["mean IoU / discs, exclusive, drawn (ours)"] == 1.1
+    assert mean["mean IoU / equal discs, whole, drawn (ours)"] == 1.375
+    assert mean["mean IoU / equal discs, cut where they meet, drawn (ours)"] == 1.1
     assert math.isnan(mean["MAE, drawn (ours)"])  # a mean of MAEs would mean nothing
-    assert math.isnan(mean["mean IoU % of discs, exclusive, drawn (ours)"])
+    assert math.isnan(mean["mean IoU % of equal discs, cut where they meet, drawn (ours)"])
     for written in (table.csv(), table.markdown(), table.latex()):
-        assert "mean IoU / discs, exclusive, drawn (ours)" in written
+        assert "mean IoU / equal discs, cut where they meet, drawn (ours)" in written
 
 
 def test_a_ratio_to_discs_that_hit_nothing_is_unknown(tmp_path):
     write_run(tmp_path, disc=0.4, exclusive=0.0)
     row = tables.summary_table(tables.load_runs(tmp_path)).text.iloc[0]
-    assert row["mean IoU / discs, exclusive, drawn (ours)"] == tables.UNKNOWN
-    assert row["mean IoU / discs, drawn (ours)"] == "1.250"
+    assert row["mean IoU / equal discs, cut where they meet, drawn (ours)"] == tables.UNKNOWN
+    assert row["mean IoU / equal discs, whole, drawn (ours)"] == "1.250"
 
 
 def test_ablation_differences_are_paired_by_seed(study):

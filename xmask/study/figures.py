@@ -28,7 +28,7 @@ from xmask.tools.overlay import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILIO
 
 SERIES = {"supervised-only": ORANGE, "xmask": BLUE}
 DISCS = {"supervised-only": "#FCEBCC", "xmask": "#CCE3F0"}  # lighter: discs at the same points
-EXCLUSIVE_DISCS = {"supervised-only": "#F3C566", "xmask": "#7AB5D8"}  # between the two
+CUT_DISCS = {"supervised-only": "#F3C566", "xmask": "#7AB5D8"}  # between the two
 TERMS = {"p2r": BLUE, "exclusivity": VERMILION, "constraint": GREEN, "point_mask": PURPLE}
 
 
@@ -139,9 +139,10 @@ def iou_bars(runs: pd.DataFrame) -> DescribedFigure:
     runs = _some(runs[runs["variant"].isin(SERIES) & runs["mean_iou"].notna()],
                  "no run with a mean IoU (truth masks are needed)")
     bars = [bar for variant in tables.ordered(runs["variant"], tuple(SERIES)) for bar in (
-        (variant, "disc_mean_iou", DISCS[variant], f"discs at {tables.VARIANTS[variant]} points"),
-        (variant, "exclusive_disc_mean_iou", EXCLUSIVE_DISCS[variant],
-         f"discs, exclusive, at {tables.VARIANTS[variant]} points"),
+        *((variant, column, colours[variant],
+           f"{tables.DISCS[column]}, at {tables.VARIANTS[variant]} points")
+          for column, colours in (("disc_mean_iou", DISCS),
+                                  ("exclusive_disc_mean_iou", CUT_DISCS))),
         (variant, "mean_iou", SERIES[variant], tables.VARIANTS[variant]))]
     width = 0.84 / len(bars)
     figure, panels = _percent_panels(runs, "mean IoU (%)", height=3.0, sharey=True)

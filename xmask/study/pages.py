@@ -30,7 +30,8 @@ SHOWN = {
     "F1 % at 4 px, drawn (ours)": "F1 % at 4 px",
     "F1 % at 8 px, drawn (ours)": "F1 % at 8 px",
     "mean IoU %, drawn (ours)": "mean IoU %",
-    "mean IoU % of discs, exclusive, drawn (ours)": "mean IoU % of discs",
+    "mean IoU % of equal discs, cut where they meet, drawn (ours)":
+        "mean IoU % of discs that cut each other",
 }
 
 

@@ -28,7 +28,9 @@ _log = logging.getLogger("xmask")
 PATIENCE = 60.0  # seconds to wait for another process that writes tables or figures
 # this order in tables; then sweeps of parameters
 MAIN_VARIANTS = ("supervised-only", "points-only", "xmask")
-DISCS = {"disc_mean_iou": "discs", "exclusive_disc_mean_iou": "discs, exclusive"}  # baselines
+# baselines, called as in `other_masks.methods`
+DISCS = {"disc_mean_iou": "equal discs, whole",
+         "exclusive_disc_mean_iou": "equal discs, cut where they meet"}
 SECONDARY = " (secondary)"  # beside a number that was not read where it was published
 
 # One table, three formats
@@ -278,15 +280,14 @@ def segmentation_table(runs: pd.DataFrame) -> Table:
                "printed in their sources.")
     measures = [IOU, *(Measure(f"{name} %", name.lower(), 100.0) for name in ("AP50", "PQ", "AJI"))]
     return _comparison("segmentation", caption, runs, measures, {
-        f"{discs}{',' * (',' in discs)} at the points of {{}}":
+        f"{discs}, at the points of {{}}":
             [Measure("mean IoU %", column, 100.0, same=True)] for column, discs in DISCS.items()})
 
 
 _DISCS_EXPLAINED = (
-    "Discs: equal, whole discs at the points that the same runs predicted, which may overlap; "
-    "discs, exclusive: the same, but a contested pixel goes to the nearest point, so that "
-    "neighbours cut each other (the stricter baseline where heads touch); each of the radius that "
-    "is best on the test images.")
+    "Equal discs, whole: at the points that the same runs predicted, where they may overlap; "
+    "equal discs, cut where they meet: a contested pixel goes to the nearest point (the stricter "
+    "baseline where heads touch); each of the radius that is best on the test images.")
 
 
 def localisation_table(runs: pd.DataFrame) -> Table:
@@ -381,7 +382,7 @@ def _as_printed(line: Any) -> Cell:
 
 def summary_table(runs: pd.DataFrame) -> Table:
     """Our numbers as ratios to the baselines, per dataset and percentage, and their mean: MAE by
-    that of the best constant count, mean IoU by that of equal discs, whole and exclusive."""
+    that of the best constant count, mean IoU by that of equal discs, whole and cut."""
     order = main_variants(runs)
     runs = runs[runs["variant"].isin(order)].assign(
         mae_ratio=(runs["mae"] / runs["constant_mae"]).where(runs["constant_mae"] > 0),
