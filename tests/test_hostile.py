@@ -516,6 +516,47 @@ def test_overwrite_does_not_mean_the_photo_and_the_dots_themselves(tmp_path, giv
     assert (photo.read_bytes(), dots.read_bytes()) == before
 
 
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_overwrite_does_not_mean_the_photo_by_another_name(tmp_path, link, capsys):
+    photos, store = tmp_path / "photos", tmp_path / "store"
+    photos.mkdir()
+    store.mkdir()
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(store / "a.png")
+    link(store / "a.png", photos / "a.jpg")
+    (photos / "a.csv").write_text("x,y\n9,9\n")
+    before = files.sha256(store / "a.png")
+    assert main(["masks", "--image", str(photos / "a.jpg"), "--points", str(photos / "a.csv"),
+                 "--out", str(store), "--segmenter", "classical", "--overwrite"]) == 1
+    assert "a.png: is read by this command" in capsys.readouterr().err
+    assert files.sha256(store / "a.png") == before
+
+
+def test_a_photo_that_goes_meanwhile_is_kept_no_longer(tmp_path):
+    """Its number on the disk may be that of a file of ours by then."""
+    photo = tmp_path / "photo.jpg"
+    photo.write_bytes(b"photo")
+    with files.OutputFolder(tmp_path / "out", kept=[photo]) as folder:
+        os.rename(photo, folder.path / "counts.csv")
+        folder.note(folder.path / "counts.csv", files.sha256(folder.path / "counts.csv"))
+        files.write_text(folder.path / "counts.csv", "new")
+    assert (tmp_path / "out" / "counts.csv").read_text() == "new"
+
+
+@pytest.mark.parametrize("words", [
+    ["report", "--out"], ["data", "coverage", "--dataset", "sha", "--root", "d", "--out"]])
+def test_overwrite_replaces_no_photo_by_a_table_or_a_page(tmp_path, words, capsys):
+    mine = tmp_path / "IMG_1.jpg"
+    mine.write_bytes(b"photo")
+    assert main([*words, str(mine), "--overwrite"]) == 1
+    assert "IMG_1.jpg: is no ." in capsys.readouterr().err and mine.read_bytes() == b"photo"
+
+
+def test_a_link_to_nowhere_is_no_folder_for_results(tmp_path):
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "out")
+    with pytest.raises(NotADirectoryError, match="out: is a link that leads nowhere"):
+        files.OutputFolder(tmp_path / "out").check()
+
+
 def test_any_name_that_a_file_can_have_is_one(tmp_path, capsys):
     """A colon and a backslash once made the folder unusable for the second call."""
     if os.name != "posix":

@@ -540,7 +540,7 @@ def _report(o: argparse.Namespace) -> None:
 
     results = steps.results_folder(o.profile)
     if o.out:
-        files.check_new(o.out, o.overwrite)
+        files.check_new(o.out, o.overwrite, ".html")
     print(report.write_report(
         results, o.out or results / "report.html", figures_folder=Path("figures") / o.profile,
         datasets=lambda run: steps.test_images_of(run, o.data), pictures=o.pictures))
@@ -559,7 +559,7 @@ def _coverage(o: argparse.Namespace) -> None:
     from xmask.data import open_dataset
     from xmask.study import illustrations
 
-    files.check_new(o.out, o.overwrite)
+    files.check_new(o.out, o.overwrite, ".csv")
     splits = [open_dataset(o.dataset, o.root, split, draw=False) for split in ("train", "test")]
     table = illustrations.coverage_table((s.points, s.shape) for split in splits for s in split)
     files.write_text(o.out, table.to_csv(index=False))

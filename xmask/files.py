@@ -17,7 +17,6 @@ import shutil
 import socket
 import time
 import zlib
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
@@ -161,14 +160,18 @@ def is_plain(name: object) -> bool:
             and not re.search(r"[/\0]" if os.name == "posix" else r"[/\\\0:]", name))
 
 
-def check_new(path: str | os.PathLike, overwrite: bool) -> None:
-    """Raises FileExistsError where a result would replace a file that is there, unless wanted."""
+def check_new(path: str | os.PathLike, overwrite: bool, suffix: str = "") -> None:
+    """Raises FileExistsError where a result would replace a file that is there, unless wanted, or
+    one without the suffix of such a result."""
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path}: is a folder; give the name of a file (--out)")
     if os.path.lexists(path) and not overwrite:  # a link to a disk that is away, too
         raise FileExistsError(f"{path}: is there already, and nothing was written. Give another "
                               "name (--out), or --overwrite to replace it")
+    if path.exists() and suffix and path.suffix.lower() != suffix:
+        raise FileExistsError(f"{path}: is no {suffix} file, as this command writes, and stays as "
+                              "it is. Give another name (--out)")
     _check_space(path.parent)
 
 
@@ -252,7 +255,7 @@ class OutputFolder:
     overwrite: write beside the user's files, and replace those whose names are needed.
     cloned: the files in it may have come with a clone, which carries no record. One in the way of
     a result that says the same is ours from then on; any other one is set aside.
-    kept: files that are not replaced even so, because the command reads them.
+    kept: files that are not replaced even so, under whatever name, because the command reads them.
     shard: "2/5" for the second of five processes that fill a folder together, each with images of
     its own. What is not theirs alone, such as a manifest, they write within `alone`.
     wait: seconds to wait for another process that is writing there.
@@ -266,9 +269,7 @@ class OutputFolder:
     def __init__(self, path: str | os.PathLike, *, overwrite: bool = False, cloned: bool = False,
                  kept: Iterable[Path] = (), shard: str = "", wait: float = 0.0) -> None:
         self.path, self.overwrite, self.cloned, self.wait = Path(path), overwrite, cloned, wait
-        self.shard, self.kept = shard, defaultdict(list)
-        for one in kept:
-            self.kept[one.name.casefold()].append(one)
+        self.shard, self.kept = shard, {_identity(one): one for one in kept}
         self._stack, self._key, self._made = ExitStack(), self.path.resolve(), False
         self._known: dict[str, set[str]] = {}
 
@@ -334,9 +335,10 @@ class OutputFolder:
 
     def check(self) -> None:
         """Raises, writing nothing, where results cannot go into this folder."""
-        if self.path.exists() and not self.path.is_dir():
-            raise NotADirectoryError(f"{self.path}: is a file; results need a folder, give the "
-                                     "name of one (--out)")
+        if os.path.lexists(self.path) and not self.path.is_dir():
+            what = "is a file" if self.path.exists() else "is a link that leads nowhere"
+            raise NotADirectoryError(f"{self.path}: {what}; results need a folder, give the name "
+                                     "of one (--out)")
         _check_space(self.path)
         if not self.path.is_dir():
             return
@@ -448,8 +450,8 @@ class OutputFolder:
                 aside.rmdir()
 
     def _check_kept(self, path: Path) -> None:
-        if any(path.exists() and one.exists() and os.path.samefile(one, path)
-               for one in self.kept.get(path.name.casefold(), ())):
+        found = _identity(path)
+        if found in self.kept and found and found == _identity(self.kept[found]):
             raise FileExistsError(f"{path}: is read by this command, and stays as it is. Give "
                                   "another folder (--out)")
 
@@ -556,6 +558,15 @@ def _remove_abandoned(folder: Path) -> None:
                 half.unlink()
         except FileNotFoundError:  # its process has just finished it
             continue
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Which file this is, whatever it is called; None if it is not there."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _is_nobodys(path: Path) -> bool:

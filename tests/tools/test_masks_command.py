@@ -52,11 +52,12 @@ def test_a_dataset_gets_masks_a_manifest_coco_and_a_contact_sheet(drawn, tmp_pat
     assert worst["confidence"].is_monotonic_increasing and worst["heads"].sum() == heads
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_files_of_the_dataset_are_not_replaced_even_if_asked(drawn, tmp_path, workers, capsys):
+@pytest.mark.parametrize("split, workers", [("train", "1"), ("train", "2"), ("test", "1")])
+def test_files_of_the_dataset_are_not_replaced_even_if_asked(drawn, tmp_path, split, workers,
+                                                             capsys):
     root = tmp_path / "copy"
     shutil.copytree(drawn, root)
-    truth = next(root.rglob("train_data")) / "instances"
+    truth = next(root.rglob(f"{split}_data")) / "instances"
     before = {path: files.sha256(path) for path in root.rglob("*") if path.is_file()}
     assert masks(root, truth, *CLASSICAL, "--overwrite", "--workers", workers) == 1
     assert "is read by this command, and stays as it is" in capsys.readouterr().err

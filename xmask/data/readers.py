@@ -128,10 +128,14 @@ class CrowdDataset(Sequence):
         return self._listing.annotations[self.ids[index]]
 
     def paths(self) -> list[Path]:
-        """The files that samples are read from: images, annotations and, if any, true masks."""
-        return [path for i, name in enumerate(self.ids)
-                for path in (self.image_path(i), self.annotation_path(i),
-                             mask_path(self.layout, self._listing, name)) if path.exists()]
+        """The files of all splits: images, annotations and, if any, true masks."""
+        found, folder = [], self._listing.folder.parent
+        for split in self.layout.splits:
+            if (folder / self.layout.splits[split]).is_dir():
+                one = list_split(self.layout, folder, split)
+                found += [*one.images.values(), *one.annotations.values(),
+                          *(mask_path(self.layout, one, name) for name in one.images)]
+        return [path for path in found if path.exists()]
 
     def counts(self) -> np.ndarray:
         """(N,) int64, N images: annotated heads of every image; reads annotations, no images."""
