@@ -318,6 +318,17 @@ def test_a_checksum_changes_with_the_dots_of_its_photo_only(folder):
     assert read_folder(folder)[1].image_checksum(1) != before[1]  # no dots are not no heads
 
 
+def test_a_photo_that_cannot_be_read_stops_no_checksum_of_all(folder, monkeypatch):
+    photos = read_folder(folder)[1]
+    before = photos.checksum()
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("xmask.files.sha256", refuse)
+    assert photos.checksum() != before
+
+
 def test_dots_may_be_given_as_an_array(folder):
     photos = OwnPhotos([(folder / "a.png", np.array([[1, 2]])), (folder / "b.png", None)])
     assert photos.counts().tolist() == [1, 0] and photos[0].points.tolist() == [[1, 2]]

@@ -64,6 +64,30 @@ def test_files_of_the_dataset_are_not_replaced_even_if_asked(drawn, tmp_path, sp
     assert {path: files.sha256(path) for path in before} == before
 
 
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no pipes with names")
+@pytest.mark.parametrize("place", ["images/IMG_2.jpg", "ground-truth/GT_IMG_2.mat"])
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: os.symlink("gone", path)])
+def test_what_is_no_file_costs_no_other_its_masks(drawn, tmp_path, place, make, capsys):
+    root = tmp_path / "copy"
+    shutil.copytree(drawn, root)
+    path = next(root.rglob("train_data")) / place
+    path.unlink()
+    make(path)
+    assert masks(root, tmp_path / "out", *CLASSICAL, "--limit", "2") == 1
+    shown = capsys.readouterr().out
+    assert "1 of 2 images have masks, 1 failed" in shown and "failed: IMG_2: " in shown
+
+
+def test_a_photo_that_breaks_after_its_masks_were_made_stops_nothing(drawn, tmp_path, caplog):
+    root = tmp_path / "copy"
+    shutil.copytree(drawn, root)
+    assert masks(root, tmp_path / "out", *CLASSICAL, "--limit", "1") == 0
+    photo = next(root.rglob("train_data")) / "images" / "IMG_1.jpg"
+    photo.write_bytes(photo.read_bytes()[:-100])
+    assert masks(root, tmp_path / "out", *CLASSICAL, "--limit", "2") == 0
+    assert "left out of" in caplog.text and "IMG_1.jpg: cannot be read" in caplog.text
+
+
 def test_masks_and_predictions_do_not_share_a_folder(drawn, tmp_path, capsys):
     image = next(drawn.rglob("train_data")) / "images" / "IMG_1.jpg"
     predict = ["predict", str(image), "--weights", "drawn", "--out"]

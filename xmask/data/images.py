@@ -80,6 +80,8 @@ def _opened(path: str | os.PathLike, wrong: str = _NO_IMAGE) -> Iterator[Image.I
     with {} for Pillow's words.
     """
     limit = max_pixels()
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
+        raise _Unusable(f"{path}: is a folder or a device, no image. Move it elsewhere.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about odd metadata; errors are raised
@@ -97,7 +99,7 @@ def _opened(path: str | os.PathLike, wrong: str = _NO_IMAGE) -> Iterator[Image.I
                 yield image
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such image. Check the path.") from None
-    except (_Unusable, PermissionError, IsADirectoryError):
+    except (_Unusable, PermissionError):
         raise
     except _BROKEN as error:
         said = " ".join(str(error).split())[:120] or type(error).__name__

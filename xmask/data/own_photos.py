@@ -8,6 +8,7 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -91,7 +92,9 @@ class OwnPhotos(Sequence):
     def image_checksum(self, index: int) -> str:
         """SHA-256 over a photo's name, its file, and its dots, in whatever file they are."""
         image, dots = self._pairs[index]
-        parts = [self.ids[index].encode("utf-8", "surrogateescape"), files.sha256(image).encode()]
+        parts = [self.ids[index].encode("utf-8", "surrogateescape")]
+        with suppress(OSError):  # reading it says why
+            parts.append(files.sha256(image).encode())
         if dots is not None:
             parts.append(hashlib.sha256(dots.astype("<f8").tobytes()).hexdigest().encode())
         return hashlib.sha256(b"\n".join(parts)).hexdigest()

@@ -6,6 +6,7 @@ import hashlib
 import operator
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -149,7 +150,7 @@ class CrowdDataset(Sequence):
     def checksum(self) -> str:
         """SHA-256 over names, annotation bytes and stored image sizes, in order.
 
-        Images are not decoded (one without a readable size counts as 0x0): it says which data a
+        Images are not decoded (what cannot be read counts as 0x0 and empty): it says which data a
         run has seen, not whether pixels are intact (for that see `check_dataset`).
         """
         return hashlib.sha256(b"".join(map(self._identity, range(len(self))))).hexdigest()
@@ -159,11 +160,12 @@ class CrowdDataset(Sequence):
         return hashlib.sha256(self._identity(self._position(index))).hexdigest()
 
     def _identity(self, i: int) -> bytes:
-        try:
+        # one broken image shall not hide the others; reading it says why
+        height, width, annotation, path = 0, 0, b"", self.annotation_path(i)
+        with suppress(OSError, ValueError):
             height, width = images.image_size(self.image_path(i))
-        except ValueError:  # one broken image shall not hide the others; reading it says why
-            height = width = 0
-        annotation = self.annotation_path(i).read_bytes()
+        with suppress(OSError):
+            annotation = path.read_bytes() if path.is_file() else b""
         return f"{self.ids[i]} {height}x{width} {len(annotation)}\n".encode() + annotation
 
     @property

@@ -6,6 +6,7 @@ An image's confidence is the mean score of its heads; heads without a mask of th
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from xmask.segmenters import Segmenter
 from xmask.tools import coco
 from xmask.tools.overlay import overlay
 
+_log = logging.getLogger("xmask")
 WORST, COLUMNS = 20, 4
 TILE, LINE = (360, 270), 30  # (width, height) of a picture, and of the text above it, px
 
@@ -86,8 +88,12 @@ def write_worst(dataset: Any, folder: str | os.PathLike, path: str | os.PathLike
     sheet = Image.new("RGB", (width * min(COLUMNS, len(worst)), lines * (height + LINE)), "white")
     draw = ImageDraw.Draw(sheet)
     for k, row in enumerate(worst.itertuples()):
-        sample = dataset[dataset.ids.index(row.image)]
-        tile = Image.fromarray(overlay(sample.image, masks.read_masks(folder, row.image)))
+        try:
+            sample = dataset[dataset.ids.index(row.image)]
+            tile = Image.fromarray(overlay(sample.image, masks.read_masks(folder, row.image)))
+        except (OSError, ValueError) as error:  # it broke after its masks were made
+            _log.warning("left out of %s: %s", path, error)
+            tile = Image.new("RGB", TILE, "grey")
         tile.thumbnail(TILE)
         left, top = k % COLUMNS * width, k // COLUMNS * (height + LINE)
         draw.text((left + 4, top + 9), f"{row.image}: confidence {row.confidence:.2f}, "
