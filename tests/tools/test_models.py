@@ -103,6 +103,22 @@ def test_an_export_never_goes_into_the_run_that_it_is_made_from(run, source, nam
     assert before == {path: files.sha256(path) for path in run.parent.rglob("*") if path.is_file()}
 
 
+def test_a_run_that_is_trained_anew_gives_the_finished_model_that_it_keeps(run, tmp_path, caplog):
+    finished = xmask.load(run, "cpu").record["sha256"]
+    with files.OutputFolder(run, overwrite=True) as folder:
+        for name in ("model.safetensors", "config.json"):
+            folder.note(run / name, files.sha256(run / name))
+        folder.keep_earlier("model.safetensors", "config.json")
+    files.write_json(run / "config.json", files.read_json(run / "earlier-1" / "config.json"))
+    half = torch.load(run / "checkpoint.pt")
+    torch.save(half | {"teacher": half["student"]}, run / "checkpoint.pt")
+    assert xmask.load(run, "cpu").record["sha256"] == finished
+    models.export(run, tmp_path / "mine.safetensors")
+    assert xmask.load(tmp_path / "mine.safetensors", "cpu").record["sha256"] == finished
+    assert caplog.text.count("this is the model in earlier-1") == 2
+    assert xmask.load(run / "checkpoint.pt", "cpu").record["sha256"] != finished
+
+
 def test_a_checkpoint_gives_the_student_where_evaluation_reads_it(run):
     content = files.read_json(run / "config.json")
     content["config"]["evaluation"]["weights"] = "student"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import warnings
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from xmask import config as configuration
 from xmask.data.layouts import LAYOUTS
 from xmask.predict import Predictor
 
+_log = logging.getLogger("xmask")
 _FOLDER = Path(xmask.__file__).parent / "weights"
 BUNDLED = {name: _FOLDER / f"xmask-{name}.safetensors" for name in ("photo", "drawn")}
 
@@ -38,7 +40,8 @@ def load(weights: str | os.PathLike | None = None, device: str | torch.device | 
 
     weights: None or "photo" for the package's model of photographs; "drawn" for its one of drawn
         crowds; a file made by `xmask export`; or a run folder (`results/<profile>/runs/<run>`),
-        finished or still training.
+        finished or still training. One that keeps a finished model while it trains anew
+        (`earlier-1`) gives that one; its checkpoint.pt, the one that is still training.
     device: "cpu", "cuda", ...; None takes CUDA where there is one.
     The record of the result: `file`, `sha256` (of the weights), `backbone`, `initialisation`,
     `trained_on` (`dataset`, `synthetic`, `labelled` images, `unlabelled` images, `text`), `run`,
@@ -49,8 +52,7 @@ def load(weights: str | os.PathLike | None = None, device: str | torch.device | 
     weights = "photo" if weights is None else weights
     path = BUNDLED.get(os.fspath(weights)) or Path(weights)
     if path.is_dir() or path.name == "checkpoint.pt":
-        folder = path if path.is_dir() else path.parent
-        network, config, record = _read_run(folder)
+        network, config, record = _read_run(_finished(path) if path.is_dir() else path.parent)
     else:
         network, config, metadata = load_network(path)
         record = _record(metadata, path)
@@ -105,7 +107,7 @@ def export(run: str | os.PathLike, out: str | os.PathLike, *, half: bool = False
     file's metadata. half: in 16 bits, half the size; they are computed with in 32 all the same.
     Raises FileNotFoundError or ValueError for a folder that is no run.
     """
-    network, config, record = _read_run(Path(run))
+    network, config, record = _read_run(_finished(Path(run)))
     state = network.state_dict()
     if half:
         state = {name: value.half() if value.is_floating_point() else value
@@ -124,6 +126,18 @@ def check_apart(run: str | os.PathLike, out: str | os.PathLike) -> None:
     if Path(out).resolve().is_relative_to(source.resolve()):
         raise ValueError(f"{out}: belongs to the model that is exported, which stays as it is. "
                          "Give a name elsewhere (--out)")
+
+
+def _finished(folder: Path) -> Path:
+    """A run folder, or, while it is trained anew, the last finished model that it keeps."""
+    earlier = [one for one in folder.glob("earlier-*") if all(
+        (one / name).is_file() for name in ("config.json", "model.safetensors"))]
+    if (folder / "model.safetensors").is_file() or not earlier:
+        return folder
+    last = max(earlier, key=lambda one: (len(one.name), one.name))
+    _log.warning("%s: its new training is not finished, so this is the model in %s. Finish it, or "
+                 "give its checkpoint.pt for the new one as it is", folder, last.name)
+    return last
 
 
 def _read_run(folder: Path) -> tuple[nn.Module, configuration.Config, dict[str, Any]]:
