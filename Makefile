@@ -87,12 +87,15 @@ lab: setup
 
 # What steps of the study, and setuptools, make; all else in work/ and build/ is somebody's.
 PROFILES := demo full photo paper
-MADE := $(foreach profile,$(PROFILES),$(addprefix work/$(profile)/,.xmask calibration data logs \
-  masks notebooks phase1 stamps)) work/edp_study work/sweeps
+# Only demo and full draw data: in work/photo/data lies what somebody put there.
+MADE := $(foreach profile,$(PROFILES),$(addprefix work/$(profile)/,.xmask logs masks notebooks \
+  phase1 stamps)) $(foreach profile,demo full,$(addprefix work/$(profile)/,calibration data)) \
+  work/edp_study work/sweeps
 
 clean:
 	@for folder in $(MADE); do \
-	  if test -z "$$(find $$folder -name corrected 2>/dev/null)"; then rm -rf $$folder; fi; done
+	  if test -z "$$(find $$folder -name corrected -o -name '*.set-aside-*' 2>/dev/null)"; then \
+	    rm -rf $$folder; fi; done
 	rm -rf build/lib build/bdist.* build/temp.* docs/api .pytest_cache .hypothesis .ruff_cache
 	@rmdir $(addprefix work/,$(PROFILES)) work build 2>/dev/null || true
 	@for folder in work build; do test ! -d $$folder || find $$folder -mindepth 1 -maxdepth 1 \

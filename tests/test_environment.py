@@ -51,6 +51,8 @@ def test_clean_removes_what_the_study_makes_and_nothing_else(tmp_path):
             "work/sweeps/d.ipynb", "build/lib/xmask/e.py", "xmask/__pycache__/f.pyc"]
     kept = ["work/correct/masks/corrected/a.json", "work/photo/masks/sha/corrected/a.json",
             "work/elsewhere/shb-s1/model.safetensors", "work/notes.txt", "build/thesis.tex",
+            "work/photo/data/part_A/train_data/images/IMG_1.jpg",
+            "work/full/masks/sha/IMG_1.png.set-aside-1",
             "own/correct/masks/corrected/a.json", "own/elsewhere/x/model.safetensors"]
     for name in (*made, *kept):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -58,7 +60,8 @@ def test_clean_removes_what_the_study_makes_and_nothing_else(tmp_path):
     shown = subprocess.run(["make", "-f", ROOT / "Makefile", "clean"], cwd=tmp_path, check=True,
                            capture_output=True, text=True).stdout
     assert {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()} == set(kept)
-    for name in ("work/correct", "work/elsewhere", "work/notes.txt", "work/photo", "build/thesis.tex"):
+    for name in ("work/correct", "work/elsewhere", "work/notes.txt", "work/photo", "work/full",
+                 "build/thesis.tex"):
         assert f"stays, because it holds more than the study makes: {name}" in shown
     assert not (tmp_path / "work" / "demo").exists()
 

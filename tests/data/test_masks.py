@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -18,6 +19,7 @@ import pandas as pd
 import pytest
 import torch
 from distributed import Client, LocalCluster, Reschedule, get_client, get_worker
+from PIL import Image
 
 from tests.test_edp_sam import picture
 from tests.warm import Program, forked_workers
@@ -360,17 +362,31 @@ def test_masks_that_are_made_anew_stay_until_the_new_ones_are_there(tmp_path):
 
 def test_no_old_table_stands_beside_a_new_label_map(tmp_path, monkeypatch):
     masks(tmp_path, ClassicalSegmenter(), indices=[3])
-    old, write_png = whole(tmp_path, [3]), files.write_png
+    old = whole(tmp_path, [3])
 
-    def killed(path, labels):
-        write_png(path, labels)
-        raise KeyboardInterrupt
+    def killed(folder):
+        if not (tmp_path / "IMG_3.csv").exists():
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(files, "write_png", killed)
+        patch.setattr(files, "_sync", killed)
         masks(tmp_path, ClassicalSegmenter(), indices=[3], superpixel_prompt=False)
     assert list(whole(tmp_path, [3])) == ["IMG_3.png"]
     masks(tmp_path, ClassicalSegmenter(), indices=[3])
+    assert whole(tmp_path, [3]) == old
+
+
+@pytest.mark.parametrize("kind", ["PNG", "csv"])
+def test_old_masks_stay_where_the_disk_has_no_room_for_new_ones(tmp_path, kind, monkeypatch):
+    masks(tmp_path, ClassicalSegmenter(), indices=[3])
+    old = whole(tmp_path, [3])
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(MasksFailed, match="No space left"):
+        patch.setattr(*((Image.Image, "save") if kind == "PNG" else (pd.DataFrame, "to_csv")), full)
+        masks(tmp_path, ClassicalSegmenter(), indices=[3], superpixel_prompt=False)
     assert whole(tmp_path, [3]) == old
 
 

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from PIL import Image
 from tqdm.auto import tqdm
 
 from xmask import files
@@ -396,10 +397,13 @@ class _Job:
             line = {"image": name, "heads": len(table), "seconds": time.perf_counter() - began}
             line |= getattr(self.segmenter, "seconds", {}) if len(table) else {}
             picture, numbers = _paths(self.out, name)
-            if folder := files.OutputFolder.around(numbers):
-                folder.remove(numbers)  # no old table is to stand beside a new label map
-            files.write_png(picture, labels.astype(np.uint16))
-            files.write_text(numbers, table.to_csv(index=False, float_format="%.6g"))
+            with files.replacing(numbers) as rows, files.replacing(picture) as pixels:
+                rows.write_text(table.to_csv(index=False, float_format="%.6g"), "utf-8", newline="")
+                Image.fromarray(labels.astype(np.uint16)).save(pixels, "PNG")
+                # what is old goes once all that is new found room on the disk; the table first,
+                # as no old one is to stand beside a new label map
+                if folder := files.OutputFolder.around(numbers):
+                    folder.remove(numbers)
         except Exception as error:  # one broken image must not cost the night's other images
             return i, f"{type(error).__name__}: {error}", {}
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else 0
