@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -549,6 +550,18 @@ def test_overwrite_replaces_no_photo_by_a_table_or_a_page(tmp_path, words, capsy
     mine.write_bytes(b"photo")
     assert main([*words, str(mine), "--overwrite"]) == 1
     assert "IMG_1.jpg: is no ." in capsys.readouterr().err and mine.read_bytes() == b"photo"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has locks of another kind")
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_network_folder_without_locks_takes_results(tmp_path, number, monkeypatch):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with files.OutputFolder(tmp_path / "out") as folder:
+        files.write_text(folder.path / "counts.csv", "counts")
+    assert files.read_record(tmp_path / "out").keys() == {"counts.csv"}
 
 
 def test_a_link_to_nowhere_is_no_folder_for_results(tmp_path):

@@ -37,6 +37,7 @@ _NOBODYS = {HIDDEN, ".ds_store", "thumbs.db", "desktop.ini"}  # a folder with on
 _PATIENCE = 60.0  # seconds to wait for what takes others a moment
 _ABANDONED = 3600.0  # seconds after which a half-written file is nobody's, whoever wrote it
 _NEEDED = 64 << 20  # bytes: with less disk space than that, no work is begun
+_NO_LOCKS = errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP  # what network folders may answer
 _HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"  # whose numbers of processes are meant
 _log = logging.getLogger("xmask")
 
@@ -233,8 +234,10 @@ def _held(path: Path, wait: float, message: str | Callable[[], str] = "") -> Ite
     except Timeout:
         said = message() if callable(message) else message
         raise FolderInUse(said or f"{path}: held by another process for {wait:.0f} s") from None
-    except NotImplementedError:  # a file system without locks
-        yield
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            raise
+        yield  # a file system without locks
         return
     try:
         yield
