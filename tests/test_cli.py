@@ -1,10 +1,13 @@
 """The command line: every command explains itself, errors are one line, exit codes hold."""
 
+import argparse
 import os
 import signal
 
 import pytest
 
+import xmask
+from xmask import cli
 from xmask.cli import main
 
 COMMANDS = ["reproduce", "masks", "train", "evaluate", "tables", "figures", "data check",
@@ -17,6 +20,24 @@ def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as ended:
         main([*command.split(), "--help"])
     assert ended.value.code == 0 and "usage: xmask" in capsys.readouterr().out
+
+
+def test_it_says_its_version(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0 and capsys.readouterr().out == f"xmask {xmask.__version__}\n"
+
+
+def test_every_argument_says_what_it_is_for():
+    def silent(parser):
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for made in action.choices.values():
+                    yield from silent(made)
+            elif not action.help and not action.choices:
+                yield f"{parser.prog} {action.dest}"
+
+    assert not list(silent(cli._parser()))
 
 
 def test_a_terminated_study_stops_as_ctrl_c_stops_it(monkeypatch, capsys):

@@ -6,11 +6,13 @@ import argparse
 import io
 import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from xmask import __version__
 from xmask.presets import DATASETS, PERCENTS, PROFILES, VARIANTS
 from xmask.tools.arguments import names, number, numbers, positive, threads
 
@@ -82,6 +84,7 @@ _BESIDE = "write into a folder that holds other files, too, and replace those of
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="xmask", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, function, text: str, within=commands) -> argparse.ArgumentParser:
@@ -120,7 +123,7 @@ def _own_photo_commands(command: Callable) -> None:
     made.add_argument("--split", default="train", help="of the dataset; default: train")
     made.add_argument("--image", type=Path, help="one image instead of a dataset")
     made.add_argument("--points", type=Path, help="its heads: a CSV with columns x and y")
-    made.add_argument("--out", required=True, type=Path)
+    made.add_argument("--out", required=True, type=Path, help="folder for all results")
     made.add_argument("--segmenter", choices=("bundled", "classical"), default="bundled",
                       help="bundled (default): the small SAM of the package; classical: without "
                            "a network, faster")
@@ -143,7 +146,7 @@ def _own_photo_commands(command: Callable) -> None:
 
     made = command("predict", _predict, "count and masks of your own images, resumable")
     made.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders or globs")
-    made.add_argument("--out", required=True, type=Path)
+    made.add_argument("--out", required=True, type=Path, help="folder for all results")
     made.add_argument("--weights", help="a file of `xmask export` or a run folder; default: the "
                                         "model of the package for photographs; drawn: the one of "
                                         "drawn crowds")
@@ -184,21 +187,23 @@ def _training_commands(command: Callable) -> None:
     made.add_argument("--scenes", type=positive, help="drawn scenes")
     made.add_argument("--steps", type=positive, help="over which the learning rate falls")
     made.add_argument("--stop", type=positive, help="end after so many of the steps")
-    made.add_argument("--threads", type=threads, default=1)
+    made.add_argument("--threads", type=threads, default=1, help="default: 1")
     made.add_argument("--overwrite", action="store_true", help="replace the weights, and their "
                       ".json, if they are there")
 
     made = command("edp-study", _edp_study, "compare EDP-SAM with simpler masks on drawn scenes")
-    made.add_argument("--out", type=Path, default=Path("results/edp_sam"))
+    made.add_argument("--out", type=Path, default=Path("results/edp_sam"),
+                      help="default: results/edp_sam")
     made.add_argument("--overwrite", action="store_true", help=_BESIDE)
-    made.add_argument("--scenes", type=positive, default=18)
+    made.add_argument("--scenes", type=positive, default=18, help="default: 18")
     made.add_argument("--seed", type=number, help="of the first scene")
     made.add_argument("--boxes", action="store_true",
                       help="instead: what annotated head sizes add (boxes.csv)")
     made.add_argument("--negatives", action="store_true",
                       help="instead: how many neighbours serve as negative points (negatives.csv)")
-    made.add_argument("--segmenters", type=names, default=("classical", "bundled"))
-    made.add_argument("--jobs", type=positive, default=1)
+    made.add_argument("--segmenters", type=names, default=("classical", "bundled"),
+                      help="default: classical,bundled")
+    made.add_argument("--jobs", type=positive, default=1, help="scenes at a time; default: 1")
 
 
 def _run_commands(command: Callable) -> None:
@@ -211,8 +216,9 @@ def _run_commands(command: Callable) -> None:
         made.add_argument("--percent", type=int, default=10, help="of the images are labelled; "
                           "default: 10")
         made.add_argument("--seed", type=number, default=1, help="default: 1")
-        made.add_argument("--variant", choices=VARIANTS, default="xmask",
-                          help="xmask, a rival or an ablation: " + ", ".join(VARIANTS))
+        made.add_argument("--variant", choices=VARIANTS, default="xmask", metavar="NAME",
+                          help="xmask (default); rivals and ablations: "
+                          + ", ".join([*VARIANTS][1:]))
         made.add_argument("--sam", default="", help="SAM checkpoint (.pth); default: the profile's "
                           "own, classical (photo: the bundled SAM)")
         _set(made, "a field, e.g. --set loss.tau=0.5")
@@ -231,7 +237,7 @@ def _page_commands(command: Callable) -> None:
     made = command("bench", _bench, "measure what the method costs beside dense code and libraries")
     made.add_argument("--only", type=names, default=(), metavar="GROUPS",
                       help="e.g. decode,losses; default: all")
-    made.add_argument("--threads", type=threads, default=2)
+    made.add_argument("--threads", type=threads, default=2, help="default: 2")
     made = command("docs", _docs, "for maintainers: write the numbers in README.md and docs anew")
     made.add_argument("--diagram", action="store_true",
                       help="instead, draw the method's picture (figures/method)")
@@ -248,27 +254,29 @@ def _page_commands(command: Callable) -> None:
 
 
 def _data_commands(command: Callable, commands: argparse._SubParsersAction) -> None:
-    data = commands.add_parser("data", help="look at datasets").add_subparsers(
+    data = commands.add_parser("data", help="check, measure or draw datasets").add_subparsers(
         required=True, metavar="COMMAND")
     check = command("check", _check, "what is missing or odd in a dataset folder", data)
     made = command("coverage", _coverage, "how many exclusion circles cover a pixel, counted over "
                    "all images (walkthrough 01)", data)
     for one in (check, made):
         one.add_argument("--dataset", required=True, choices=(*DATASETS, "shb", "synthetic"))
-        one.add_argument("--root", required=True, type=Path)
+        one.add_argument("--root", required=True, type=Path, help="folder of the dataset")
     made.add_argument("--out", required=True, type=Path, help="a .csv file")
     made.add_argument("--overwrite", action="store_true", help="replace a file that is there")
     made = command("draw", _draw, "draw a synthetic dataset in an official layout", data)
     made.add_argument("--layout", required=True, choices=DATASETS)
-    made.add_argument("--out", required=True, type=Path)
-    made.add_argument("--train", type=number, default=40)
-    made.add_argument("--test", type=number, default=16)
-    made.add_argument("--seed", type=number, default=2024)
-    made.add_argument("--jobs", type=positive, default=1)
+    made.add_argument("--out", required=True, type=Path, help="the dataset's folder comes into it")
+    for name, default, text in (("train", 40, "training images"), ("test", 16, "test images"),
+                                ("seed", 2024, "other seeds, other crowds")):
+        made.add_argument(f"--{name}", type=number, default=default,
+                          help=f"{text}; default: {default}")
+    made.add_argument("--jobs", type=positive, default=1, help="images at a time; default: 1")
 
 
 def _profile(made: argparse.ArgumentParser, use: str = "") -> None:
-    made.add_argument("--profile", choices=PROFILES, default="demo")
+    made.add_argument("--profile", choices=PROFILES, default="demo", help="which study: demo "
+                      "(default) and full draw their crowds, photo and paper need --data")
     made.add_argument("--data", default="", help=f"folder of the real datasets{use}")
 
 
@@ -375,7 +383,7 @@ def _predict(o: argparse.Namespace) -> int:
     photos.check_side(o.max_side)
     files.OutputFolder(o.out, overwrite=o.overwrite).check()
     model = models.load(o.weights, o.device)
-    print(f"{model!r}")
+    print(f"model: trained on {model.record['trained_on']['text']}, on {model.device}")
     rows = photos.run(found, model, o.out, max_side=o.max_side, overwrite=o.overwrite)
     for row in rows:
         said = row.error.removeprefix(f"{row.image}: ") or f"{row.count} heads"
@@ -385,6 +393,8 @@ def _predict(o: argparse.Namespace) -> int:
     failed = [row for row in rows if row.error]
     print(f"{len(rows) - len(failed)} of {len(rows)} images done, in {o.out}"
           + (f"; {len(failed)} failed, see above and counts.csv" if failed else ""))
+    if len(failed) < len(rows):
+        print(f"look at {o.out / 'counts.csv'}, and at every image's NAME.overlay.png beside it")
     if said := models.reliability(model.record, [r.count for r in rows if r.count is not None]):
         print(said)
     return 1 if failed else 0
@@ -401,6 +411,7 @@ def _export(o: argparse.Namespace) -> None:
     files.check_new(out, o.overwrite)
     if not as_onnx:
         print(models.load(models.export(o.run, out, half=o.half), "cpu"))
+        print(f"{out}\nnext: xmask predict PHOTOS --out FOLDER --weights {shlex.quote(str(out))}")
         return
     from xmask.tools import onnx_export
     model = models.load(o.run, "cpu")
@@ -425,7 +436,7 @@ def _learn(o: argparse.Namespace) -> None:
     else:
         print("No photo was held out, so nothing says how good the new model is: give dots to ten "
               "photos or more.")
-    print(run)
+    print(f"{run}\nnext: xmask predict PHOTOS --out FOLDER --weights {shlex.quote(str(run))}")
 
 
 def _configuration(o: argparse.Namespace):

@@ -86,6 +86,7 @@ def test_of_ten_dotted_photos_some_are_kept_back_and_say_what_learning_changed(t
                  "classical", *sets]) == 0
     said = capsys.readouterr().out
     assert "On 3 photos with" in said and "before count wrong by" in said and "after " in said
+    assert said.endswith(f"\nnext: xmask predict PHOTOS --out FOLDER --weights {tmp_path / 'run'}\n")
     record = files.read_json(tmp_path / "run" / "config.json")
     kept, learnt = set(record["data"]["held_out"]), set(record["data"]["labelled"])
     assert len(kept) == 3 and len(learnt) == 7 and not kept & learnt

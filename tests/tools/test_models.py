@@ -79,7 +79,9 @@ def test_the_bundled_model_beats_guessing_on_a_crowd_it_has_not_seen(bundled):
 def test_a_run_folder_its_export_and_its_checkpoint_hold_the_same_teacher(run, tmp_path, capsys):
     direct = xmask.load(run, "cpu")
     assert main(["export", str(run), "--out", str(tmp_path / "mine.safetensors")]) == 0
-    assert "drawn crowds (2 labelled and 3 unlabelled images" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "drawn crowds (2 labelled and 3 unlabelled images" in said
+    assert f"next: xmask predict PHOTOS --out FOLDER --weights {tmp_path / 'mine.safetensors'}\n" in said
     exported = xmask.load(tmp_path / "mine.safetensors", "cpu")
     (run / "model.safetensors").unlink()
     halfway = xmask.load(run / "checkpoint.pt", "cpu")

@@ -58,6 +58,7 @@ def test_bad_files_are_named_and_the_rest_goes_on(folder, tmp_path, capsys, scen
     assert main(["predict", str(folder), "--out", str(out), "--device", "cpu"]) == 1
     shown = capsys.readouterr().out
     assert "5 of 9 images done" in shown and "4 failed" in shown
+    assert f"look at {out / 'counts.csv'}" in shown and "<xmask" not in shown
     assert "test images of ShanghaiTech A" in shown
     table = pd.read_csv(out / "counts.csv", keep_default_na=False).set_index("name")
     assert "the file is empty" in table.error["empty"]
