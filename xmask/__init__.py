@@ -17,8 +17,13 @@ except importlib.metadata.PackageNotFoundError:  # a folder of sources that was 
 
 
 def load(weights=None, device=None):
-    """A model ready to predict, see `xmask.tools.models.load`: the one of the package, the one of
-    drawn crowds ("drawn"), or the one in a file or run folder."""
+    """A model ready to predict, an `xmask.predict.Predictor`: `load().predict("photo.jpg").count`.
+
+    weights: None for the package's model of photographs; "drawn" for its one of drawn crowds; the
+    path of a file of `xmask export`, or of a run folder. device: "cpu", "cuda", ...; None takes
+    CUDA where there is one. Raises FileNotFoundError or ValueError, naming file and remedy. More:
+    `xmask.tools.models.load`.
+    """
     from xmask.tools.models import load as load_  # here, so that `import xmask` stays light
 
     return load_(weights, device)
