@@ -48,7 +48,7 @@ LABELME = {"version": "5.5.0", "flags": {}, "imagePath": "a.png", "imageData": N
            "imageHeight": 48, "imageWidth": 64,
            "shapes": [shape("point", (3, 4.5)), shape("circle", (9, 8), (12, 8)),
                       shape("rectangle", (10, 4), (6, 2)),
-                      shape("rectangle", (0, 0), (4, 0), (4, 2), (0, 2))]}
+                      shape("oriented_rectangle", (0, 1), (2, 0), (4, 1), (2, 2))]}
 VIA = {
     "a.png1234": {"filename": "a.png", "size": 1234, "file_attributes": {}, "regions": [
         region(**POINT), region(name="circle", cx=1, cy=2, r=3),
@@ -106,11 +106,23 @@ def test_a_file_for_many_photos_gives_dots_empty_scenes_and_unlabelled_photos(
     assert OwnPhotos([(folder / "a.png", table)]).counts().tolist() == [len(expected)]
 
 
-def test_the_csv_of_via(folder):
-    write(folder / "via_export_csv.csv", VIA_CSV)
+@pytest.mark.parametrize("before", ["", "#", "\ufeff#"])  # VIA 2, its first versions, and a BOM
+def test_the_csv_of_via(folder, before):
+    write(folder / "via_export_csv.csv", before + VIA_CSV)
     dotted, bare = read_folder(folder)
     assert dotted.ids == ["a", "b"] and bare.ids == ["c"]
     np.testing.assert_array_equal(dotted[0].points, [[3, 4.5], [12, 23]])
+
+
+def test_coco_as_via_writes_it_has_numbers_in_one_place_and_texts_in_another(folder):
+    write(folder / "via_export_coco.json", {
+        "images": [{"id": 1, "file_name": "a.png"}, {"id": 2, "file_name": "b.png"}],
+        "categories": [{"id": 1, "name": "head"}], "annotations": [
+            {"id": 0, "image_id": "1", "category_id": one, "segmentation": [[]], "area": [],
+             "bbox": [], "iscrowd": 0, "keypoints": [3, 4, 2], "num_keypoints": 1}
+            for one in (1, "1")]})
+    dotted, _ = read_folder(folder)
+    assert dotted.ids == ["a", "b"] and dotted.counts().tolist() == [2, 0]
 
 
 def test_a_labelme_file_beside_each_photo(folder):
@@ -198,12 +210,12 @@ CHANGED = [
     (LABELME, ("shapes", 0, "points"), [["1", True]], "shape 1: found .* where 2 numbers"),
     (LABELME, ("shapes",), [shape("point", (1, 2))] * THOUSANDS, "100000 heads, and an image has"),
     (COCO_HEADS, ("images", 0), "a.png", "image 1: expected an object with the field file_name"),
-    (COCO_HEADS, ("images", 1, "id"), 1, "image 2: has the id 1 of 'train/a.png', too"),
+    (COCO_HEADS, ("images", 1, "id"), 1, "image 2: has the id '1' of 'train/a.png', too"),
     (COCO_HEADS, ("images", 0, "id"), [], "image 1: field id should be a number or a text, found"),
     (COCO_HEADS, ("categories",), 3, "field categories should be a list, found 3"),
     (COCO_HEADS, ("annotations",), {}, "field annotations should be a list"),
-    (COCO_HEADS, ("annotations", 0, "image_id"), 9, "annotation 1: image_id 9, and no image has"),
-    (COCO_HEADS, ("annotations", 0, "category_id"), 2, "the categories 1, 2, and all would be"),
+    (COCO_HEADS, ("annotations", 0, "image_id"), 9, "annotation 1: image_id '9', and no image has"),
+    (COCO_HEADS, ("annotations", 0, "category_id"), 2, "the categories '1', '2', and all would be"),
     (COCO_HEADS, ("annotations", 0, "bbox"), None, "annotation 1: field bbox should be a list"),
     (COCO_HEADS, ("annotations", 0, "bbox"), [1, 2, 3], r"annotation 1: found \[1, 2, 3\] where 4"),
     (COCO_HEADS, ("annotations", 1, "keypoints"), [1, 2], r"annotation 2: found \[1, 2\] where 3"),

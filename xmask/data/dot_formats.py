@@ -113,22 +113,23 @@ def _labelme(value: dict, path: str | os.PathLike) -> np.ndarray:
         where = f"{path}: shape {number}"
         kind = _field(one, "shape_type", str, where)
         points = np.array([_numbers(p, 2, where) for p in _field(one, "points", list, where)])
-        if len(points) == 0 or kind not in ("point", "circle", "rectangle"):
+        box = kind in ("rectangle", "oriented_rectangle")
+        if len(points) == 0 or not (box or kind in ("point", "circle")):
             raise ValueError(f"{where} is a {short(kind)} of {len(points)} points; expected point, "
                              "circle or rectangle. Mark heads so, and remove it")
         # a circle is its centre and a point of its border, a rectangle two or four corners
-        places.append((points.min(axis=0) + points.max(axis=0)) / 2 if kind == "rectangle"
-                      else points[0])
+        places.append((points.min(axis=0) + points.max(axis=0)) / 2 if box else points[0])
     return _as_points(places, path)
 
 
 def _coco(value: dict, path: str | os.PathLike) -> Listed:
     """An image has no dots, and is left out with a warning, if the head of one of its persons is
     not labelled, or if a region of it is marked as a crowd (`iscrowd`)."""
-    names: dict[int | str, str] = {}
+    names: dict[str, str] = {}
     for number, one in enumerate(_field(value, "images", list, path), start=1):
         where = f"{path}: image {number}"
-        name, key = _field(one, "file_name", str, where), _field(one, "id", (int, str), where)
+        name = _field(one, "file_name", str, where)
+        key = str(_field(one, "id", (int, str), where))  # of VIA a number here, a text below
         if key in names:
             raise ValueError(f"{where}: has the id {short(key)} of {short(names[key])}, too; "
                              "export it again")
@@ -138,16 +139,17 @@ def _coco(value: dict, path: str | os.PathLike) -> Listed:
     for number, one in enumerate(categories, start=1):
         where = f"{path}: category {number}"
         parts = _field(one, "keypoints", list, where) if _has(one, "keypoints") else []
-        heads[_field(one, "id", (int, str), where)] = [
+        heads[str(_field(one, "id", (int, str), where))] = [
             k for k, part in enumerate(parts) if isinstance(part, str) and _HEAD.search(part)]
-    places: dict[int | str, list] = {key: [] for key in names}
+    places: dict[str, list] = {key: [] for key in names}
     unknown, used = set(), set()
     for number, one in enumerate(_field(value, "annotations", list, path), start=1):
         where = f"{path}: annotation {number}"
-        image = _field(one, "image_id", (int, str), where)
+        image = str(_field(one, "image_id", (int, str), where))
         if image not in names:
             raise ValueError(f"{where}: image_id {short(image)}, and no image has this id")
-        category = _field(one, "category_id", (int, str), where) if "category_id" in one else None
+        category = str(_field(one, "category_id", (int, str), where)
+                       if "category_id" in one else None)
         used.add(category)
         place = None if one.get("iscrowd") else _coco_place(one, heads.get(category, []), where)
         if place is None:
@@ -198,7 +200,8 @@ def _via(images: dict, path: str | os.PathLike) -> Listed:
 
 def _via_csv(path: str | os.PathLike) -> Listed:
     text = read_csv_text(path, "expected a CSV of VIA 2")
-    reader = csv.DictReader(io.StringIO(text, newline=""))
+    # the first versions write a # before the header
+    reader = csv.DictReader(io.StringIO(text.removeprefix("#"), newline=""))
     images: dict[str, list] = {}
     try:
         for row in reader:
