@@ -65,6 +65,23 @@ LABEL_STUDIO = [
         {"type": "choices", "value": {"choices": ["sunny"]}, "from_name": "weather"}]),
     task("/data/local-files/?d=photos%5Cb.png", []), task("c.png")]
 LABEL_STUDIO_POINTS = [[20, 20], [22, 22], [18, 22], [100, 50]]
+def record(image, annotation, **results):
+    """Of JSON-MIN: results by their tags, without their types."""
+    return {"image": image, "id": 7, "annotator": 1, "annotation_id": annotation, "lead_time": 2.5,
+            "created_at": "2026-01-01T00:00:00Z", "updated_at": "2026-01-01T00:00:00Z"} | {
+        tag: [one["value"] | {key: one[key] for key in ("original_width", "original_height")}
+              for one in values] for tag, values in results.items()}
+
+
+BOX = {"x": 10, "y": 20, "width": 2, "height": 4, "rotation": 0}
+LABEL_STUDIO_MIN = [
+    record("/data/upload/1/0a1b2c3d-a.png", 1, dots=LABEL_STUDIO[0]["annotations"][0]["result"][:1],
+           box=[result("rectangle", **BOX), result("rectangle", **BOX | {"rotation": 90})],
+           kind=[result("labels", **BOX, labels=["Head"]), result("choices", **BOX, choices=["a"]),
+                 result("textarea", **BOX, text=["a", "b"])],
+           oval=[result("ellipse", x=50, y=50, radiusX=2, radiusY=3, rotation=0)])
+    | {"weather": "sunny", "tags": ["x"]},
+    record("/data/local-files/?d=photos%5Cb.png", 2), record("c.png", None)]
 VIA_CSV = ("filename,file_size,file_attributes,region_count,region_id,region_shape_attributes,"
            "region_attributes\n"
            'a.png,1234,"{}",2,0,"{""name"":""point"",""cx"":3,""cy"":4.5}","{}"\n'
@@ -89,7 +106,8 @@ MANY = {"coco": (COCO_HEADS, [[4, 6], [7, 8]]), "via": (VIA, VIA_POINTS),
                     VIA_POINTS),
         "via1": ({"a.png": {"filename": "http://host/a.png", "regions": {"0": region(**POINT)}},
                   "b.png": {"filename": "b.png", "regions": {}}}, [[3, 4.5]]),
-        "studio": (LABEL_STUDIO, LABEL_STUDIO_POINTS)}
+        "studio": (LABEL_STUDIO, LABEL_STUDIO_POINTS),
+        "studio-min": (LABEL_STUDIO_MIN, LABEL_STUDIO_POINTS)}
 
 
 @pytest.mark.parametrize("value, expected", MANY.values(), ids=MANY)
@@ -242,6 +260,10 @@ CHANGED = [
      r"task 7: found \[inf, 20\] where 2 numbers"),
     (LABEL_STUDIO, (0, "annotations", 0, "result"), [result("keypoint", x=1, y=1)] * THOUSANDS,
      "task 7: 100000 heads, and"),
+    (LABEL_STUDIO_MIN, (0, "dots", 0), {"points": [[1, 2]], "original_width": 9, "original_height": 9, "polygonlabels": []},
+     "task 7: a result is of type 'polygonlabels'; expected keypointlabels"),
+    (LABEL_STUDIO_MIN, (0, "dots", 0), {"rle": [], "original_width": 9, "original_height": 9},
+     "task 7: a result is of type 'rle, .*'; expected"),
     (LABEL_STUDIO, (0, "data"), {"text": "a.txt"}, "task 7: data names no image file, found {'tex"),
 ]
 

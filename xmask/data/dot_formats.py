@@ -40,7 +40,7 @@ from xmask.data.images import SUFFIXES
 
 DOT_SUFFIXES = (".csv", ".json", ".mat")
 _PLACELESS = {"choices", "datetime", "labels", "number", "rating", "relation", "taxonomy",
-              "textarea"}  # results of Label Studio that mark no place
+              "text", "textarea"}  # results of Label Studio that mark no place of their own
 _FAR = 1e6  # px: no image is so large
 _KINDS = {list: "a list", dict: "an object", str: "a text", int: "a number"}
 _HEAD = re.compile(r"head|nose|eye|ear(?![a-z])", re.IGNORECASE)  # and no forearm
@@ -54,11 +54,11 @@ def read_dot_file(path: str | os.PathLike) -> np.ndarray | Listed:
 
     One photo: a CSV with columns x and y; the JSON of LabelMe; a .mat as ShanghaiTech's or
     UCF-QNRF's. Returns (N, 2) float64, `(x, y)` in pixels as annotated.
-    Many photos: the JSON of COCO or Label Studio; a project, the JSON or the CSV of VIA 2.
-    Returns a list of (file name without folders, (N, 2) float64); (0, 2) for an image that is
-    listed without a head. Left out, as their heads are not known: of COCO, images with a region
-    of a crowd or with a person whose head has no labelled keypoint; of Label Studio, tasks
-    without a finished annotation.
+    Many photos: the JSON of COCO; JSON or JSON-MIN of Label Studio; a project, the JSON or the
+    CSV of VIA 2. Returns a list of (file name without folders, (N, 2) float64); (0, 2) for an
+    image that is listed without a head. Left out, as their heads are not known: of COCO, images
+    with a region of a crowd or with a person whose head has no labelled keypoint; of Label
+    Studio, tasks without a finished annotation.
     Raises FileNotFoundError, or ValueError naming the file, what was found, and what is wrong.
     """
     suffix = Path(path).suffix.lower()
@@ -97,6 +97,9 @@ def _read_json(path: str | os.PathLike) -> np.ndarray | Listed:
     elif isinstance(value, list) and value and all(
             isinstance(one, dict) and "data" in one and "annotations" in one for one in value):
         return _label_studio(value, path)
+    elif isinstance(value, list) and value and all(
+            isinstance(one, dict) and "annotation_id" in one for one in value):
+        return _label_studio([_label_studio_task(one) for one in value], path)
     elif isinstance(value, list):
         found = f"a list of {len(value)}" + (f", the first one {short(value[0])}" if value else "")
     else:
@@ -253,6 +256,21 @@ def _label_studio(tasks: list[dict], path: str | os.PathLike) -> Listed:
     return listed
 
 
+def _label_studio_task(record: dict) -> dict:
+    """A record of the export JSON-MIN as a task; without an annotation if it was not annotated."""
+    result = []
+    for one in [one for values in record.values() if isinstance(values, list) for one in values]:
+        if not isinstance(one, dict) or "original_width" not in one:
+            continue
+        kinds = sorted(one, key=lambda name: name in _PLACELESS)
+        kind = next((name for name in kinds if name.endswith("labels") or name in _PLACELESS), (
+            "ellipse" if "radiusX" in one else "rectangle" if "height" in one else
+            "keypoint" if "x" in one else ", ".join(one)))
+        result.append(one | {"type": kind, "value": one})
+    done = record["annotation_id"] is not None
+    return {"id": record.get("id"), "data": record, "annotations": [{"result": result}] * done}
+
+
 def _label_studio_name(task: dict, where: str) -> str:
     """The file of a task; it is uploaded, local (`?d=`), or has an address."""
     data = _field(task, "data", dict, where)
@@ -267,14 +285,15 @@ def _label_studio_name(task: dict, where: str) -> str:
 def _label_studio_place(result: dict, where: str) -> list[float]:
     """Places are in percent of the image; a box turns around its first corner, by degrees."""
     kind, value = result["type"], _field(result, "value", dict, where)
+    box = kind in ("rectangle", "rectanglelabels")
+    if not box and kind not in ("keypoint", "keypointlabels", "ellipse", "ellipselabels"):
+        raise ValueError(f"{where}: a result is of type {short(kind)}; expected keypointlabels, "
+                         "rectanglelabels or ellipselabels. Mark heads so, and remove it")
     size = np.array(_numbers([result.get("original_width"), result.get("original_height")], 2,
                              f"{where}: original_width, original_height"))
     corner = np.array(_numbers([value.get("x"), value.get("y")], 2, where)) * size / 100
-    if kind in ("keypoint", "keypointlabels", "ellipse", "ellipselabels"):
+    if not box:
         return corner.tolist()
-    if kind not in ("rectangle", "rectanglelabels"):
-        raise ValueError(f"{where}: a result is of type {short(kind)}; expected keypointlabels, "
-                         "rectanglelabels or ellipselabels. Mark heads so, and remove it")
     x, y = np.array(_numbers([value.get("width"), value.get("height")], 2, where)) * size / 200
     turn = math.radians(_numbers([value.get("rotation") or 0], 1, where)[0])
     return (corner + [x * math.cos(turn) - y * math.sin(turn),
