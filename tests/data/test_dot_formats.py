@@ -117,10 +117,10 @@ def test_a_file_for_many_photos_gives_dots_empty_scenes_and_unlabelled_photos(
     dotted, bare = read_folder(folder)
     assert dotted.ids == ["a", "b"] and bare.ids == ["c"]
     assert dotted.counts().tolist() == [len(expected), 0]
-    (name, points), (_, none) = read_dot_file(table)
-    assert name.endswith("a.png") and points.dtype == np.float64
-    np.testing.assert_allclose(points, expected)
-    assert none.shape == (0, 2)
+    first, second = read_dot_file(table)
+    assert first.name.endswith("a.png") and first.points.dtype == np.float64
+    np.testing.assert_allclose(first.points, expected)
+    assert second.points.shape == (0, 2) and second.file == str(table)
     assert OwnPhotos([(folder / "a.png", table)]).counts().tolist() == [len(expected)]
 
 
@@ -389,6 +389,49 @@ def test_dots_that_belong_to_another_size_are_refused(folder, dots, refused):
         assert len(photos[0].points) == len(dots)
 
 
+SIZED = {  # what says on which size of an image dots were put: a.png here, of w x h
+    "labelme": lambda w, h: LABELME | {"imageWidth": w, "imageHeight": h},
+    "coco": lambda w, h: changed(COCO_HEADS, "images", 0, to={
+        "id": 1, "file_name": "a.png", "width": w, "height": h}),
+    "studio": lambda w, h: [task("a.png", [
+        result("keypoint", x=50, y=50) | {"original_width": w, "original_height": h}])]}
+
+
+@pytest.mark.parametrize("make", SIZED.values(), ids=SIZED)
+def test_dots_that_were_put_on_another_size_of_the_photo_are_refused(folder, make):
+    write(folder / "a.json", make(64, 48))
+    assert len(read_folder(folder)[0].sound()[0])
+    write(folder / "a.json", make(128, 96))  # all dots lie inside, and all are wrong
+    with pytest.raises(ValueError, match=r"a.png: 64 x 48 px, and .*a.json says 128 x 96. Take"):
+        read_folder(folder)[0][0]
+    write(folder / "a.json", make(48, 64))
+    assert read_folder(folder)[0].sound()[1]
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.new("RGB", (64, 48)).save(folder / "a.png", exif=turned)  # 48 x 64 once upright
+    for size in ((48, 64), (64, 48)):
+        write(folder / "a.json", make(*size))
+        assert not read_folder(folder)[0].sound()[1]
+
+
+def test_images_without_a_dot_in_a_file_for_many_are_told(folder, caplog):
+    write(folder / "via.json", VIA)
+    read_folder(folder)
+    assert "via.json: 1 of its 2 images have no dot, and count as photos without" in caplog.text
+
+
+@pytest.mark.parametrize("dots, wrong", [
+    ([[0.5, 0.25], [1, 0]], True), ([[0.5, 0.25]], True), ([[0, 1]], False), ([[0.5, 2]], False)])
+def test_dots_in_shares_of_the_image_are_refused(folder, dots, wrong):
+    photos = OwnPhotos([(folder / "a.png", np.array(dots, dtype=float))])
+    if wrong:
+        with pytest.raises(ValueError, match=r"a.png: its dots all lie within the first pixel, the "
+                                             r"first at x 0.5, y 0.25. Are they shares of the im"):
+            photos[0]
+    else:
+        assert len(photos[0].points) == len(dots)
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
     | st.sampled_from(["", "a.png", 10**400, 1e999, -1]),
@@ -427,5 +470,5 @@ def test_every_json_is_read_or_refused_by_name(tmp_path_factory, value):
         except ValueError as error:
             assert one.name in str(error)
             continue
-        for points in [found] if isinstance(found, np.ndarray) else [p for _, p in found]:
+        for points in [each.points for each in found]:
             assert points.shape[1:] == (2,) and np.isfinite(points).all()

@@ -22,7 +22,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from reprlib import repr as short
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 import numpy as np
@@ -44,23 +44,40 @@ _PLACELESS = {"choices", "datetime", "labels", "number", "rating", "relation", "
 _FAR = 1e6  # px: no image is so large
 _KINDS = {list: "a list", dict: "an object", str: "a text", int: "a number"}
 _HEAD = re.compile(r"head|nose|eye|ear(?![a-z])", re.IGNORECASE)  # and no forearm
-#: (file name of an image, points (N, 2) float64) of every image that a file lists
-Listed = list[tuple[str, np.ndarray]]
 _log = logging.getLogger("xmask")
 
 
-def read_dot_file(path: str | os.PathLike) -> np.ndarray | Listed:
+class Dots(NamedTuple):
+    """The dots of one image.
+
+    points: (N, 2) float64, `(x, y)` in pixels as annotated; (0, 2) for an image without a head.
+    name: the image's file name without folders; None if a file holds the dots of one photo.
+    size: (width, height) of the image they were put on, None if the file does not say it.
+    file: where they were read, for messages.
+    """
+
+    points: np.ndarray
+    name: str | None = None
+    size: tuple[float, float] | None = None
+    file: str = "the dots"
+
+
+def read_dot_file(path: str | os.PathLike) -> list[Dots]:
     """Read dots from a file: those of one photo, or those of all photos that the file lists.
 
     One photo: a CSV with columns x and y; the JSON of LabelMe; a .mat as ShanghaiTech's or
-    UCF-QNRF's. Returns (N, 2) float64, `(x, y)` in pixels as annotated.
-    Many photos: the JSON of COCO; JSON or JSON-MIN of Label Studio; a project, the JSON or the
-    CSV of VIA 2. Returns a list of (file name without folders, (N, 2) float64); (0, 2) for an
-    image that is listed without a head. Left out, as their heads are not known: of COCO, images
-    with a region of a crowd or with a person whose head has no labelled keypoint; of Label
-    Studio, tasks without a finished annotation.
+    UCF-QNRF's. Many photos: the JSON of COCO; JSON or JSON-MIN of Label Studio; a project, the
+    JSON or the CSV of VIA 2. Left out, as their heads are not known: of COCO, images with a region
+    of a crowd or with a person whose head has no labelled keypoint; of Label Studio, tasks without
+    a finished annotation.
     Raises FileNotFoundError, or ValueError naming the file, what was found, and what is wrong.
     """
+    found = _read(path)
+    found = [Dots(found)] if isinstance(found, np.ndarray) else found
+    return [one._replace(file=os.fspath(path)) for one in found]
+
+
+def _read(path: str | os.PathLike) -> np.ndarray | list[Dots]:
     suffix = Path(path).suffix.lower()
     if suffix == ".json":
         return _read_json(path)
@@ -77,7 +94,7 @@ def read_dot_file(path: str | os.PathLike) -> np.ndarray | Listed:
     return read_dots(path)
 
 
-def _read_json(path: str | os.PathLike) -> np.ndarray | Listed:
+def _read_json(path: str | os.PathLike) -> list[Dots]:
     content = read_content(path)
     try:
         value = json.loads(content.decode("utf-8-sig"))
@@ -110,7 +127,7 @@ def _read_json(path: str | os.PathLike) -> np.ndarray | Listed:
         "tasks with data and annotations). Move other files elsewhere")
 
 
-def _labelme(value: dict, path: str | os.PathLike) -> np.ndarray:
+def _labelme(value: dict, path: str | os.PathLike) -> list[Dots]:
     places = []
     for number, one in enumerate(_field(value, "shapes", list, path), start=1):
         where = f"{path}: shape {number}"
@@ -122,13 +139,14 @@ def _labelme(value: dict, path: str | os.PathLike) -> np.ndarray:
                              "circle or rectangle. Mark heads so, and remove it")
         # a circle is its centre and a point of its border, a rectangle two or four corners
         places.append((points.min(axis=0) + points.max(axis=0)) / 2 if box else points[0])
-    return _as_points(places, path)
+    return [Dots(_as_points(places, path), None, _size(value, "imageWidth", "imageHeight"))]
 
 
-def _coco(value: dict, path: str | os.PathLike) -> Listed:
+def _coco(value: dict, path: str | os.PathLike) -> list[Dots]:
     """An image has no dots, and is left out with a warning, if the head of one of its persons is
     not labelled, or if a region of it is marked as a crowd (`iscrowd`)."""
     names: dict[str, str] = {}
+    sizes = {}
     for number, one in enumerate(_field(value, "images", list, path), start=1):
         where = f"{path}: image {number}"
         name = _field(one, "file_name", str, where)
@@ -136,7 +154,7 @@ def _coco(value: dict, path: str | os.PathLike) -> Listed:
         if key in names:
             raise ValueError(f"{where}: has the id {short(key)} of {short(names[key])}, too; "
                              "export it again")
-        names[key] = name
+        names[key], sizes[key] = name, _size(one, "width", "height")
     categories = _field(value, "categories", list, path) if _has(value, "categories") else []
     heads = {}  # category -> its keypoints of a head, by their positions
     for number, one in enumerate(categories, start=1):
@@ -166,7 +184,7 @@ def _coco(value: dict, path: str | os.PathLike) -> Listed:
     if unknown:
         _log.warning("%s: %d of %d images have persons without a labelled head, or regions of a "
                      "crowd, and count as photos without dots", path, len(unknown), len(names))
-    return [(_file_name(name), _as_points(places[key], f"{path}: {short(name)}"))
+    return [Dots(_as_points(places[key], f"{path}: {short(name)}"), _file_name(name), sizes[key])
             for key, name in names.items() if key not in unknown]
 
 
@@ -188,7 +206,7 @@ def _coco_place(one: dict, heads: list[int], where: str) -> list[float] | None:
     return points[:, :2].mean(axis=0).tolist() if len(points) else None
 
 
-def _via(images: dict, path: str | os.PathLike) -> Listed:
+def _via(images: dict, path: str | os.PathLike) -> list[Dots]:
     listed = []
     for key, one in images.items():
         where = f"{path}: image {short(key)}"
@@ -197,11 +215,12 @@ def _via(images: dict, path: str | os.PathLike) -> Listed:
                              f"{where}, region {number}")
                   for number, region in enumerate(
                       regions if isinstance(regions, list) else regions.values(), start=1)]
-        listed.append((_file_name(_field(one, "filename", str, where)), _as_points(places, where)))
+        name = _file_name(_field(one, "filename", str, where))
+        listed.append(Dots(_as_points(places, where), name))
     return listed
 
 
-def _via_csv(path: str | os.PathLike) -> Listed:
+def _via_csv(path: str | os.PathLike) -> list[Dots]:
     text = read_csv_text(path, "expected a CSV of VIA 2")
     # the first versions write a # before the header
     reader = csv.DictReader(io.StringIO(text.removeprefix("#"), newline=""))
@@ -222,7 +241,7 @@ def _via_csv(path: str | os.PathLike) -> Listed:
                 places.append(_via_place(shape, where))
     except csv.Error as error:
         raise ValueError(f"{path}: line {reader.line_num}: {error}; export it again") from None
-    return [(_file_name(name), _as_points(places, f"{path}: {short(name)}"))
+    return [Dots(_as_points(places, f"{path}: {short(name)}"), _file_name(name))
             for name, places in images.items()]
 
 
@@ -238,7 +257,7 @@ def _via_place(shape: Any, where: str) -> list[float]:
                      "heads so, and remove it")
 
 
-def _label_studio(tasks: list[dict], path: str | os.PathLike) -> Listed:
+def _label_studio(tasks: list[dict], path: str | os.PathLike) -> list[Dots]:
     listed = []
     for number, task in enumerate(tasks, start=1):
         where = f"{path}: task {short(task.get('id', number))}"
@@ -249,10 +268,12 @@ def _label_studio(tasks: list[dict], path: str | os.PathLike) -> Listed:
             raise ValueError(f"{where} has {len(done)} annotations; keep one, or make one of them "
                              "the ground truth")
         for one in done:
-            places = [_label_studio_place(result, where)
-                      for result in _field(one, "result", list, where)
-                      if _field(result, "type", str, where) not in _PLACELESS]
-            listed.append((_label_studio_name(task, where), _as_points(places, where)))
+            results = [result for result in _field(one, "result", list, where)
+                       if _field(result, "type", str, where) not in _PLACELESS]
+            places = [_label_studio_place(result, where) for result in results]
+            listed.append(Dots(
+                _as_points(places, where), _label_studio_name(task, where),
+                _size(results[0], "original_width", "original_height") if results else None))
     return listed
 
 
@@ -320,6 +341,12 @@ def _field(value: object, name: str, kind: type | tuple[type, ...],
 def _has(value: object, name: str) -> bool:
     """Whether something is an object with this field, and the field is neither empty nor false."""
     return isinstance(value, dict) and bool(value.get(name))
+
+
+def _size(value: dict, width: str, height: str) -> tuple[float, float] | None:
+    """The size of an image from two fields; None where they are missing, or no size."""
+    size = value.get(width), value.get(height)
+    return size if all(type(one) in (int, float) and one > 0 for one in size) else None
 
 
 def _numbers(values: object, number: int, where: str | os.PathLike) -> list[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 import unicodedata
@@ -15,12 +16,13 @@ import numpy as np
 
 from xmask import files
 from xmask.data.check import FAR_OUTSIDE
-from xmask.data.dot_formats import DOT_SUFFIXES, Listed, read_dot_file
+from xmask.data.dot_formats import DOT_SUFFIXES, Dots, read_dot_file
 from xmask.data.images import SUFFIXES, is_image
 from xmask.data.masks import OWN_FILES
 from xmask.data.readers import first_few, read_sample
 from xmask.data.sample import Sample
 
+_log = logging.getLogger("xmask")
 _SLIPS = 0.1  # share of the dots that may lie outside the image: slips at its border (ours)
 
 
@@ -28,19 +30,22 @@ class OwnPhotos(Sequence):
     """Photos and their dots as a dataset: `photos[i]` reads a `Sample` from disk, upright.
 
     pairs: (image, dots). image: a path. dots: the file of its dots, or a file that lists it, as
-    `read_dot_file` reads them; or the dots themselves, (N, 2) `(x, y)` in pixels, origin at the
-    centre of the top-left pixel; or None for a photo without dots. `ids` are file names without
-    suffix, or with it where two are alike. `files` are all files that were named.
+    `read_dot_file` reads them, or what it has read; or the dots themselves, (N, 2) `(x, y)` in
+    pixels, origin at the centre of the top-left pixel; or None for a photo without dots. `ids` are
+    file names without suffix, or with it where two are alike. `files` are all files that were
+    named.
     Raises FileNotFoundError for a file that is missing, ValueError for dots that cannot be
-    read; reading a photo that is damaged, or of whose dots more than one and more than a tenth lie
-    outside by more than 1 px, raises ValueError, all naming the file.
+    read; reading a photo that is damaged, of another size than the file of the dots says, or of
+    whose dots more than one and more than a tenth lie outside by more than 1 px, or all within the
+    first pixel, raises ValueError, all naming the file.
     """
 
     synthetic = False
     settings = {"name": "own photos", "max_side": None}
 
     def __init__(self, pairs: Sequence[tuple[str | os.PathLike,
-                                             str | os.PathLike | np.ndarray | None]]) -> None:
+                                             str | os.PathLike | np.ndarray | Dots | None]],
+                 ) -> None:
         self._pairs = [(Path(image), _dots(Path(image), dots)) for image, dots in pairs]
         stems = Counter(image.stem.lower() for image, _ in self._pairs)
         # with its suffix, too, where masks would have the name of a file beside them
@@ -54,11 +59,22 @@ class OwnPhotos(Sequence):
 
     def __getitem__(self, index: int) -> Sample:
         image, dots = self._pairs[index]
-        points = np.zeros((0, 2)) if dots is None else dots
+        dots = dots or Dots(np.zeros((0, 2)))
+        points = dots.points
         sample = read_sample(image, points, None, None, self.ids[index], None)
+        (height, width), turned = sample.shape, {"exif_rotated", "exif_ignored"} & {*sample.repairs}
+        # some tools note the size of a photo as it is before its EXIF tag turns it
+        if dots.size and dots.size not in ((width, height), (height, width) if turned else ()):
+            raise ValueError(
+                f"{image}: {width} x {height} px, and {dots.file} says {dots.size[0]:g} x "
+                f"{dots.size[1]:g}. Take the photo that the dots were put on")
+        if len(points) and ((points >= 0) & (points <= 1)).all() and (points % 1).any():
+            raise ValueError(f"{image}: its dots all lie within the first pixel, the first at x "
+                             f"{points[0, 0]:g}, y {points[0, 1]:g}. Are they shares of the image? "
+                             "Give pixels")
         moved = (np.abs(points - sample.points) > FAR_OUTSIDE).any(axis=1)
         if moved.sum() > max(1, _SLIPS * len(points)):
-            (x, y), (height, width) = points[moved][0], sample.shape
+            x, y = points[moved][0]
             raise ValueError(
                 f"{image}: {moved.sum()} of its {len(points)} dots lie outside the image "
                 f"({width} x {height} px), the first at x {x:g}, y {y:g}. Are they in pixels of "
@@ -75,7 +91,7 @@ class OwnPhotos(Sequence):
 
     def counts(self) -> np.ndarray:
         """(N,) int64: dots of every photo."""
-        return np.array([0 if dots is None else len(dots) for _, dots in self._pairs],
+        return np.array([len(dots.points) if dots else 0 for _, dots in self._pairs],
                         dtype=np.int64)
 
     def sound(self) -> tuple[OwnPhotos, list[str]]:
@@ -96,7 +112,7 @@ class OwnPhotos(Sequence):
         with suppress(OSError):  # reading it says why
             parts.append(files.sha256(image).encode())
         if dots is not None:
-            parts.append(hashlib.sha256(dots.astype("<f8").tobytes()).hexdigest().encode())
+            parts.append(hashlib.sha256(dots.points.astype("<f8").tobytes()).hexdigest().encode())
         return hashlib.sha256(b"\n".join(parts)).hexdigest()
 
     def checksum(self) -> str:
@@ -105,23 +121,20 @@ class OwnPhotos(Sequence):
         return hashlib.sha256(every.encode()).hexdigest()
 
 
-def _dots(image: Path, dots: str | os.PathLike | np.ndarray | None) -> np.ndarray | None:
-    """The dots of an image as (N, 2) float64, from wherever they are."""
+def _dots(image: Path, dots: str | os.PathLike | np.ndarray | Dots | None) -> Dots | None:
+    """The dots of an image, from wherever they are."""
     if not image.is_file():
         raise FileNotFoundError(f"{image}: no such image. Check the path.")
-    if dots is None:
-        return None
+    if dots is None or isinstance(dots, Dots):
+        return dots
     if isinstance(dots, np.ndarray):
         if (dots.dtype.kind not in "iuf" or dots.ndim != 2 or dots.shape[1] != 2
                 or not np.isfinite(dots).all()):
             raise ValueError(f"{image}: dots should be (N, 2) finite numbers, found shape "
                              f"{dots.shape} of {dots.dtype}")
-        return dots.astype(np.float64)
-    found = read_dot_file(dots)
-    if isinstance(found, np.ndarray):
-        return found
-    names = _Names([image])
-    mine = [points for name, points in found if names.find(name)]
+        return Dots(dots.astype(np.float64))
+    found, names = read_dot_file(dots), _Names([image])
+    mine = [one for one in found if one.name is None or names.find(one.name)]
     if len(mine) != 1:
         raise ValueError(f"{os.fspath(dots)}: lists {image.name} {len(mine)} times among its "
                          f"{len(found)} images; expected once")
@@ -133,7 +146,8 @@ def read_folder(folder: str | os.PathLike) -> tuple[OwnPhotos, OwnPhotos]:
 
     An image `a.jpg` has dots if `a.csv`, the LabelMe file `a.json`, or `a.mat`, `GT_a.mat` or
     `a_ann.mat` lies beside it, or if a file in the folder lists it by its name: COCO, VIA or Label
-    Studio (see `dot_formats.read_dot_file`). Without a single dot there, it is an empty scene.
+    Studio (see `dot_formats.read_dot_file`). Without a single dot there, it is an empty scene, and
+    a warning says how many are.
     Folders in a listed name do not count, nor do the characters that Label Studio puts before it.
     Dots outside the image are moved to its border, and the sample's `repairs` say how many. Hidden
     files are left out, and so is what xmask wrote into the folder.
@@ -154,8 +168,12 @@ def read_folder(folder: str | os.PathLike) -> tuple[OwnPhotos, OwnPhotos]:
                 or not path.is_file()):
             continue
         found = read_dot_file(path)
-        for image, points in ([(names.beside(path), found)] if isinstance(found, np.ndarray)
-                              else names.of_list(path, found)):
+        empty = sum(one.name is not None and not len(one.points) for one in found)
+        if empty:
+            _log.warning("%s: %d of its %d images have no dot, and count as photos without people. "
+                         "If nobody has dotted them yet, take them out of it", path, empty,
+                         len(found))
+        for image, points in names.of_file(path, found):
             if image in dots:
                 other = origin[image]
                 raise ValueError(f"{path}: lists {image.name} twice; keep one of them"
@@ -194,16 +212,17 @@ class _Names:
                              "image, or move it elsewhere")
         return owners[0]
 
-    def of_list(self, table: Path, listed: Listed) -> list[tuple[Path, np.ndarray]]:
-        """The images that a file lists."""
-        found = [(self.find(name), points) for name, points in listed]
-        missing = [name for (name, _), (image, _) in zip(listed, found) if image is None]
+    def of_file(self, table: Path, dots: list[Dots]) -> list[tuple[Path, Dots]]:
+        """The images that a file lists, or the one beside it."""
+        found = [(self.beside(table) if one.name is None else self.find(one.name), one)
+                 for one in dots]
+        missing = [str(one.name) for image, one in found if image is None]
         if missing:
             raise ValueError(
                 f"{table}: lists {len(missing)} images that are not beside it: "
                 f"{first_few([name[:60] for name in missing])}; "
                 "copy them there, or take them out of the file")
-        return [(image, points) for image, points in found if image is not None]
+        return [(image, one) for image, one in found if image is not None]
 
     def find(self, name: str) -> Path | None:
         """The image of a listed name: of exactly this one, else the only one of a name alike."""
