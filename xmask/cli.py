@@ -169,8 +169,8 @@ def _own_photo_commands(command: Callable) -> None:
     made = command("learn", _learn, "train on your own photos: those with dots beside them, and "
                    "those without; resumable")
     made.add_argument("folder", type=Path, metavar="FOLDER", help="photos and their dots: a.csv "
-                      "(x,y), LabelMe's a.json or a .mat for a.jpg; or a file of COCO, VIA or "
-                      "Label Studio for many")
+                      "(x,y), LabelMe's a.json or a .mat for a.jpg; or a file of COCO, CVAT, VIA "
+                      "or Label Studio for many")
     made.add_argument("--out", required=True, type=Path, help="a run folder, for predict --weights")
     made.add_argument("--segmenter", default="bundled", help="what makes the masks to learn from: "
                       "bundled (default), classical (faster), a SAM checkpoint (.pth), or vit_b, "

@@ -132,6 +132,64 @@ def test_the_csv_of_via(folder, before):
     np.testing.assert_array_equal(dotted[0].points, [[3, 4.5], [12, 23]])
 
 
+CVAT = """<?xml version="1.0" encoding="utf-8"?>
+<annotations>
+  <version>1.1</version>
+  <meta><task><id>1</id><mode>annotation</mode></task></meta>
+  <image id="0" name="day one/a.png" width="64" height="48">
+    <points label="head" source="manual" occluded="0" points="3.00,4.50;10.25,20.00" z_order="0">
+    </points>
+    <box label="head" occluded="0" xtl="8.00" ytl="2.00" xbr="12.00" ybr="6.00" rotation="30.00"/>
+    <ellipse label="head" occluded="0" cx="9.00" cy="7.00" rx="3.00" ry="2.00" z_order="0"/>
+    <tag label="sunny" source="manual"/>
+  </image>
+  <image id="1" name="b.png" width="64" height="48">
+  </image>
+</annotations>
+"""
+VOC = """<annotation>
+  <folder>photos</folder><filename>a.png</filename>
+  <size><width>64</width><height>48</height><depth>3</depth></size>
+  <object><name>head</name><difficult>0</difficult>
+    <bndbox><xmin>8</xmin><ymin>2</ymin><xmax>12</xmax><ymax>6</ymax></bndbox></object>
+</annotation>
+"""
+
+
+def test_the_xml_of_cvat_and_of_pascal_voc(folder):
+    write(folder / "annotations.xml", CVAT)
+    dotted, bare = read_folder(folder)
+    assert dotted.ids == ["a", "b"] and bare.ids == ["c"] and not len(dotted[1].points)
+    np.testing.assert_array_equal(dotted[0].points, [[3, 4.5], [10.25, 20], [10, 4], [9, 7]])
+    (folder / "annotations.xml").unlink()
+    write(folder / "a.xml", VOC)
+    dotted, bare = read_folder(folder)
+    assert dotted[0].points.tolist() == [[10, 4]] and bare.ids == ["b", "c"]
+    for text in (CVAT.replace('"64"', '"128"'), VOC.replace("64", "128")):
+        write(folder / "a.xml", text)
+        with pytest.raises(ValueError, match="a.png: 64 x 48 px, and .*a.xml says 128 x 48"):
+            read_folder(folder)[0][0]
+
+
+@pytest.mark.parametrize("text, message", [
+    ("", "not valid XML"), ("<annotations>", "not valid XML"),
+    ("<?xml version='1.0' encoding='nothing'?><a/>", "not valid XML"),
+    ("<!DOCTYPE a [<!ENTITY b 'c'>]><a>&b;</a>", r"not valid XML \(it has a DOCTYPE"),
+    ("<plist><dict/></plist>", "an element 'plist' with dict; expected CVAT for images"),
+    ("<annotations><meta/><track/></annotations>", "an element 'annotations' with meta, track; expected CVAT"),
+    (CVAT.replace("ellipse", "polygon"), r"image 'day one/a.png' has a 'polygon'; expected poi"),
+    (CVAT.replace("3.00,4.50", "3.00"), r"image 'day one/a.png': found \[3.0\] where 2 numbers"),
+    (CVAT.replace("3.00,4.50;10.25,20.00", ""), "image .*: found .* where 2 numbers"),
+    (CVAT.replace('xbr="12.00"', ""), r"image .*: found \[8.0, 2.0, None, 6.0\] where 4 numbers"),
+    (CVAT.replace('name="b.png"', ""), "image 2: field name should be a text, found none"),
+    (VOC.replace("<xmin>8", "<xmin>nan"), r"object 1: found \[nan, 2.0, 12.0, 6.0\] where 4"),
+    (VOC.replace("bndbox", "polygon"), "object 1: found .* where 4 numbers"),
+])
+def test_xml_that_is_no_dots_is_named_with_what_was_found(tmp_path, text, message):
+    with pytest.raises(ValueError, match=f"a.xml: {message}"):
+        read_dot_file(write(tmp_path / "a.xml", text))
+
+
 def test_coco_as_via_writes_it_has_numbers_in_one_place_and_texts_in_another(folder):
     write(folder / "via_export_coco.json", {
         "images": [{"id": 1, "file_name": "a.png"}, {"id": 2, "file_name": "b.png"}],

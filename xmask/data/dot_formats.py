@@ -1,4 +1,5 @@
-"""The dots of own photos, as annotation tools write them: COCO, LabelMe, VIA, Label Studio, MATLAB.
+"""The dots of own photos, as annotation tools write them: COCO, CVAT, LabelMe, VIA, Label Studio,
+Pascal VOC, MATLAB.
 
 What a file is shows in its content. Every point is a head, and of every box, circle and ellipse
 the centre; labels do not matter, so a file holds heads only. Places are taken as they stand in
@@ -24,6 +25,7 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any, NamedTuple
 from urllib.parse import unquote
+from xml.etree import ElementTree
 
 import numpy as np
 
@@ -38,7 +40,7 @@ from xmask.data.annotations import (
 )
 from xmask.data.images import SUFFIXES
 
-DOT_SUFFIXES = (".csv", ".json", ".mat")
+DOT_SUFFIXES = (".csv", ".json", ".mat", ".xml")
 _PLACELESS = {"choices", "datetime", "labels", "number", "rating", "relation", "taxonomy",
               "text", "textarea"}  # results of Label Studio that mark no place of their own
 _FAR = 1e6  # px: no image is so large
@@ -65,11 +67,11 @@ class Dots(NamedTuple):
 def read_dot_file(path: str | os.PathLike) -> list[Dots]:
     """Read dots from a file: those of one photo, or those of all photos that the file lists.
 
-    One photo: a CSV with columns x and y; the JSON of LabelMe; a .mat as ShanghaiTech's or
-    UCF-QNRF's. Many photos: the JSON of COCO; JSON or JSON-MIN of Label Studio; a project, the
-    JSON or the CSV of VIA 2. Left out, as their heads are not known: of COCO, images with a region
-    of a crowd or with a person whose head has no labelled keypoint; of Label Studio, tasks without
-    a finished annotation.
+    One photo: a CSV with columns x and y; the JSON of LabelMe; the XML of Pascal VOC; a .mat as
+    ShanghaiTech's or UCF-QNRF's. Many photos: the JSON of COCO; the XML of CVAT for images; JSON or
+    JSON-MIN of Label Studio; a project, the JSON or the CSV of VIA 2. Left out, as their heads are
+    not known: of COCO, images with a region of a crowd or with a person whose head has no labelled
+    keypoint; of Label Studio, tasks without a finished annotation.
     Raises FileNotFoundError, or ValueError naming the file, what was found, and what is wrong.
     """
     found = _read(path)
@@ -81,6 +83,8 @@ def _read(path: str | os.PathLike) -> np.ndarray | list[Dots]:
     suffix = Path(path).suffix.lower()
     if suffix == ".json":
         return _read_json(path)
+    if suffix == ".xml":
+        return _read_xml(path)
     if suffix == ".mat":
         fields = [name for name in load_mat(path) if not name.startswith("__")]
         if "image_info" in fields:
@@ -255,6 +259,66 @@ def _via_place(shape: Any, where: str) -> list[float]:
         return [x + width / 2, y + height / 2]
     raise ValueError(f"{where} is a {short(kind)}; expected point, circle, ellipse or rect. Mark "
                      "heads so, and remove it")
+
+
+def _read_xml(path: str | os.PathLike) -> list[Dots]:
+    content = read_content(path)
+    try:
+        if b"<!DOCTYPE" in content:  # no tool writes one, and entities can grow without end
+            raise ValueError("it has a DOCTYPE")
+        root = ElementTree.fromstring(content)
+    except (ValueError, LookupError, ElementTree.ParseError) as error:  # an unknown encoding, too
+        raise ValueError(f"{path}: not valid XML ({str(error)[:100]}). Export it again") from None
+    if root.tag == "annotation":
+        boxes = [[one.findtext(f"bndbox/{name}") for name in ("xmin", "ymin", "xmax", "ymax")]
+                 for one in root.iter("object")]
+        places = [_centre(box, f"{path}: object {number}") for number, box in enumerate(boxes, 1)]
+        size = {name: _parsed(root.findtext(f"size/{name}")) for name in ("width", "height")}
+        return [Dots(_as_points(places, path), None, _size(size, "width", "height"))]
+    images = [one for one in root if one.tag == "image"]
+    if root.tag != "annotations" or not images:
+        raise ValueError(
+            f"{path}: an element {short(root.tag)} with {', '.join(one.tag for one in root)[:80]}; "
+            "expected CVAT for images (annotations with image) or Pascal VOC (annotation). Move "
+            "other files elsewhere")
+    found = []
+    for number, image in enumerate(images, start=1):
+        name = _field(image.attrib, "name", str, f"{path}: image {number}")
+        where = f"{path}: image {short(name)}"
+        places = [place for shape in image for place in _cvat_places(shape, where)]
+        size = {key: _parsed(image.get(key)) for key in ("width", "height")}
+        found.append(Dots(_as_points(places, where), _file_name(name),
+                          _size(size, "width", "height")))
+    return found
+
+
+def _cvat_places(shape: ElementTree.Element, where: str) -> list[list[float]]:
+    """The heads of a shape: it may be of many points, each of them one."""
+    if shape.tag == "tag":  # about the whole image
+        return []
+    if shape.tag == "points":
+        return [_numbers([*map(_parsed, one.split(","))], 2, where)
+                for one in shape.get("points", "").split(";")]
+    if shape.tag == "box":
+        return [_centre([shape.get(name) for name in ("xtl", "ytl", "xbr", "ybr")], where)]
+    if shape.tag == "ellipse":
+        return [_numbers([_parsed(shape.get(name)) for name in ("cx", "cy")], 2, where)]
+    raise ValueError(f"{where} has a {short(shape.tag)}; expected points, box or ellipse. Mark "
+                     "heads so, and remove it")
+
+
+def _centre(box: list[str | None], where: str) -> list[float]:
+    """(x, y) of the middle of a box, from the texts of left, top, right, bottom."""
+    left, top, right, bottom = _numbers([*map(_parsed, box)], 4, where)
+    return [(left + right) / 2, (top + bottom) / 2]
+
+
+def _parsed(text: str | None) -> float | str | None:
+    """A text as a number, if it is one."""
+    try:
+        return float(text or "")
+    except ValueError:
+        return text
 
 
 def _label_studio(tasks: list[dict], path: str | os.PathLike) -> list[Dots]:

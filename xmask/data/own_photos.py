@@ -144,16 +144,16 @@ def _dots(image: Path, dots: str | os.PathLike | np.ndarray | Dots | None) -> Do
 def read_folder(folder: str | os.PathLike) -> tuple[OwnPhotos, OwnPhotos]:
     """Photos of a folder: (those with dots, those without), each in the order of their names.
 
-    An image `a.jpg` has dots if `a.csv`, the LabelMe file `a.json`, or `a.mat`, `GT_a.mat` or
-    `a_ann.mat` lies beside it, or if a file in the folder lists it by its name: COCO, VIA or Label
-    Studio (see `dot_formats.read_dot_file`). Without a single dot there, it is an empty scene, and
-    a warning says how many are.
-    Folders in a listed name do not count, nor do the characters that Label Studio puts before it.
+    An image `a.jpg` has dots if `a.csv`, `a.json` of LabelMe, `a.xml` of Pascal VOC, or `a.mat`,
+    `GT_a.mat` or `a_ann.mat` lies beside it, or if a file in the folder lists it by its name: COCO,
+    CVAT, VIA or Label Studio (see `dot_formats.read_dot_file`). Without a single dot there, it is
+    an empty scene, and a warning says how many are. Folders in a listed name do not count, nor do
+    the characters that Label Studio puts before it.
     Dots outside the image are moved to its border, and the sample's `repairs` say how many. Hidden
     files are left out, and so is what xmask wrote into the folder.
     Raises FileNotFoundError for a folder without images; ValueError, naming the file, for a
-    .csv, .json or .mat that cannot be read, whose image is not there, or whose image has dots in
-    another one.
+    .csv, .json, .xml or .mat that cannot be read, whose image is not there, or whose image has
+    dots in another one.
     """
     folder = Path(folder)
     if not folder.is_dir():
