@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from tests import hostile, soak
 from xmask import files
 from xmask.cli import main
-from xmask.data import annotations, images, own_photos
+from xmask.data import annotations, dot_formats, images, own_photos
 from xmask.data.check import as_text, check_dataset
 from xmask.data.masks import summary
 from xmask.segmenting import sam
@@ -77,7 +77,7 @@ def test_tables_of_dots_that_are_none_are_refused_at_once(tmp_path, content, par
     path = tmp_path / "dots.csv"
     path.write_bytes(content)
     begun = time.process_time()
-    assert part in refused(annotations.read_dots, path)
+    assert part in refused(dot_formats.read_dots, path)
     assert time.process_time() - begun < 2
 
 
@@ -87,18 +87,18 @@ def test_tables_that_people_really_have_are_read(tmp_path):
                     b"X, Y\n1, 2\n3.5,4",
                     b'name,"x","y"\n"a, b",1,2\n\n,3.5,4\n'):
         path.write_bytes(content)
-        np.testing.assert_array_equal(annotations.read_dots(path), [[1, 2], [3.5, 4]])
+        np.testing.assert_array_equal(dot_formats.read_dots(path), [[1, 2], [3.5, 4]])
     path.write_bytes(b"x,y\n")
-    assert annotations.read_dots(path).shape == (0, 2)
+    assert dot_formats.read_dots(path).shape == (0, 2)
     path.write_bytes(b"image,x,y\na.jpg,1,2\na.jpg,3.5,4\n")
-    np.testing.assert_array_equal(annotations.read_dots(path), [[1, 2], [3.5, 4]])
+    np.testing.assert_array_equal(dot_formats.read_dots(path), [[1, 2], [3.5, 4]])
 
 
 @pytest.mark.parametrize("column", ["image", "filename", "Image_ID", "photo"])
 def test_a_table_of_several_photos_is_not_taken_for_that_of_one(tmp_path, column):
     path = tmp_path / "dots.csv"
     path.write_text(f"{column},x,y\na.jpg,1,2\na.jpg,3,4\nb.jpg,5,6\n")
-    found = refused(annotations.read_dots, path)
+    found = refused(dot_formats.read_dots, path)
     assert "dots.csv: line 4 is of another image" in found and "COCO, VIA" in found
 
 
@@ -133,14 +133,14 @@ def test_json_that_is_none_is_refused_by_name(tmp_path):
 def test_readers_refuse_or_read_whatever_they_are_given(tmp_path_factory, content):
     folder = tmp_path_factory.getbasetemp() / "fuzzed"
     (folder / files.HIDDEN).mkdir(parents=True, exist_ok=True)
-    for name, read in (("a.csv", annotations.read_dots), ("a.txt", annotations.read_jhu),
+    for name, read in (("a.csv", dot_formats.read_dots), ("a.txt", annotations.read_jhu),
                        ("a.mat", annotations.read_qnrf), ("a.json", files.read_json),
                        ("a.png", images.read_image), ("b.png", images.read_labels)):
         (folder / name).write_bytes(content)
         refused(read, folder / name)
     (folder / "a.csv").write_bytes(content)
-    if refused(annotations.read_dots, folder / "a.csv") is None:
-        assert np.isfinite(annotations.read_dots(folder / "a.csv")).all()
+    if refused(dot_formats.read_dots, folder / "a.csv") is None:
+        assert np.isfinite(dot_formats.read_dots(folder / "a.csv")).all()
     record = folder / files.HIDDEN / "record.jsonl"
     record.write_bytes(b'{"record of": "xmask", "version": 1}\n' + content)
     refused(files.read_record, folder)
@@ -604,7 +604,7 @@ def test_dots_from_something_that_is_no_file_are_refused(tmp_path):
     pipe = tmp_path / "dots.csv"
     os.mkfifo(pipe)
     for path in (pipe, "/dev/zero"):
-        assert "no regular file" in refused(annotations.read_dots, Path(path))
+        assert "no regular file" in refused(dot_formats.read_dots, Path(path))
 
 
 @pytest.mark.parametrize("change", [

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.io import savemat
 
+from xmask.data import mat_file
 from xmask.data.dot_formats import read_dot_file
 from xmask.data.own_photos import OwnPhotos, read_folder
 
@@ -214,9 +215,12 @@ def test_a_labelme_file_beside_each_photo(folder):
 @pytest.mark.parametrize("fields", [
     {"image_info": {"location": [[3.0, 4.0], [5.0, 6.0]], "number": 2}},
     {"annPoints": [[3.0, 4.0], [5.0, 6.0]]}])
-def test_mat_files_under_the_names_of_the_benchmarks(folder, name, fields):
+def test_mat_files_under_the_names_of_the_benchmarks(folder, name, fields, monkeypatch):
     savemat(folder / name, fields, appendmat=False)
+    read, parsed = mat_file.read, []
+    monkeypatch.setattr(mat_file, "read", lambda *args: parsed.append(args) or read(*args))
     dotted, bare = read_folder(folder)
+    assert len(parsed) == 1
     assert dotted.ids == ["a"] and bare.ids == ["b", "c"]
     np.testing.assert_array_equal(dotted[0].points, [[3, 4], [5, 6]])
 

@@ -1,5 +1,4 @@
-"""Annotation files: the head points (and head boxes) of one image, as the data sets and own
-photos store them.
+"""Annotation files: the head points (and head boxes) of one image, as the data sets store them.
 
 Coordinates are taken as annotated, as everybody in the field does: no shift by half a pixel or
 by one. (In ShanghaiTech they run from 0 to W, so the true place of a head is known to about
@@ -8,8 +7,6 @@ half a pixel anyway.)
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 from pathlib import Path
 
@@ -26,17 +23,36 @@ _MOST_BYTES = 64 << 20  # of an annotation file; the largest of the benchmarks h
 
 def read_shanghaitech(path: str | os.PathLike) -> Annotation:
     """Read `GT_IMG_n.mat` of ShanghaiTech: field `location` of the structure `image_info`."""
-    contents = load_mat(path)
-    info = _unwrap(_field(contents, "image_info", path))
-    names = getattr(info, "dtype", np.dtype(float)).names or ()
-    if "location" not in names:
-        raise _unexpected_fields(path, "image_info.location", [f"image_info.{n}" for n in names])
-    return _as_points(_unwrap(info["location"]), path, "image_info.location"), None
+    return _shanghaitech(load_mat(path), path), None
 
 
 def read_qnrf(path: str | os.PathLike) -> Annotation:
     """Read `img_nnnn_ann.mat` of UCF-QNRF: field `annPoints`."""
-    return _as_points(_unwrap(_field(load_mat(path), "annPoints", path)), path, "annPoints"), None
+    return _qnrf(load_mat(path), path), None
+
+
+def read_either(path: str | os.PathLike) -> np.ndarray:
+    """The points of a file as ShanghaiTech's or UCF-QNRF's, (N, 2) float64."""
+    contents = load_mat(path)
+    if "image_info" in contents:
+        return _shanghaitech(contents, path)
+    if "annPoints" in contents:
+        return _qnrf(contents, path)
+    fields = ", ".join(name for name in contents if not name.startswith("__"))
+    raise ValueError(f"{path}: the fields {fields[:80] or '(none)'}; expected image_info (as "
+                     "ShanghaiTech) or annPoints (as UCF-QNRF)")
+
+
+def _shanghaitech(contents: dict, path: str | os.PathLike) -> np.ndarray:
+    info = _unwrap(_field(contents, "image_info", path))
+    names = getattr(info, "dtype", np.dtype(float)).names or ()
+    if "location" not in names:
+        raise _unexpected_fields(path, "image_info.location", [f"image_info.{n}" for n in names])
+    return _as_points(_unwrap(info["location"]), path, "image_info.location")
+
+
+def _qnrf(contents: dict, path: str | os.PathLike) -> np.ndarray:
+    return _as_points(_unwrap(_field(contents, "annPoints", path)), path, "annPoints")
 
 
 def read_jhu(path: str | os.PathLike) -> Annotation:
@@ -61,75 +77,6 @@ def read_jhu(path: str | os.PathLike) -> Annotation:
         rows.append(row)
     table = np.array(rows, dtype=np.float64).reshape(-1, 6)
     return _as_points(table[:, :2], path, "x y"), table[:, 2:4]
-
-
-# columns by which tables of several photos tell them apart
-_OF_IMAGES = ("image", "image_id", "image_name", "file", "file_name", "filename", "photo")
-
-
-def read_dots(path: str | os.PathLike) -> np.ndarray:
-    """Read the dots of an own photo: a CSV in UTF-8 with columns x and y in pixels, a line a head.
-
-    Further columns are left out. One that names several images is refused: their dots would all
-    become those of one photo. Returns (N, 2) float64, (0, 2) for a table without lines.
-    Raises FileNotFoundError, or ValueError naming file and line.
-    """
-    expected = "expected a table with columns x and y: a line 'x,y' first, then one line a head"
-    text = read_csv_text(path, expected)
-    check_number(text.count("\n") - 1, path)
-    reader, points, header = csv.reader(io.StringIO(text, newline="")), [], None
-    named: set[tuple[str, str]] = set()  # the images of the lines, by column
-    try:
-        for fields in reader:
-            if not any(field.strip() for field in fields):
-                continue
-            if header is None:
-                header = [field.strip().lower() for field in fields]
-                if header.count("x") != 1 or header.count("y") != 1:
-                    raise ValueError(f"{path}: {expected}; the first line is "
-                                     f"{', '.join(fields)[:60]!r}")
-                naming = [k for k, name in enumerate(header) if name in _OF_IMAGES]
-                at = header.index("x"), header.index("y")
-                continue
-            where = f"{path}: line {reader.line_num}"
-            if len(fields) > len(header):
-                raise ValueError(f"{where} has more fields than the header ({', '.join(header)}); "
-                                 f"{expected}. Name every column, or remove what is too much")
-            named.update((header[k], fields[k].strip()) for k in naming if k < len(fields))
-            if len(named) > len(naming):
-                raise ValueError(f"{where} is of another image than the lines before it; a CSV "
-                                 "holds the dots of one photo, a.csv those of a.jpg. Split it, or "
-                                 "give the dots of many photos as COCO, VIA or Label Studio")
-            found = [fields[k].strip() if k < len(fields) else "" for k in at]
-            if "" in found:
-                raise ValueError(f"{where} lacks x or y; complete or delete it")
-            try:
-                points.append([float(value) for value in found])
-            except ValueError:
-                points.append([np.nan, np.nan])
-            if not np.isfinite(points[-1]).all():
-                raise ValueError(f"{where} is {','.join(fields)[:60]!r}, not a place in an image. "
-                                 "Correct or remove it")
-    except csv.Error as error:
-        raise ValueError(f"{path}: line {reader.line_num}: {error}; {expected}") from None
-    if header is None:
-        raise ValueError(f"{path}: {expected}; the file is empty. For a photo without heads write "
-                         "the line 'x,y' alone")
-    return np.array(points, dtype=np.float64).reshape(-1, 2)
-
-
-def read_csv_text(path: str | os.PathLike, expected: str) -> str:
-    """The text of a CSV in UTF-8; ValueError, naming the file and what was `expected`, if it is
-    none; errors as in `read_content`."""
-    content = read_content(path)
-    try:
-        text = content.decode("utf-8-sig")
-        if "\0" in text:
-            raise ValueError("it holds zero bytes")
-    except ValueError as error:
-        raise ValueError(f"{path}: {expected}; it is no text in UTF-8 ({str(error)[:80]}). Save "
-                         "it as CSV in UTF-8") from None
-    return text
 
 
 def read_content(path: str | os.PathLike) -> bytes:

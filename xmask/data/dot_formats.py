@@ -29,15 +29,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from xmask.data.annotations import (
-    check_number,
-    load_mat,
-    read_content,
-    read_csv_text,
-    read_dots,
-    read_qnrf,
-    read_shanghaitech,
-)
+from xmask.data.annotations import check_number, read_content, read_either
 from xmask.data.images import SUFFIXES
 
 DOT_SUFFIXES = (".csv", ".json", ".mat", ".xml")
@@ -86,16 +78,79 @@ def _read(path: str | os.PathLike) -> np.ndarray | list[Dots]:
     if suffix == ".xml":
         return _read_xml(path)
     if suffix == ".mat":
-        fields = [name for name in load_mat(path) if not name.startswith("__")]
-        if "image_info" in fields:
-            return read_shanghaitech(path)[0]
-        if "annPoints" in fields:
-            return read_qnrf(path)[0]
-        raise ValueError(f"{path}: the fields {', '.join(fields)[:80] or '(none)'}; expected "
-                         "image_info (as ShanghaiTech) or annPoints (as UCF-QNRF)")
+        return read_either(path)
     if b"region_shape_attributes" in read_content(path).partition(b"\n")[0]:
         return _via_csv(path)
     return read_dots(path)
+
+
+# columns by which tables of several photos tell them apart
+_OF_IMAGES = ("image", "image_id", "image_name", "file", "file_name", "filename", "photo")
+
+
+def read_dots(path: str | os.PathLike) -> np.ndarray:
+    """Read the dots of an own photo: a CSV in UTF-8 with columns x and y in pixels, a line a head.
+
+    Further columns are left out. One that names several images is refused: their dots would all
+    become those of one photo. Returns (N, 2) float64, (0, 2) for a table without lines.
+    Raises FileNotFoundError, or ValueError naming file and line.
+    """
+    expected = "expected a table with columns x and y: a line 'x,y' first, then one line a head"
+    text = _csv_text(path, expected)
+    check_number(text.count("\n") - 1, path)
+    reader, points, header = csv.reader(io.StringIO(text, newline="")), [], None
+    named: set[tuple[str, str]] = set()  # the images of the lines, by column
+    try:
+        for fields in reader:
+            if not any(field.strip() for field in fields):
+                continue
+            if header is None:
+                header = [field.strip().lower() for field in fields]
+                if header.count("x") != 1 or header.count("y") != 1:
+                    raise ValueError(f"{path}: {expected}; the first line is "
+                                     f"{', '.join(fields)[:60]!r}")
+                naming = [k for k, name in enumerate(header) if name in _OF_IMAGES]
+                at = header.index("x"), header.index("y")
+                continue
+            where = f"{path}: line {reader.line_num}"
+            if len(fields) > len(header):
+                raise ValueError(f"{where} has more fields than the header ({', '.join(header)}); "
+                                 f"{expected}. Name every column, or remove what is too much")
+            named.update((header[k], fields[k].strip()) for k in naming if k < len(fields))
+            if len(named) > len(naming):
+                raise ValueError(f"{where} is of another image than the lines before it; a CSV "
+                                 "holds the dots of one photo, a.csv those of a.jpg. Split it, or "
+                                 "give the dots of many photos as COCO, VIA or Label Studio")
+            found = [fields[k].strip() if k < len(fields) else "" for k in at]
+            if "" in found:
+                raise ValueError(f"{where} lacks x or y; complete or delete it")
+            try:
+                points.append([float(value) for value in found])
+            except ValueError:
+                points.append([np.nan, np.nan])
+            if not np.isfinite(points[-1]).all():
+                raise ValueError(f"{where} is {','.join(fields)[:60]!r}, not a place in an image. "
+                                 "Correct or remove it")
+    except csv.Error as error:
+        raise ValueError(f"{path}: line {reader.line_num}: {error}; {expected}") from None
+    if header is None:
+        raise ValueError(f"{path}: {expected}; the file is empty. For a photo without heads write "
+                         "the line 'x,y' alone")
+    return np.array(points, dtype=np.float64).reshape(-1, 2)
+
+
+def _csv_text(path: str | os.PathLike, expected: str) -> str:
+    """The text of a CSV in UTF-8; ValueError, naming the file and what was `expected`, if it is
+    none; errors as in `read_content`."""
+    content = read_content(path)
+    try:
+        text = content.decode("utf-8-sig")
+        if "\0" in text:
+            raise ValueError("it holds zero bytes")
+    except ValueError as error:
+        raise ValueError(f"{path}: {expected}; it is no text in UTF-8 ({str(error)[:80]}). Save "
+                         "it as CSV in UTF-8") from None
+    return text
 
 
 def _read_json(path: str | os.PathLike) -> list[Dots]:
@@ -225,7 +280,7 @@ def _via(images: dict, path: str | os.PathLike) -> list[Dots]:
 
 
 def _via_csv(path: str | os.PathLike) -> list[Dots]:
-    text = read_csv_text(path, "expected a CSV of VIA 2")
+    text = _csv_text(path, "expected a CSV of VIA 2")
     # the first versions write a # before the header
     reader = csv.DictReader(io.StringIO(text.removeprefix("#"), newline=""))
     images: dict[str, list] = {}
