@@ -86,7 +86,7 @@ def images(many: int = 60) -> dict[str, bytes]:
 #: content -> part of the message; each is handed in as a table of dots.
 TABLES: dict[bytes, str] = {
     b"": "the file is empty", b"\n\n": "the file is empty", b"a,b\n1,2\n": "the first line is",
-    b"x;y\n1;2\n": "the first line is", b"1,2\n3,4\n": "the first line is",
+    b"x|y\n1|2\n": "the first line is", b"1,2\n3,4\n": "the first line is",
     b"x,y\n1,2\n3,\n": "line 3 lacks x or y", b"x,y\n1\n": "line 2 lacks x or y",
     b"x,y\n1,two\n": "line 2 is", b"x,y\nnan,1\n": "line 2 is", b"x,y\n1,inf\n": "line 2 is",
     b"x,y\n1,1e999\n": "line 2 is", b"x,x,y\n1,2,3\n": "the first line is",

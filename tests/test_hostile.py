@@ -85,7 +85,9 @@ def test_tables_that_people_really_have_are_read(tmp_path):
     path = tmp_path / "dots.csv"
     for content in (b"x,y\n1,2\n3.5,4\n", b"\xef\xbb\xbfx,y\r\n1,2\r\n3.5,4\r\n",
                     b"X, Y\n1, 2\n3.5,4",
-                    b'name,"x","y"\n"a, b",1,2\n\n,3.5,4\n'):
+                    b'name,"x","y"\n"a, b",1,2\n\n,3.5,4\n',
+                    b"\xef\xbb\xbfname;X;Y\r\na, b;1;2\r\n;3,5;4\r\n", b"x\ty\n1\t2\n3.5\t4\n",
+                    b" ,Area,X,Y,BX,BY,Width,Height\n1,0,1,2,1,2,0,0\n2,0,3.5,4,3,4,0,0\n"):
         path.write_bytes(content)
         np.testing.assert_array_equal(dot_formats.read_dots(path), [[1, 2], [3.5, 4]])
     path.write_bytes(b"x,y\n")
@@ -94,12 +96,19 @@ def test_tables_that_people_really_have_are_read(tmp_path):
     np.testing.assert_array_equal(dot_formats.read_dots(path), [[1, 2], [3.5, 4]])
 
 
-@pytest.mark.parametrize("column", ["image", "filename", "Image_ID", "photo"])
+@pytest.mark.parametrize("text", ["label,x,y,width,height\nhead,1,2,3,4\n", "x;y;W;H\n"])
+def test_a_table_of_boxes_is_not_taken_for_one_of_dots(tmp_path, text):
+    path = tmp_path / "dots.csv"
+    path.write_text(text)
+    assert "so that x and y may be the corner of a box" in refused(dot_formats.read_dots, path)
+
+
+@pytest.mark.parametrize("column", ["image", "filename", "Image_ID", "photo", "Label"])
 def test_a_table_of_several_photos_is_not_taken_for_that_of_one(tmp_path, column):
     path = tmp_path / "dots.csv"
     path.write_text(f"{column},x,y\na.jpg,1,2\na.jpg,3,4\nb.jpg,5,6\n")
     found = refused(dot_formats.read_dots, path)
-    assert "dots.csv: line 4 is of another image" in found and "COCO, VIA" in found
+    assert "dots.csv: line 4 is of another image" in found and "COCO, CVAT" in found
 
 
 def test_annotations_that_are_none_are_refused_by_name(tmp_path):

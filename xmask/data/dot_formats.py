@@ -91,15 +91,20 @@ _OF_IMAGES = ("image", "image_id", "image_name", "file", "file_name", "filename"
 def read_dots(path: str | os.PathLike) -> np.ndarray:
     """Read the dots of an own photo: a CSV in UTF-8 with columns x and y in pixels, a line a head.
 
-    Further columns are left out. One that names several images is refused: their dots would all
-    become those of one photo. Returns (N, 2) float64, (0, 2) for a table without lines.
+    Semicolons or tabs may split it; it may have decimal commas then. Further columns are left out.
+    Refused are one of several images, as their dots would all become those of one photo, and one
+    with width and height, beside which x and y are often the corner of a box.
+    Returns (N, 2) float64, (0, 2) for a table without lines.
     Raises FileNotFoundError, or ValueError naming file and line.
     """
     expected = "expected a table with columns x and y: a line 'x,y' first, then one line a head"
     text = _csv_text(path, expected)
     check_number(text.count("\n") - 1, path)
-    reader, points, header = csv.reader(io.StringIO(text, newline="")), [], None
-    named: set[tuple[str, str]] = set()  # the images of the lines, by column
+    first = text.lstrip().partition("\n")[0]
+    split = next((one for one in ";\t" if one in first and "," not in first), ",")
+    reader, points = csv.reader(io.StringIO(text, newline=""), delimiter=split), []
+    header = None
+    named: set[tuple[int, str]] = set()  # the images of the lines, by column
     try:
         for fields in reader:
             if not any(field.strip() for field in fields):
@@ -109,23 +114,29 @@ def read_dots(path: str | os.PathLike) -> np.ndarray:
                 if header.count("x") != 1 or header.count("y") != 1:
                     raise ValueError(f"{path}: {expected}; the first line is "
                                      f"{', '.join(fields)[:60]!r}")
-                naming = [k for k, name in enumerate(header) if name in _OF_IMAGES]
+                for box in (("width", "height"), ("w", "h")):
+                    if {*box} <= {*header} and "bx" not in header:  # ImageJ's corner of a box
+                        raise ValueError(
+                            f"{path}: has columns {box[0]} and {box[1]}, so that x and y may be "
+                            "the corner of a box. Give x and y of its centre, without these two")
                 at = header.index("x"), header.index("y")
                 continue
             where = f"{path}: line {reader.line_num}"
             if len(fields) > len(header):
                 raise ValueError(f"{where} has more fields than the header ({', '.join(header)}); "
                                  f"{expected}. Name every column, or remove what is too much")
-            named.update((header[k], fields[k].strip()) for k in naming if k < len(fields))
-            if len(named) > len(naming):
+            named.update((k, one.strip()) for k, one in enumerate(fields)
+                         if header[k] in _OF_IMAGES or one.strip().lower().endswith(SUFFIXES))
+            if len(named) > len({k for k, _ in named}):
                 raise ValueError(f"{where} is of another image than the lines before it; a CSV "
                                  "holds the dots of one photo, a.csv those of a.jpg. Split it, or "
-                                 "give the dots of many photos as COCO, VIA or Label Studio")
+                                 "give the dots of many photos as COCO, CVAT, VIA or Label Studio")
             found = [fields[k].strip() if k < len(fields) else "" for k in at]
             if "" in found:
                 raise ValueError(f"{where} lacks x or y; complete or delete it")
             try:
-                points.append([float(value) for value in found])
+                points.append([float(value if split == "," else value.replace(",", "."))
+                               for value in found])
             except ValueError:
                 points.append([np.nan, np.nan])
             if not np.isfinite(points[-1]).all():
