@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import re
 
 import numpy as np
 import pytest
@@ -480,6 +481,31 @@ def test_images_without_a_dot_in_a_file_for_many_are_told(folder, caplog):
     write(folder / "via.json", VIA)
     read_folder(folder)
     assert "via.json: 1 of its 2 images have no dot, and count as photos without" in caplog.text
+
+
+@pytest.mark.parametrize("value, name, labels", [
+    (LABELME, "a.json", None), (changed(LABELME, "shapes", 0, "label", to="car"), "a.json", "car, head"),
+    (CVAT, "a.xml", None), (CVAT.replace("head", "car", 1), "a.xml", "car, head"),
+    (VOC, "a.xml", None), (VOC.replace("</annotation>", VOC[VOC.index("  <object>"):].replace(
+        "head", "car")), "a.xml", "car, head"),
+    (LABEL_STUDIO[1:] + [task("a.png", [
+        result("keypointlabels", x=1, y=1, keypointlabels=[one]) for one in ("head", "car")])],
+     "l.json", r"\['car'\], \['head'\]")])
+def test_shapes_of_several_labels_are_told(folder, caplog, value, name, labels):
+    write(folder / name, value)
+    read_folder(folder)
+    assert bool(labels) == ("count as heads" in caplog.text)
+    assert re.search(f"shapes of 2 labels, {labels}, and" if labels else "", caplog.text)
+
+
+def test_boxes_of_whole_bodies_are_told_and_those_to_ignore_are_a_crowd(folder, caplog):
+    value = changed(COCO_HEADS, "annotations", 0, "bbox", to=[2, 3, 4, 9])
+    write(folder / "coco.json", value)
+    assert read_folder(folder)[0].ids == ["a", "b"]
+    assert "coco.json: most boxes are more than twice as high as wide" in caplog.text
+    value["annotations"][0]["ignore"] = 1
+    write(folder / "coco.json", value)
+    assert read_folder(folder)[0].ids == ["b"]
 
 
 @pytest.mark.parametrize("dots, wrong", [

@@ -2,8 +2,8 @@
 Pascal VOC, MATLAB.
 
 What a file is shows in its content. Every point is a head, and of every box, circle and ellipse
-the centre; labels do not matter, so a file holds heads only. Places are taken as they stand in
-the file, in pixels.
+the centre; labels do not matter, so a file holds heads only (a warning tells of several labels).
+Places are taken as they stand in the file, in pixels.
 
 In COCO, an annotation with one keypoint is a head there. One with several is a person: the head is
 the mean of its labelled keypoints that are named head, nose, eye or ear (the five on the face of
@@ -47,12 +47,13 @@ class Dots(NamedTuple):
     points: (N, 2) float64, `(x, y)` in pixels as annotated; (0, 2) for an image without a head.
     name: the image's file name without folders; None if a file holds the dots of one photo.
     size: (width, height) of the image they were put on, None if the file does not say it.
-    file: where they were read, for messages.
+    labels: what the tool calls the shapes. file: where they were read, for messages.
     """
 
     points: np.ndarray
     name: str | None = None
     size: tuple[float, float] | None = None
+    labels: frozenset[str] = frozenset()
     file: str = "the dots"
 
 
@@ -209,7 +210,8 @@ def _labelme(value: dict, path: str | os.PathLike) -> list[Dots]:
                              "circle or rectangle. Mark heads so, and remove it")
         # a circle is its centre and a point of its border, a rectangle two or four corners
         places.append((points.min(axis=0) + points.max(axis=0)) / 2 if box else points[0])
-    return [Dots(_as_points(places, path), None, _size(value, "imageWidth", "imageHeight"))]
+    return [Dots(_as_points(places, path), None, _size(value, "imageWidth", "imageHeight"),
+                 frozenset(str(one.get("label")) for one in value["shapes"]))]
 
 
 def _coco(value: dict, path: str | os.PathLike) -> list[Dots]:
@@ -233,7 +235,7 @@ def _coco(value: dict, path: str | os.PathLike) -> list[Dots]:
         heads[str(_field(one, "id", (int, str), where))] = [
             k for k, part in enumerate(parts) if isinstance(part, str) and _HEAD.search(part)]
     places: dict[str, list] = {key: [] for key in names}
-    unknown, used = set(), set()
+    unknown, used, tall = set(), set(), []
     for number, one in enumerate(_field(value, "annotations", list, path), start=1):
         where = f"{path}: annotation {number}"
         image = str(_field(one, "image_id", (int, str), where))
@@ -242,7 +244,10 @@ def _coco(value: dict, path: str | os.PathLike) -> list[Dots]:
         category = str(_field(one, "category_id", (int, str), where)
                        if "category_id" in one else None)
         used.add(category)
-        place = None if one.get("iscrowd") else _coco_place(one, heads.get(category, []), where)
+        crowd = one.get("iscrowd") or one.get("ignore")
+        place = None if crowd else _coco_place(one, heads.get(category, []), where)
+        if place and not one.get("keypoints"):
+            tall.append(one["bbox"][3] > 2 * one["bbox"][2])
         if place is None:
             unknown.add(image)
         else:
@@ -251,6 +256,9 @@ def _coco(value: dict, path: str | os.PathLike) -> list[Dots]:
         raise ValueError(f"{path}: annotations of the categories "
                          f"{', '.join(sorted(map(short, used))[:5])}, and all would be heads. "
                          "Export those of heads only")
+    if sum(tall) > len(tall) / 2:
+        _log.warning("%s: most boxes are more than twice as high as wide. If they are of whole "
+                     "bodies, their dots lie on the belly: give boxes of heads", path)
     if unknown:
         _log.warning("%s: %d of %d images have persons without a labelled head, or regions of a "
                      "crowd, and count as photos without dots", path, len(unknown), len(names))
@@ -340,7 +348,8 @@ def _read_xml(path: str | os.PathLike) -> list[Dots]:
                  for one in root.iter("object")]
         places = [_centre(box, f"{path}: object {number}") for number, box in enumerate(boxes, 1)]
         size = {name: _parsed(root.findtext(f"size/{name}")) for name in ("width", "height")}
-        return [Dots(_as_points(places, path), None, _size(size, "width", "height"))]
+        return [Dots(_as_points(places, path), None, _size(size, "width", "height"),
+                     frozenset(str(one.findtext("name")) for one in root.iter("object")))]
     images = [one for one in root if one.tag == "image"]
     if root.tag != "annotations" or not images:
         raise ValueError(
@@ -354,7 +363,9 @@ def _read_xml(path: str | os.PathLike) -> list[Dots]:
         places = [place for shape in image for place in _cvat_places(shape, where)]
         size = {key: _parsed(image.get(key)) for key in ("width", "height")}
         found.append(Dots(_as_points(places, where), _file_name(name),
-                          _size(size, "width", "height")))
+                          _size(size, "width", "height"),
+                          frozenset(str(shape.get("label")) for shape in image
+                                    if shape.tag != "tag")))
     return found
 
 
@@ -403,7 +414,8 @@ def _label_studio(tasks: list[dict], path: str | os.PathLike) -> list[Dots]:
             places = [_label_studio_place(result, where) for result in results]
             listed.append(Dots(
                 _as_points(places, where), _label_studio_name(task, where),
-                _size(results[0], "original_width", "original_height") if results else None))
+                _size(results[0], "original_width", "original_height") if results else None,
+                frozenset(short(one["value"].get(one["type"])) for one in results)))
     return listed
 
 

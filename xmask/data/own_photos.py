@@ -181,6 +181,10 @@ def read_folder(folder: str | os.PathLike) -> tuple[OwnPhotos, OwnPhotos]:
                                  f"{path}: {other.name} beside it has dots of {image.name}, too; "
                                  "keep one of them")
             dots[image], origin[image] = points, path
+    labels = sorted({label for one in dots.values() for label in one.labels})
+    if len(labels) > 1:
+        _log.warning("%s: shapes of %d labels, %s, and all of them count as heads. Take out what "
+                     "is none", folder, len(labels), first_few([one[:40] for one in labels]))
     dotted = OwnPhotos([(p, dots[p]) for p in images if p in dots])
     dotted.files += origin.values()
     return dotted, OwnPhotos([(p, None) for p in images if p not in dots])
