@@ -254,6 +254,23 @@ def test_names_are_found_as_label_studio_changes_them(folder):
     assert dotted.ids == ["b", "deadbeef-a", "my photo (2)"] and bare.ids == ["a", "c"]
 
 
+def test_names_in_addresses_are_found(folder):
+    Image.new("RGB", (64, 48)).save(folder / "my photo (2).PNG")
+    Image.new("RGB", (64, 48)).save(folder / "c%20d.png")
+    write(folder / "via.json", {name: {"filename": name, "size": -1, "regions": [region(**POINT)]}
+                                for name in ("http://host/my%20photo%20(2).PNG", "c%20d.png")})
+    assert read_folder(folder)[0].ids == ["c%20d", "my photo (2)"]
+
+
+def test_the_json_of_nwpu_crowd(folder):
+    value = {"img_id": "a.jpg", "human_num": 2, "points": [[3, 4.5], [5, 6]], "boxes": []}
+    write(folder / "a.json", value)
+    assert read_folder(folder)[0][0].points.tolist() == [[3, 4.5], [5, 6]]
+    write(folder / "a.json", changed(value, "points", 1, to=[5]))
+    with pytest.raises(ValueError, match=r"a.json: point 2: found \[5\] where 2 numbers"):
+        read_folder(folder)
+
+
 def test_an_annotation_of_label_studio_may_be_skipped_or_the_true_one(folder):
     head, two = [result("keypoint", x=50, y=50)], [result("keypoint", x=5, y=5)] * 2
     value = [task("a.png", head, two), task("b.png", head)]

@@ -60,11 +60,12 @@ class Dots(NamedTuple):
 def read_dot_file(path: str | os.PathLike) -> list[Dots]:
     """Read dots from a file: those of one photo, or those of all photos that the file lists.
 
-    One photo: a CSV with columns x and y; the JSON of LabelMe; the XML of Pascal VOC; a .mat as
-    ShanghaiTech's or UCF-QNRF's. Many photos: the JSON of COCO; the XML of CVAT for images; JSON or
-    JSON-MIN of Label Studio; a project, the JSON or the CSV of VIA 2. Left out, as their heads are
-    not known: of COCO, images with a region of a crowd or with a person whose head has no labelled
-    keypoint; of Label Studio, tasks without a finished annotation.
+    One photo: a CSV with columns x and y; the JSON of LabelMe or NWPU-Crowd; the XML of Pascal VOC;
+    a .mat as ShanghaiTech's or UCF-QNRF's (NWPU-Crowd's is one). Many photos: the JSON of COCO; the
+    XML of CVAT for images; JSON or JSON-MIN of Label Studio; a project, the JSON or the CSV of VIA.
+    Left out, as their heads are not known: of COCO, images with a region of a crowd or with a
+    person whose head has no labelled keypoint; of Label Studio, tasks without a finished
+    annotation.
     Raises FileNotFoundError, or ValueError naming the file, what was found, and what is wrong.
     """
     found = _read(path)
@@ -174,6 +175,9 @@ def _read_json(path: str | os.PathLike) -> list[Dots]:
     if isinstance(value, dict):
         if "shapes" in value:
             return _labelme(value, path)
+        if "human_num" in value:  # NWPU-Crowd
+            return [Dots(_as_points([_numbers(one, 2, f"{path}: point {number}") for number, one in
+                                     enumerate(_field(value, "points", list, path), 1)], path))]
         if "images" in value and "annotations" in value:
             return _coco(value, path)
         if "_via_img_metadata" in value:

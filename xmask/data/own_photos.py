@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 
@@ -230,6 +231,7 @@ class _Names:
 
     def find(self, name: str) -> Path | None:
         """The image of a listed name: of exactly this one, else the only one of a name alike."""
+        name = name if name in self._names else unquote(name)  # of an address
         alike = (self._names.get(name) or self._alike.get(_uploaded(name))
                  or self._alike.get(_uploaded(re.sub("^[0-9a-f]{8}-", "", name))) or [])
         return alike[0] if len(alike) == 1 else None
