@@ -226,6 +226,17 @@ def test_the_page_of_evidence_has_numbers_or_says_how_to_get_them(results, table
     assert f"{tested} comparisons could be made" in block and "| XMask | 10 | 3 × 120 |" in block
 
 
+def test_runs_of_other_labelled_images_are_not_compared(results, tmp_path):
+    shutil.copytree(results, tmp_path / "results")
+    runs = tmp_path / "results" / "full" / "runs"
+    config = json.loads((runs / "sha-5-s2" / "config.json").read_text())
+    (runs / "sha-5-s2" / "config.json").write_text(json.dumps(
+        config | {"data": {"checksum": "0", "labelled": ["IMG_1"], "held_out": []}}))
+    with pytest.raises(ValueError, match=r"s2 .*s2-points-only|s2 .*s2-supervised-only") as error:
+        claims.table(tmp_path / "results")
+    assert "differ in data.checksum, data.labelled" in str(error.value)
+
+
 def test_an_earlier_metrics_file_is_named(tmp_path):
     path = tmp_path / "full" / "runs" / "sha-5-s1"
     path.mkdir(parents=True)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +35,9 @@ DRAWS = 10_000
 COLUMNS = ("claim", "ours", "rival", "data", "labels", "measure", "trained", "as_good", "seeds",
            "images", "ours_value", "rival_value", "effect", "low", "high", "in_favour", "verdict",
            "why")
+# what two methods have in common: labelled images, start and number of steps
+_ALIKE = ("data.checksum", "data.labelled", "data.held_out", "backbone.",
+          "config.optimisation.batch", "config.schedule.phase3", "config.schedule.steps_per_epoch")
 COUNTS, MASKS = "MAE", "mean IoU %"
 CALIBRATED = "MAE, calibrated"  # with the threshold that other drawn scenes set: calibrated.json
 AS_GOOD = {COUNTS: "a tenth of the other's MAE", MASKS: "1 point of mean IoU"}  # see `_row`
@@ -213,6 +216,8 @@ def _decoded(claim: Claim, file: Path) -> dict[str, object]:
 def _pair(claim: Claim, folder: Path, dataset: str, percent: int
           ) -> tuple[pd.DataFrame, pd.DataFrame]:
     value = own_iou if claim.measure == MASKS else count_error
+    if claim.source == "variant":
+        _check_alike(folder, dataset, percent, (claim.ours, claim.rival))
     file = "calibrated.json" if claim.measure == CALIBRATED else "metrics.json"
     ours = values(folder, dataset, percent, claim.ours, value, file)
     if claim.source == "fewer labels":
@@ -222,6 +227,20 @@ def _pair(claim: Claim, folder: Path, dataset: str, percent: int
         return ours, values(folder, dataset, percent, "xmask", lambda row: (
             math.nan if row[claim.rival] is None else 100 * row[claim.rival]), "other_masks.json")
     return ours, values(folder, dataset, percent, claim.rival, value, file)
+
+
+def _check_alike(folder: Path, dataset: str, percent: int, variants: Iterable[str]) -> None:
+    """Raises ValueError, naming both, where runs of one seed differ in more than the method."""
+    first: dict[int, tuple[Path, dict]] = {}
+    for variant in variants:
+        for seed, path in run_folders(folder, dataset, percent, variant, "metrics.json"):
+            settings = runs.by_dotted_name(files.read_json(path / "config.json"))
+            other, theirs = first.setdefault(seed, (path, settings))
+            if apart := sorted(name for name in {*settings, *theirs} if name.startswith(_ALIKE)
+                               and (settings.get(name) or None) != (theirs.get(name) or None)):
+                raise ValueError(f"{other} and {path} differ in {', '.join(apart)}, so what lies "
+                                 "between them is not the method's. Train both alike, or move one "
+                                 "of them away.")
 
 
 def values(folder: Path, dataset: str, percent: int, variant: str,
