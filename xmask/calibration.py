@@ -4,7 +4,8 @@ P2R weighs heads twice, so a network that is unsure counts too many at probabili
 held out from training, one threshold makes the total count right. A few images can err about it, so
 it is taken only as far as they agree (shrinkage, with the jackknife's variance; Efron 1982). What
 is still wrong in each of them says how far off the count of a new image may be (own; the interval
-is split-conformal prediction, Lei et al. 2018, normalised by how unsure the network is).
+is split-conformal prediction, Lei et al. 2018, normalised by how unsure the network is; but for
+the threshold, which the same images set, for each the others).
 """
 
 from __future__ import annotations

@@ -286,6 +286,7 @@ def test_every_row_has_a_group_and_a_name_of_its_own():
 def test_the_committed_page_and_figure_are_of_the_committed_numbers(tmp_path):
     found = read_json("results/bench/bench.json")
     assert report.table(found) == Path("results/bench/bench.md").read_text(encoding="utf-8")
+    assert "| 10.8× slower |" in report.table(found) and "| 0.0" not in report.table(found)
     names = [row.name for row in comparisons.comparisons()]
     assert [row["name"] for row in found["rows"]] == [
         name for name in names if name not in found["missing"]]

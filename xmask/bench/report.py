@@ -100,6 +100,8 @@ def _ratio(row: dict[str, Any]) -> str:
     ratio = row["times_faster"]
     if any(target.startswith("≤") for target in row["targets"]):
         return f"{1 / ratio:.1%}"
+    if ratio < 1:
+        return f"{1 / ratio:,.3g}× slower"
     return f"{ratio:,.3g}× faster" if ratio < 1000 else f"{ratio:,.0f}× faster"
 
 
