@@ -180,7 +180,7 @@ def test_the_bundled_model_can_be_committed_and_shipped():
 
 @pytest.mark.parametrize("counts, said", [
     ([80], "On the 4 of 10 test images of ShanghaiTech A in which this model finds 31 to 90 "
-          "heads, its count is wrong by 5 on average (-5 with its sign)"),
+          "heads, its count is wrong by 5 on average (5 too few where errors up and down cancel)"),
     ([1, 2, 900], "finds 1 to 10 heads"),
     ([0], "0 heads are fewer than in any of this model's test images. On the 3 of 10"),
     ([9999], "9999 heads are more than in any of this model's test images. On the 4 of 10")])

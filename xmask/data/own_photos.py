@@ -158,7 +158,8 @@ def read_folder(folder: str | os.PathLike) -> tuple[OwnPhotos, OwnPhotos]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder. Check the path.")
+        what = "is a file. Give its folder" if folder.exists() else "no such folder. Check the path"
+        raise FileNotFoundError(f"{folder}: {what}.")
     listed = files.without_ours(folder.iterdir())
     images = [p for p in listed if is_image(p)]
     if not images:

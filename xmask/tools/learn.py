@@ -64,7 +64,8 @@ def learn(dotted: OwnPhotos, bare: OwnPhotos, out: str | os.PathLike, settings: 
     `overwrite`, rather than lose masks of other photos or another segmenter.
     """
     if not len(dotted) or not dotted.counts().sum():
-        raise ValueError("no dots: training needs at least one photo with dots beside it")
+        raise ValueError("no dots: training needs at least one photo with dots beside it. For "
+                         "a.jpg write a.csv: the line x,y first, then one line a head, in pixels")
     with files.OutputFolder(out, overwrite=overwrite,
                             kept=[*dotted.files, *bare.files]) as folder:
         return _learn(dotted, bare, folder, settings, segmenter, overwrite, progress)
@@ -186,8 +187,9 @@ def in_words(report: dict) -> str:
     for name in ("before", "after"):
         m = report[name]
         covered = "" if m["coverage"] is None else f", {m['coverage']:.0%} inside the interval"
-        lines.append(f"  {name:6} count wrong by {m['mae']:.1f} ({m['bias']:+.1f} with its sign), "
-                     f"precision {m['precision']:.2f}, recall {m['recall']:.2f}{covered}")
+        lines.append(f"  {name:6} count wrong by {m['mae']:.1f} on average "
+                     f"({models.cancelled(m['bias'], 1)}), precision {m['precision']:.2f}, "
+                     f"recall {m['recall']:.2f}{covered}")
     return "\n".join(lines)
 
 

@@ -240,8 +240,14 @@ def reliability(record: dict[str, Any], counts: Sequence[int]) -> str:
              if beyond else "") +
             f"On the {part['images']} of {known['images']} test images of {title} in which this "
             f"model finds {part['from']} to {part['to']} heads, its count is wrong by "
-            f"{part['mae']:.0f} on average ({part['bias']:+.0f} with its sign). Photographs of "
-            "another kind can be far worse: see docs/model_card.md.")
+            f"{part['mae']:.0f} on average ({cancelled(part['bias'])}). Photographs of another "
+            "kind can be far worse: see docs/model_card.md.")
+
+
+def cancelled(bias: float, digits: int = 0) -> str:
+    """A bias, the mean error with its sign, in words."""
+    return (f"{abs(bias):.{digits}f} too {'few' if bias < 0 else 'many'} where errors up and down "
+            "cancel")
 
 
 def _check_finite(state: dict[str, Tensor], path: Path) -> None:
