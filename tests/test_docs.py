@@ -265,6 +265,16 @@ def test_what_the_evidence_says_of_photographs_is_what_the_runs_found():
         else:
             assert f"It counts {totals[0]:.0f}% too many, supervised only less than 1%." in page
             assert 0 < totals[1] < 1
+    many = files.read_json(folder / "sha-40-s2024" / "metrics.json")
+    too_many = 100 * sum(row["count"] - row["true_count"] for row in many["per_image"]) / sum(
+        row["true_count"] for row in many["per_image"])
+    assert (f"With 40% XMask has an MAE of {many['counting']['mae']:.1f} "
+            f"({many['counting_uncalibrated']['mae']:.1f} at the usual threshold") in page
+    assert (f"It counts {too_many:.0f}% too many, and within 8 px its F1 is "
+            f"{100 * many['localization']['8']['f1']:.1f}%.") in page
+    assert (f"it holds {many['interval']['coverage']:.0%} of the true counts where 90% are wanted, with "
+            f"a median width of {many['interval']['median_width']:.0f}") in page
+    assert f"With 120 XMask has {many['counting']['mae']:.1f}." in " ".join(README.split())
 
 
 def test_the_schedules_that_the_evidence_names_are_those_of_the_profiles():
