@@ -139,10 +139,10 @@ def iou_bars(runs: pd.DataFrame) -> DescribedFigure:
     runs = _some(runs[runs["variant"].isin(SERIES) & runs["mean_iou"].notna()],
                  "no run with a mean IoU (truth masks are needed)")
     bars = [bar for variant in tables.ordered(runs["variant"], tuple(SERIES)) for bar in (
-        *((variant, column, colours[variant],
-           f"{tables.DISCS[column]}, at {tables.VARIANTS[variant]} points")
-          for column, colours in (("disc_mean_iou", DISCS),
-                                  ("exclusive_disc_mean_iou", CUT_DISCS))),
+        (variant, "disc_mean_iou", DISCS[variant],
+         f"discs, whole, at {tables.VARIANTS[variant]} points"),
+        (variant, "exclusive_disc_mean_iou", CUT_DISCS[variant],
+         f"discs, cut, at {tables.VARIANTS[variant]} points"),
         (variant, "mean_iou", SERIES[variant], tables.VARIANTS[variant]))]
     width = 0.84 / len(bars)
     figure, panels = _percent_panels(runs, "mean IoU (%)", height=3.0, sharey=True)
@@ -157,7 +157,8 @@ def iou_bars(runs: pd.DataFrame) -> DescribedFigure:
     first = panels[0][0]
     first.set_ylim(top=first.get_ylim()[1] * (1.08 + 0.1 * len(bars)))  # for the legend
     _legend(first, loc="upper left", fontsize=7)
-    return _finish(figure, "Instance segmentation against fixed discs", runs)
+    return _finish(
+        figure, "Instance segmentation against equal discs, whole and cut where they meet", runs)
 
 
 @styled
