@@ -200,7 +200,7 @@ def test_what_the_readme_says_of_claims_is_what_they_say():
                      & ~drawn["as_good"].astype(bool) & (drawn["ours"] == "xmask")]
         return {(row.rival, row.labels): row for row in rows.itertuples()}
 
-    assert "five seeds (ablations four, the point-mask term three, and three of everything at 40%)" in page
+    assert "five seeds (ablations four, the point-mask term three; at 40% three, and of ablations only the constraint)" in page
     assert dict(drawn.groupby("labels")["seeds"].max()) == {5: 5, 10: 5, 40: 3}
     assert set(drawn[drawn["labels"] == 40]["rival"]) & {*presets.VARIANTS} == {*presets.COMPARED["full"]}
     assert set(drawn[drawn["labels"] == 40]["seeds"]) == {3}

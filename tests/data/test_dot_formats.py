@@ -451,18 +451,25 @@ def test_dots_may_be_given_as_an_array(folder):
             OwnPhotos([(folder / "a.png", wrong)])
 
 
+OUTSIDE = (r"a.png: 2 of its \d+ dots lie outside the image \(64 x 48 px\), the first at x \d+, y "
+           r"\d+. Are they in")
+SHARES = (r"a.png: its dots all lie within the first pixel, the first at x 0.5, y 0.25. Are they "
+          r"shares of the im")
+
+
 @pytest.mark.parametrize("dots, refused", [
-    ([[-0.9, 2], [64.0, 48.0]], False),            # slips of less than a pixel
-    ([[3, 4]] * 9 + [[80, 4]], False),             # one that is far out
-    ([[3, 4]] * 20 + [[80, 4]] * 2, False),        # no more than a tenth
-    ([[3, 4]] * 9 + [[80, 4]] * 2, True),
-    ([[40, 60], [30, 63]], True),                  # y before x
+    ([[-0.9, 2], [64.0, 48.0]], None),             # slips of less than a pixel
+    ([[3, 4]] * 9 + [[80, 4]], None),              # one that is far out
+    ([[3, 4]] * 20 + [[80, 4]] * 2, None),         # no more than a tenth
+    ([[3, 4]] * 9 + [[80, 4]] * 2, OUTSIDE),
+    ([[40, 60], [30, 63]], OUTSIDE),               # y before x
+    ([[0.5, 0.25], [1, 0]], SHARES), ([[0.5, 0.25]], SHARES),
+    ([[0, 1]], None), ([[0.5, 2]], None),
 ])
-def test_dots_that_belong_to_another_size_are_refused(folder, dots, refused):
+def test_dots_of_another_size_and_shares_of_the_image_are_refused(folder, dots, refused):
     photos = OwnPhotos([(folder / "a.png", np.array(dots, dtype=float))])
     if refused:
-        with pytest.raises(ValueError, match=r"a.png: 2 of its \d+ dots lie outside the image \(64 "
-                                             r"x 48 px\), the first at x \d+, y \d+. Are they in"):
+        with pytest.raises(ValueError, match=refused):
             photos[0]
         assert photos.sound()[1] and len(photos.sound()[0]) == 0
     else:
@@ -523,18 +530,6 @@ def test_boxes_of_whole_bodies_are_told_and_those_to_ignore_are_a_crowd(folder, 
     value["annotations"][0]["ignore"] = 1
     write(folder / "coco.json", value)
     assert read_folder(folder)[0].ids == ["b"]
-
-
-@pytest.mark.parametrize("dots, wrong", [
-    ([[0.5, 0.25], [1, 0]], True), ([[0.5, 0.25]], True), ([[0, 1]], False), ([[0.5, 2]], False)])
-def test_dots_in_shares_of_the_image_are_refused(folder, dots, wrong):
-    photos = OwnPhotos([(folder / "a.png", np.array(dots, dtype=float))])
-    if wrong:
-        with pytest.raises(ValueError, match=r"a.png: its dots all lie within the first pixel, the "
-                                             r"first at x 0.5, y 0.25. Are they shares of the im"):
-            photos[0]
-    else:
-        assert len(photos[0].points) == len(dots)
 
 
 JSON = st.recursive(

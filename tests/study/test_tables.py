@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from xmask.study import tables
+from xmask.study import other_masks, tables
 
 
 def write_run(folder, dataset="sha", percent=5, seed=1, variant="xmask", *, synthetic=True,
@@ -217,6 +217,10 @@ def test_segmentation_is_in_percent_with_its_baselines(study):
         assert row["mean IoU %, drawn (ours)"] == value
         assert row["PQ %, drawn (ours)"] == tables.UNKNOWN
     assert "may overlap; equal discs, cut where they meet: a contested" in table.caption
+
+
+def test_discs_have_one_name_in_tables_and_claims():
+    assert set(tables.DISCS.values()) <= {other_masks.WHOLE, *other_masks.methods(1.0, None)}
 
 
 def test_seeds_whose_baselines_are_equal_all_count_in_their_mean(tmp_path):
