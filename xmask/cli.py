@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from xmask import __version__
+from xmask import __version__, memory
 from xmask.presets import DATASETS, PERCENTS, PROFILES, VARIANTS
 from xmask.tools.arguments import names, number, numbers, positive, threads
 
@@ -25,6 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     options = _parser().parse_args(arguments)
+    memory.keep(huge_pages=options.function in (_train, _evaluate, _learn))
     before = os.environ.get("XMASK_MAX_PIXELS")
     if getattr(options, "max_pixels", None):
         os.environ["XMASK_MAX_PIXELS"] = str(options.max_pixels)

@@ -23,7 +23,7 @@ from PIL import Image
 
 from tests.test_edp_sam import picture
 from tests.warm import Program, forked_workers
-from xmask import files
+from xmask import files, memory
 from xmask.data import cluster
 from xmask.data import masks as store
 from xmask.data.masks import MasksFailed, mask_dataset, read_masks, summary
@@ -143,7 +143,7 @@ def test_any_number_of_workers_gives_the_same_folder(tmp_path, forked):
 def test_workers_keep_freed_memory_and_have_the_threads_that_were_asked_for(tmp_path):
     with cluster.open_client(1) as client:
         found, = client.run(lambda: dict(os.environ)).values()
-        assert cluster.KEEP_MEMORY.items() <= found.items() and found["OMP_NUM_THREADS"] == "1"
+        assert memory.ENVIRONMENT.items() <= found.items() and found["OMP_NUM_THREADS"] == "1"
         job = store._Job(Dataset(), ClassicalSegmenter(), {}, tmp_path, 2, {}, False)
         (tmp_path / files.HIDDEN).mkdir()
         assert client.submit(lambda: (job.run_in_worker(0), torch.get_num_threads())[1]).result() == 2

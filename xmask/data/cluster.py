@@ -31,6 +31,8 @@ from distributed import (
     get_worker,
 )
 
+from xmask import memory
+
 _MOST = 25  # items of one task: enough that a task costs little, and few enough to show progress
 _TASKS = 20  # of each worker, where there are few items
 # no worker is given a task before it is free, so that tasks begin in their order
@@ -44,11 +46,6 @@ _DIED = (
     "one worker")
 _GONE = ("{}: the Dask scheduler is gone, and its workers with it. What is done is kept: start "
          "them again, then give the same command")
-# bytes: the C library (glibc; others ignore it) keeps freed memory for the next array instead of
-# giving it back, which saves about 6% of a training step on a CPU. Dask makes its workers give back
-# all, with which SAM takes twice as long.
-KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 29), "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
-               "MALLOC_TOP_PAD_": str(1 << 26)}
 _log = logging.getLogger("xmask")
 
 
@@ -87,7 +84,8 @@ def open_client(workers: int = 2, scheduler: str = "", cluster: str = "",
                 del os.environ["MALLOC_TRIM_THRESHOLD_"]  # left by a cluster of Dask's own
             stack.enter_context(dask.config.set({
                 **_IN_ORDER, "logging.distributed": "critical",
-                "distributed.nanny.pre-spawn-environ": KEEP_MEMORY | {"OMP_NUM_THREADS": "1"},
+                "distributed.nanny.pre-spawn-environ":
+                    memory.ENVIRONMENT | {"OMP_NUM_THREADS": "1"},
                 "distributed.dashboard.link": "http://127.0.0.1:{port}/status"}))
             made = stack.enter_context(LocalCluster(
                 n_workers=workers, threads_per_worker=1, memory_limit=0, processes=processes,

@@ -20,9 +20,9 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from xmask import files, provenance
+from xmask import files, memory, provenance
 from xmask.config import Config, preset
-from xmask.data.cluster import KEEP_MEMORY, work_in_order
+from xmask.data.cluster import work_in_order
 from xmask.presets import ABLATIONS, COMPARED, DATASETS, PERCENTS, SEEDS
 from xmask.study import claims, constants, steps, tables
 from xmask.study.travel import Travelling, open_notebooks
@@ -291,7 +291,7 @@ def run_steps(profile: str, planned: list[Step], *, threads: int = 0, **where) -
     planned: inputs before what needs them; the first ones are begun first. threads: of each step.
     where: as of `open_client`.
     """
-    environment = {name: os.environ.get(name, value) for name, value in KEEP_MEMORY.items()}
+    environment = {name: os.environ.get(name, value) for name, value in memory.ENVIRONMENT.items()}
     environment |= {"PYDEVD_DISABLE_FILE_VALIDATION": "1", "MPLBACKEND": "agg"}
     if threads:
         environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
