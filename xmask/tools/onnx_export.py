@@ -86,6 +86,8 @@ class _Maps(nn.Module):
         super().__init__()
         self.network = copy.deepcopy(network).cpu().requires_grad_(False)
         for parent in list(self.network.modules()):
+            if hasattr(parent, "inplace"):
+                parent.inplace = False  # or the exporter takes twice as long
             for name, layer in list(parent.named_children()):
                 if isinstance(layer, Conv2dSame):  # it pads by the image's size: here all alike
                     padding = pad_same_arg([model.MULTIPLE] * 2, layer.kernel_size, layer.stride,
