@@ -132,13 +132,14 @@ def test_on_a_cpu_the_teacher_is_evaluated_at_one_threshold(profile):
 
 
 @pytest.mark.parametrize("profile, percent, few", [
-    ("photo", 5, True), ("photo", 10, True), ("photo", 40, False), ("photo", 100, False),
+    ("photo", 5, False), ("photo", 10, True), ("photo", 40, False), ("photo", 100, False),
     ("demo", 5, False), ("paper", 5, False)])
 def test_photographs_with_few_labels_are_counted_by_peaks_and_none_is_held_out(
         profile, percent, few):
     c = preset(profile, "sha", percent)
     assert c.pseudo.peaks == c.evaluation.peaks == c.calibration.expected == few
-    assert (c.calibration.held_out > 0) == (profile == "photo" and not few)
+    assert (c.calibration.held_out > 0) == (profile == "photo" and percent >= 40)
+    assert c.evaluation.scale == (1.25 if profile == "photo" and percent >= 10 else 1)
 
 
 @pytest.mark.parametrize("variant", ABLATIONS)

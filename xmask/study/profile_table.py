@@ -15,8 +15,9 @@ PAGE = Path("docs") / "differences.md"
 BEGIN = "<!-- profiles: written by `xmask docs`, not by hand -->"
 END = "<!-- end of profiles -->"
 _COLUMNS = {"`paper`, SHA 10%": ("paper", 10), "`demo`, 10%": ("demo", 10),
-            "`full`, 10%": ("full", 10), "`photo`, 5 and 10%": ("photo", 10),
-            "`photo`, 40%": ("photo", 40), "`photo`, 100%": ("photo", 100)}
+            "`full`, 10%": ("full", 10), "`photo`, 5%": ("photo", 5),
+            "`photo`, 10%": ("photo", 10), "`photo`, 40%": ("photo", 40),
+            "`photo`, 100%": ("photo", 100)}
 
 
 def differences_block(root: Path) -> str:

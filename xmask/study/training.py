@@ -39,16 +39,17 @@ NOT_READ_IN_PHASE_1 = (
     "pseudo.density_gate",
     "evaluation.point_threshold", "evaluation.count_threshold", "evaluation.theta",
     "evaluation.geometry_weight", "evaluation.sigma", "evaluation.density_gate",
-    "evaluation.nnec", "evaluation.weights", "evaluation.scale",
+    "evaluation.nnec", "evaluation.weights", "evaluation.scale", "evaluation.peaks",
     "schedule.phase2", "schedule.phase3", "schedule.mask_warmup", "schedule.ramp_start",
     "optimisation.phase2_lr", "optimisation.phase2_encoder_lr", "optimisation.mask_head_lr",
     "optimisation.phase3_lr", "optimisation.confident",
-    "calibration.coverage",
+    "calibration.coverage", "calibration.expected",
     "machine.workers", "machine.cache_images", "machine.checkpoint_every",
 )
 # Nor are these before the first unlabelled crop, in the warm-up.
 NOT_READ_IN_WARMUP = NOT_READ_IN_PHASE_1 + (
     "schedule.unlabelled", "schedule.ramp", "schedule.ramp_end", "optimisation.pseudo_threshold",
+    "pseudo.peaks",
 )
 
 
