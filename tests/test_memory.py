@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import xmask
 from xmask import memory
 from xmask.cli import main
 
@@ -36,6 +37,13 @@ def faults(keep):
 @pytest.mark.skipif(not memory.keep(), reason="the C library is not glibc")
 def test_the_pages_of_a_freed_array_are_used_again():
     assert 4 * faults(keep=True) < faults(keep=False)
+
+
+def test_a_loaded_model_keeps_memory(monkeypatch):
+    kept = []
+    monkeypatch.setattr(memory, "keep", lambda: kept.append(True))
+    xmask.load("drawn", "cpu")
+    assert kept == [True]
 
 
 def _missing(name):
