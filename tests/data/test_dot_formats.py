@@ -501,6 +501,16 @@ def test_dots_that_were_put_on_another_size_of_the_photo_are_refused(folder, mak
         assert not read_folder(folder)[0].sound()[1]
 
 
+def test_text_files_named_like_photos_are_told_and_others_are_not(folder, caplog):
+    write(folder / "readme.txt", "not of a photo")
+    read_folder(folder)
+    assert "text file" not in caplog.text
+    write(folder / "a.txt", "3 4.5\n")
+    assert not len(read_folder(folder)[0])
+    assert ("1 text file named like photos: a.txt. Dots in text files are not read; write a.csv"
+            in caplog.text)
+
+
 def test_images_without_a_dot_in_a_file_for_many_are_told(folder, caplog):
     write(folder / "via.json", VIA)
     read_folder(folder)

@@ -151,7 +151,8 @@ def read_folder(folder: str | os.PathLike) -> tuple[OwnPhotos, OwnPhotos]:
     an empty scene, and a warning says how many are. Folders in a listed name do not count, nor do
     the characters that Label Studio puts before it.
     Dots outside the image are moved to its border, and the sample's `repairs` say how many. Hidden
-    files are left out, and so is what xmask wrote into the folder.
+    files are left out, and so is what xmask wrote into the folder. Text files named like photos
+    are not read, and a warning says so.
     Raises FileNotFoundError for a folder without images; ValueError, naming the file, for a
     .csv, .json, .xml or .mat that cannot be read, whose image is not there, or whose image has
     dots in another one.
@@ -165,6 +166,12 @@ def read_folder(folder: str | os.PathLike) -> tuple[OwnPhotos, OwnPhotos]:
     if not images:
         raise FileNotFoundError(f"{folder}: no image in this folder ({', '.join(SUFFIXES)})")
     names, dots, origin = _Names(images), {}, {}
+    stems = {image.stem for image in images}
+    texts = [p.name for p in listed if p.suffix.lower() == ".txt" and p.stem in stems]
+    if texts:
+        _log.warning("%s: %s named like photos: %s. Dots in text files are not read; write a.csv "
+                     "for a.jpg, the line x,y first, then one line a head, in pixels", folder,
+                     f"{len(texts)} text file{'s' * (len(texts) > 1)}", first_few(texts))
     for path in listed:
         if (path.suffix.lower() not in DOT_SUFFIXES or path.name.startswith(".")
                 or not path.is_file()):
