@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from xmask.config import preset
-from xmask.presets import ABLATIONS, DATASETS, PERCENTS, PROFILES
+from xmask.presets import ABLATIONS, DATASETS, PERCENTS, POINTS_ONLY, PROFILES
+from xmask.study.runs import by_dotted_name
 
 HERE = Path(__file__).parent
 RELEASE = json.loads((HERE / "release.json").read_text(encoding="utf-8"))
@@ -181,3 +182,14 @@ def test_a_wrong_seed_or_variant_is_refused():
         preset("demo", "sha", 10, seed="abc")
     with pytest.raises(ValueError, match="variant: 'none' is not one of xmask"):
         preset("demo", "sha", 10, variant="none")
+
+
+@pytest.mark.parametrize("profile", ["demo", "full", "photo", "paper"])
+def test_points_only_spends_every_step_on_points_and_its_rival_differs_by_unlabelled_images(profile):
+    teacher, alone = (preset(profile, "sha", 10, variant=v) for v in POINTS_ONLY)
+    whole = preset(profile, "sha", 10).schedule.phase3
+    for one in (teacher.schedule, alone.schedule):
+        assert one.phase1 == one.phase2 == one.phase3 == whole
+    differ = {name for name, value in by_dotted_name(teacher.to_dict()).items()
+              if by_dotted_name(alone.to_dict())[name] != value}
+    assert differ == {"variant", "schedule.unlabelled"} and not alone.schedule.unlabelled

@@ -34,13 +34,16 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 VARIANTS: dict[str, dict[str, Any]] = {
     "xmask": {},
     "supervised-only": {"schedule.unlabelled": False},
-    "points-only": {},  # mean teacher with P2R, no masks: all its steps are phase 1, see `preset`
+    # no masks: all steps are phase 1, see `preset`. The first is a mean teacher with P2R
+    "points-only": {},
+    "supervised-points-only": {"schedule.unlabelled": False},
     "with-point-mask": {"loss.point_mask": 1.0},  # the released weight; off in demo and photo
     **ABLATIONS,
 }
+POINTS_ONLY = ("points-only", "supervised-points-only")
 # compared with the full method at every percentage, besides the ablations at the middle one
-COMPARED = dict.fromkeys(("full", "photo"),
-                         ("supervised-only", "points-only", "without-mask-constraint"))
+COMPARED = {"photo": ("supervised-only", "points-only", "without-mask-constraint")}
+COMPARED["full"] = (*COMPARED["photo"], "supervised-points-only")
 SEEDS = {"full": (1, 2, 3, 4, 5)}
 
 _FIELDS = ("schedule.phase3", "optimisation.phase3_lr", "optimisation.weight_decay",
@@ -196,7 +199,7 @@ def preset(
     overrides = overrides or {}
     for changes in (_values(profile, dataset, percent), VARIANTS[variant], overrides):
         config = override(config, changes)
-    if variant == "points-only":
+    if variant in POINTS_ONLY:
         last = config.schedule.phase3
         config = override(config, {"schedule.phase1": last, "schedule.phase2": last})
     values = config.to_dict()

@@ -51,6 +51,7 @@ def results(tmp_path_factory):
             write_run(runs, f"sha-{percent}-s{seed}-supervised-only", 15 + noise, iou - 0.05,
                       reverse=True)
             write_run(runs, f"sha-{percent}-s{seed}-points-only", 10 + noise)
+            write_run(runs, f"sha-{percent}-s{seed}-supervised-points-only", 12 + noise)
             write_run(runs, f"sha-{percent}-s{seed}-without-mask-constraint", 7 + noise,
                       iou + {5: 0.005, 10: 0.03}[percent])
             if percent == 10:

@@ -137,24 +137,35 @@ def _row(name: str, value: float, config: Config, moved: list[pd.DataFrame],
 
 @figures.styled
 def figure(found: pd.DataFrame) -> DescribedFigure:
-    """One column a constant: the effect of its values on MAE (above) and mean IoU (below), with
-    intervals; grey is the configured value."""
+    """One column a constant, those of decoding above those that take a training: the effect of its
+    values on MAE (above) and mean IoU (below), with intervals; grey is the configured value."""
     names = list(dict.fromkeys(found["constant"]))
-    picture = DescribedFigure((2.1 * len(names) + 0.6, 4.2))
-    axes = picture.subplots(2, len(names), squeeze=False, sharey="row")
-    for column, name in zip(axes.T, names):
-        part = found[found["constant"] == name].reset_index(drop=True)
-        for axis, measure in zip(column, ("mae", "mean_iou")):
-            effect, low, high = (part[f"{measure}_{end}"].to_numpy()
-                                 for end in ("effect", "low", "high"))
-            axis.axhline(0, color=GREY, lw=0.8)
-            axis.errorbar(part.index, effect, color=BLUE, marker="o", ms=4, capsize=2, lw=1,
-                          yerr=np.stack([effect - low, high - effect]))
-            axis.axvspan(*(part.index[part["configured"]][0] + np.array([-0.3, 0.3])),
-                         color="#E5E5E5", lw=0)
-            axis.set_xticks(part.index, [f"{v:g}" for v in part["value"]], fontsize=7)
-        column[0].set_title(f"{name.partition('.')[2]}\n({part['seeds'].min()} seeds)", fontsize=9)
-    axes[0, 0].set_ylabel("fewer people wrong (MAE)")
-    axes[1, 0].set_ylabel("more points of mean IoU")
+    blocks = [block for group in (DECODED, TRAINED) if (block := [n for n in names if n in group])]
+    across = max(map(len, blocks))
+    picture = DescribedFigure((2.0 * across + 0.6, 4.2 * len(blocks)))
+    axes = picture.subplots(2 * len(blocks), across, squeeze=False, sharey="row")
+    for number, block in enumerate(blocks):
+        pair = axes[2 * number:2 * number + 2]
+        for axis in pair[:, len(block):].ravel():
+            axis.set_visible(False)
+        for column, name in zip(pair.T, block):
+            part = found[found["constant"] == name].reset_index(drop=True)
+            for axis, measure in zip(column, ("mae", "mean_iou")):
+                _effects(axis, part, measure)
+            column[0].set_title(f"{name.partition('.')[2]}\n({part['seeds'].min()} seeds)",
+                                fontsize=9)
+        pair[0, 0].set_ylabel("fewer people wrong (MAE)")
+        pair[1, 0].set_ylabel("more points of mean IoU")
     picture.description = "Constants moved alone, against the configured value, on test images"
     return picture
+
+
+def _effects(axis, part: pd.DataFrame, measure: str) -> None:
+    """The effects of one constant's values on a measure, with their intervals."""
+    effect, low, high = (part[f"{measure}_{end}"].to_numpy() for end in ("effect", "low", "high"))
+    axis.axhline(0, color=GREY, lw=0.8)
+    axis.errorbar(part.index, effect, color=BLUE, marker="o", ms=4, capsize=2, lw=1,
+                  yerr=np.stack([effect - low, high - effect]))
+    axis.axvspan(*(part.index[part["configured"]][0] + np.array([-0.3, 0.3])),
+                 color="#E5E5E5", lw=0)
+    axis.set_xticks(part.index, [f"{v:g}" for v in part["value"]], fontsize=7)

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from xmask import files, memory, provenance
 from xmask.config import Config, preset
 from xmask.data.cluster import work_in_order
-from xmask.presets import ABLATIONS, COMPARED, DATASETS, PERCENTS, SEEDS
+from xmask.presets import ABLATIONS, COMPARED, DATASETS, PERCENTS, POINTS_ONLY, SEEDS
 from xmask.study import claims, constants, steps, tables
 from xmask.study.travel import Travelling, open_notebooks
 
@@ -128,7 +128,7 @@ def _run_steps(runs: list[tuple[Config, str]], settings: dict) -> Iterator[Step]
         folder, data = steps.run_folder(run), settings["data"]
         arguments = _arguments(settings, run, variant)
         inputs = [f"masks {steps.mask_folder(run).name}"]
-        if variant not in ("xmask", "points-only"):  # it takes phase 1 from the full method
+        if variant not in ("xmask", *POINTS_ONLY):  # it takes phase 1 from the full method
             inputs.append(f"train {full[run.dataset, run.percent, run.seed]}")
         yield Step(f"train {run.run}", "11_train.ipynb", arguments, inputs,
                    partial(steps.train_fingerprint, run, data),

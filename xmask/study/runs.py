@@ -24,6 +24,7 @@ DATASETS = {"sha": "ShanghaiTech A", "shb": "ShanghaiTech B", "qnrf": "UCF-QNRF"
             "jhu": "JHU-CROWD++", "synthetic": "drawn crowds"}
 VARIANTS = {"xmask": "XMask", "supervised-only": "supervised only",
             "points-only": "points only (mean teacher)",
+            "supervised-points-only": "points only, supervised",
             "with-point-mask": "with the point-mask term",
             "without-nnec": "without NNEC", "without-superpixel": "without superpixel prompt",
             "without-smoothing": "without Gaussian smoothing",
@@ -154,7 +155,7 @@ def _read_run(path: Path) -> dict[str, Any]:
     row["constant_rmse"] = (  # runs evaluated by an earlier version have none
         known("baselines.constant_count.rmse", float)
         if "rmse" in metrics["baselines"]["constant_count"] else math.nan)
-    # "points-only" never trains its mask head: what it says of masks is not a result
+    # runs of points only never train their mask head: what it says of masks is not a result
     schedule = config.get("config", {}).get("schedule", {})
     untrained = "phase1" in schedule and schedule["phase1"] == schedule["phase2"]
     for column, name in _OF_MASKS.items():

@@ -27,7 +27,7 @@ from xmask.study.runs import DATASETS, SELECTIONS, UNKNOWN, VARIANTS, listing, l
 _log = logging.getLogger("xmask")
 PATIENCE = 60.0  # seconds to wait for another process that writes tables or figures
 # this order in tables; then sweeps of parameters
-MAIN_VARIANTS = ("supervised-only", "points-only", "xmask")
+MAIN_VARIANTS = ("supervised-only", "supervised-points-only", "points-only", "xmask")
 # baselines, called as in `other_masks.methods`
 DISCS = {"disc_mean_iou": "equal discs, whole",
          "exclusive_disc_mean_iou": "equal discs, cut where they meet"}
