@@ -187,9 +187,10 @@ def preset(
 ) -> Config:
     """The configuration of one run.
 
-    variant: "xmask", "supervised-only" or an ablation (`VARIANTS`). overrides: fields by dotted
-    name; the run's name gets a short hash of their values, so that a sweep's runs differ (but not
-    of the paths of weights, which a study has one of: they are recorded with their checksums).
+    variant: of `VARIANTS`: "xmask", a method to compare with, or an ablation. overrides: fields by
+    dotted name; the run's name gets a short hash of their values, so that a sweep's runs differ
+    (but not of the paths of weights, which a study has one of: they are recorded with their
+    checksums).
     Raises ValueError, one line, for a name or a value that is not allowed.
     """
     if variant not in VARIANTS:
