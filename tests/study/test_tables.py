@@ -90,6 +90,18 @@ def test_load_runs_gives_one_flat_row_a_run(study):
     assert (run.disc_mean_iou, run.exclusive_disc_mean_iou) == (0.4, 0.45)
 
 
+def test_a_method_without_masks_has_no_row_among_masks(study):
+    runs = tables.load_runs(study)
+    none = (runs["variant"] == "supervised-only") & (runs["percent"] == 40)
+    runs.loc[none, ["mean_iou", "ap50", "pq", "aji", "disc_mean_iou", "exclusive_disc_mean_iou"]] = np.nan
+    table = tables.segmentation_table(runs).text
+    alone = table[table["method"].str.contains("supervised only")]
+    assert set(alone["labelled %"]) == {"5"} and len(alone) == 6
+    runs.loc[:, ["mean_iou", "ap50", "pq", "aji"]] = np.nan  # photographs: nobody has any
+    table = tables.segmentation_table(runs).text
+    assert set(table[table["method"] == "supervised only (ours)"]["labelled %"]) == {"5", "40"}
+
+
 def test_the_counting_table_holds_means_spreads_seeds_and_runs(study):
     table = tables.counting_table(tables.load_runs(study))
     row = row_of(table.numbers, dataset="drawn, ShanghaiTech A layout", method="XMask (ours)",

@@ -328,6 +328,9 @@ def _comparison(name: str, caption: str, runs: pd.DataFrame, measures: list[Meas
                             & (here["synthetic"].map(kind_of) == kind)]
                 variants = {VARIANTS.get(name, name): part[part["variant"] == name]
                             for name in main_variants(part)}
+                # a method of points only has no masks to compare; on photographs nobody has
+                variants = {name: group for name, group in variants.items()
+                            if any(one.cell(group) for one in measures)} or variants
                 for baseline, of in baselines.items():
                     groups = variants if "{}" in baseline else {"": part} if len(part) else {}
                     rows += [_row(group, f"{baseline.format(variant)} (baseline)", None, of)
