@@ -41,9 +41,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     **ABLATIONS,
 }
 POINTS_ONLY = ("points-only", "supervised-points-only")
+_RIVALS = ("supervised-only", "points-only", "without-mask-constraint")
 # compared with the full method at every percentage, besides the ablations at the middle one
-COMPARED = {"photo": ("supervised-only", "points-only", "without-mask-constraint")}
-COMPARED["full"] = (*COMPARED["photo"], "supervised-points-only")
+COMPARED = {"full": (*_RIVALS, "supervised-points-only"), "photo": _RIVALS}
 SEEDS = {"full": (1, 2, 3, 4, 5)}
 
 _FIELDS = ("schedule.phase3", "optimisation.phase3_lr", "optimisation.weight_decay",
