@@ -256,6 +256,10 @@ def test_what_the_evidence_says_of_unlabelled_images_is_in_the_table():
     assert f"At 40% it goes from {forty.rival_value:.1f} to {forty.ours_value:.1f}, in all three" in page
     assert ten.in_favour == ten.seeds and forty.in_favour == forty.seeds and -0.1 < forty.low < 0
     assert f"have {ten.rival_value:.1f} and {forty.rival_value:.1f}, no better than supervised" in page
+    usual = table[(table["measure"] == claims.COUNTS) & (table["rival"] == "supervised-points-only")
+                  & (table["ours"] == "points-only")].set_index("labels")["effect"]
+    assert "the gain is {:.2f} people at 10%, in all five seeds, {:.2f} at 5% and {:.2f} at 40%".format(
+        *(usual.dropna()[p] for p in (10, 5, 40))) in page
     ahead = [row("points-only", "supervised-only", p) for p in (10, 40)]
     assert {one.verdict for one in ahead} == {claims.HOLDS} and (
         "thresholds {0.ours_value:.1f} against {0.rival_value:.1f} and {1.ours_value:.1f} against "
