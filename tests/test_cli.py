@@ -81,6 +81,13 @@ def test_a_broken_dataset_fails_the_check(drawn, tmp_path, capsys):
     assert "error" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("arguments, seed", [
+    ("--profile paper", 2024), ("--profile paper --seed 0", 0), ("--profile full", 1), ("", 1)])
+def test_a_run_of_the_published_profile_has_the_published_seed(arguments, seed):
+    chosen = cli._parser().parse_args(["train", *arguments.split()])
+    assert cli._configuration(chosen).seed == seed
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

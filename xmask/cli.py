@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from xmask import __version__, memory
-from xmask.presets import DATASETS, PERCENTS, PROFILES, VARIANTS
+from xmask.presets import DATASETS, PERCENTS, PROFILES, SEEDS, VARIANTS
 from xmask.tools.arguments import names, number, numbers, positive, threads
 
 
@@ -109,7 +109,8 @@ def _reproduce_command(command: Callable) -> None:
                       "default: the profile's own, classical (photo: the bundled SAM)")
     made.add_argument("--datasets", type=names, default=DATASETS, help="e.g. sha,qnrf")
     made.add_argument("--percents", type=numbers, default=PERCENTS, help="e.g. 5,40")
-    made.add_argument("--seeds", type=numbers, help="e.g. 1,2,3; default: 1; full: 1 to 5")
+    made.add_argument("--seeds", type=numbers, help="e.g. 1,2,3; default: 1; full: 1 to 5; "
+                      "paper: 2024")
     made.add_argument("--jobs", type=positive, help="steps at a time")
     _elsewhere(made, "--jobs")
     _set(made, "a field of every run, e.g. --set loss.tau=0.5")
@@ -216,7 +217,7 @@ def _run_commands(command: Callable) -> None:
         made.add_argument("--dataset", choices=(*DATASETS, "shb"), default="sha")
         made.add_argument("--percent", type=int, default=10, help="of the images are labelled; "
                           "default: 10")
-        made.add_argument("--seed", type=number, default=1, help="default: 1")
+        made.add_argument("--seed", type=number, help="default: 1; paper: 2024, as released")
         made.add_argument("--variant", choices=VARIANTS, default="xmask", metavar="NAME",
                           help="xmask (default); rivals and ablations: "
                           + ", ".join([*VARIANTS][1:]))
@@ -443,7 +444,8 @@ def _learn(o: argparse.Namespace) -> None:
 def _configuration(o: argparse.Namespace):
     from xmask.study import steps
 
-    return steps.configure(o.profile, o.dataset, o.percent, o.seed, variant=o.variant, sam=o.sam,
+    seed = SEEDS.get(o.profile, (1,))[0] if o.seed is None else o.seed
+    return steps.configure(o.profile, o.dataset, o.percent, seed, variant=o.variant, sam=o.sam,
                            overrides=_changes(o.set))
 
 

@@ -150,6 +150,11 @@ def test_the_profile_full_compares_all_that_claims_need():
     assert "claims" not in {step.name for step in reproduce.plan("full", extras=False)}
 
 
+def test_the_published_profile_has_the_published_seed():
+    planned = reproduce.plan("paper", data="unused", datasets=("sha",), percents=(10,))
+    assert {step.parameters["seed"] for step in planned if "seed" in step.parameters} == {2024}
+
+
 def test_a_study_says_which_claims_it_can_show():
     demo = reproduce._claims_shown("demo", reproduce.plan("demo"))
     assert "1 seed and 16 test images a dataset. A verdict takes 3 seeds and 100 images" in demo
