@@ -6,7 +6,8 @@ For heads p_1..p_N of one image, the circle of head i reaches to its nearest nei
 
 so no other head lies inside it. If a pixel u lies in the circles of i and j, the two heads are
 at least as far from each other as either is from u; u then sees them at 60 degrees or more, and
-at most five circles cover any pixel (six only on exact ties), however dense the crowd. A sparse
+at most five circles cover any pixel, however dense the crowd; only exact ties give more (a hexagon
+around u, or a head at u whose circle comes on top of those that end there: seven at most). A sparse
 list of (head, pixel) pairs therefore replaces every N x H x W array: decoding, losses and mask
 generation are gathers and segment reductions over it.
 
