@@ -94,6 +94,7 @@ def test_a_run_of_the_published_profile_has_the_published_seed(arguments, seed):
         (["train", "--profile", "paper"], "give the folder that holds the datasets"),
         (["train", "--set", "loss.tua=1"], "loss.tua: no such field; did you mean loss.tau"),
         (["train", "--set", "loss.tau"], "'loss.tau' is not FIELD=VALUE"),
+        (["edp-study", "--boxes", "--jobs", "2", "--out", "/nowhere"], "--jobs: --boxes and"),
         (["reproduce", "--datasets", "sha,shc"], "--datasets: shc unknown"),
         (["masks", "--dataset", "sha", "--root", "/nowhere", "--out", "/tmp/none"], "/nowhere"),
     ],

@@ -370,6 +370,8 @@ def _edp_study(o: argparse.Namespace) -> None:
     options = {"scenes": o.scenes, "segmenters": o.segmenters, "overwrite": o.overwrite}
     options |= {} if o.seed is None else {"seed": o.seed}
     if o.boxes or o.negatives:
+        if o.jobs > 1:
+            raise ValueError("--jobs: --boxes and --negatives do one scene at a time; leave it out")
         o.goes_on = False  # unlike the comparison, they keep no finished scenes
         print((edp_study.run_boxes if o.boxes else edp_study.run_negatives)(o.out, **options))
     else:

@@ -97,6 +97,7 @@ def photographs(tmp_path_factory):
     figures.write_figures(folder, folder.parents[1] / "figures",
                           lambda name: FourImages(synthetic=False))
     assert (run / "pictures" / "predictions_sha.png").exists()
+    (run / "pictures" / "mine.png").write_bytes(b"of the user's, and no picture of ours")
     return folder
 
 
@@ -188,6 +189,13 @@ def test_photographs_are_shown_only_when_asked_for(photographs, tmp_path):
     assert any(row[:5] == ["IMG_4", "12", "4", "-8", "8"] for row in page.rows)
     page, shown = pictures(pictures=True)
     assert len(shown) == 1 + 4 and "only numbers" not in "".join(page.text)
+    more = write_run(photographs, percent=40, synthetic=False, profile="paper", mean_iou=None,
+                     disc=None, counts=COUNTS)
+    FourImages(synthetic=False).predict_into(more)
+    figures.write_figures(photographs, photographs.parents[1] / "figures",
+                          lambda name: FourImages(synthetic=False))
+    _, shown = pictures(pictures=True)
+    assert sum("predicted with each percentage" in one["alt"] for one in shown) == 1
     assert "Measured on real photographs" in " ".join("".join(page.text).split())
 
 
@@ -220,7 +228,9 @@ def test_the_command_writes_the_committed_demo_results(tmp_path, capsys, monkeyp
     # where `make reproduce` has run there are pictures of single test images, too
     shown = [a for a in page.all("img")
              if a["src"].startswith("data:image/jpeg") and ": left " not in a["alt"]]
-    assert len(shown) == len(list(report.Path("figures/demo").glob("predictions_*.png"))) == 3
+    pictures = [*report.Path("figures/demo").glob("pred*.png"),
+                *report.Path("figures/demo").glob("percents_*.png")]
+    assert len(shown) == len(pictures) == 6
     assert {"run-sha-5-s1", "run-sha-40-s1"} <= {a.get("id") for _, a in page.tags}
 
 

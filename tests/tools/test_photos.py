@@ -335,3 +335,11 @@ def test_a_bad_photo_does_not_take_the_row_of_another_one_of_its_name(tmp_path):
     assert rows["error"].isna().tolist() == [True, False]
     assert [Path(name).parent.name for name in rows["image"]] == ["A", "B"]
     assert len(json.loads((tmp_path / "out" / "coco.json").read_text())["images"]) == 1
+
+
+def test_photos_on_two_drives_need_no_folder_in_common(tmp_path, monkeypatch):
+    def apart(_):
+        raise ValueError("Paths don't have the same drive")  # as on Windows
+
+    monkeypatch.setattr(photos.os.path, "commonpath", apart)
+    assert photos._names([tmp_path / "C" / "a.jpg", tmp_path / "D" / "b.jpg"]) == ["a", "b"]

@@ -64,26 +64,15 @@ def write_block(path: Path, block: str) -> Path:
     return path
 
 
-def stored_block(text: str) -> tuple[str, str]:
-    """The results block in the text of README.md, and its date.
-
-    Raises ValueError if README.md has lost its markers or the date.
-    """
-    found = re.search(f"{re.escape(BEGIN)}.*?{re.escape(END)}", text, re.DOTALL)
-    day = re.search(r"as of (\d{4}-\d{2}-\d{2})", found[0]) if found else None
-    if not day:
-        raise ValueError(f"README.md: no results between {BEGIN} and {END} with a date 'as of "
-                         "YYYY-MM-DD'; restore the two lines and run `xmask docs`")
-    return found[0], day[1]
-
-
 def refresh(root: str | Path = ".") -> Path:
     """Write the results of README.md anew; return its path.
 
     The date changes only where the table does: it says since when the numbers stand.
     """
-    root = Path(root)
-    block, day = stored_block((root / README).read_text(encoding="utf-8"))
-    if results_block(root, day) != block:
-        block = results_block(root, date.today().isoformat())
-    return write_block(root / README, block)
+    page = Path(root) / README
+    text = page.read_text(encoding="utf-8")
+    day = re.search(r"as of (\d{4}-\d{2}-\d{2})", text)
+    block = results_block(Path(root), day[1] if day else "")
+    if block not in text:
+        block = results_block(Path(root), date.today().isoformat())
+    return write_block(page, block)

@@ -33,6 +33,11 @@ _WIDE = 440  # px of one picture in the browser of images; truth and prediction 
 _OURS = "(ours)"  # how a method of ours ends in the tables
 _EMPTY = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw=="
 #: What a figure shows, by the beginning of its file name: the text for those who do not see it.
+_PREDICTED = {
+    "predictions": "Three test images in rows: the image, its true instances, the predicted ones",
+    "percents": "Test images in rows: the image, its true instances, those predicted with each "
+                "percentage of labelled images",
+}
 _SHOWS = {
     "learning": "Learning curves: losses and their terms against the training step, one column "
                 "for each percentage of labelled images",
@@ -42,7 +47,7 @@ _SHOWS = {
                           "labelled images, beside the best constant count",
     "mean_iou": "Bar chart: mean IoU of predicted instances beside discs at the same points",
     "ablation": "Bar chart: counting error and mean IoU of every variant beside the full method",
-    "predictions": "Three test images in rows: the image, its true instances, the predicted ones",
+    **_PREDICTED,
 }
 #: Columns of the table of images, and which way each is sorted first.
 _IMAGE_COLUMNS = {"image": "ascending", "true count": "descending", "predicted": "descending",
@@ -115,10 +120,11 @@ def _figures(results: Path, runs: pd.DataFrame, folder: str | Path | None, pictu
     them."""
     with tempfile.TemporaryDirectory() as temporary:
         made = [_figure(path) for path in figures.write_figures(results, temporary)]
-    drawn = sorted(Path(folder).glob("predictions_*.png")) if folder else []
+    places = [Path(folder)] if folder else []
     if pictures:
-        drawn += [path for run in runs.loc[~runs["synthetic"], "path"]
-                  for path in sorted(Path(run, "pictures").glob("*.png"))]
+        places += [Path(run, "pictures") for run in runs.loc[~runs["synthetic"], "path"]]
+    drawn = [path for place in places for start in _PREDICTED
+             for path in sorted(place.glob(f"{start}_*.png"))]
     return made + [_figure(path, photo=True) for path in drawn]
 
 

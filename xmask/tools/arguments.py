@@ -24,7 +24,7 @@ def numbers(text: str) -> tuple[int, ...]:
 
 
 def number(text: str) -> int:
-    """A whole number that a computer of this size can have of anything: 0 to 100,000,000."""
+    """A whole number that a computer of this size can have of anything: 0 to 999,999,999."""
     if not text.isascii() or not text.isdecimal() or len(text) > 9:
         raise ArgumentTypeError(f"{text!r}: expected a whole number from 0 on")
     return int(text)

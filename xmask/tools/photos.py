@@ -99,7 +99,8 @@ def _images(paths: Iterable[Path]) -> list[Path]:
 def _names(paths: list[Path]) -> list[str]:
     stems = Counter(path.stem.casefold() for path in paths)
     full = [path.absolute() for path in paths]
-    shared = os.path.commonpath([path.parent for path in full]) if full else ""
+    alike = max(stems.values(), default=0) > 1  # else no common folder is needed: drives have none
+    shared = os.path.commonpath([path.parent for path in full]) if alike else ""
     names, taken = [], set()
     for path in full:
         name = path.stem
