@@ -142,6 +142,8 @@ def test_as_good_allows_a_little_and_no_more(table):
     assert [row["effect"] for row in masks] == pytest.approx([-0.5, -3.0])
     assert [row["verdict"] for row in masks] == [claims.HOLDS, claims.FAILS]
     assert masks[1]["why"] == "the opposite"
+    assert claims._verdict(-0.5, 0.4, allowed=1.0)["verdict"] == claims.HOLDS
+    assert claims._verdict(-1.5, 3.0, allowed=1.0)["why"] == "not shown to be as good"
 
 
 def test_too_few_seeds_or_images_decide_nothing(table):

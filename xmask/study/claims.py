@@ -197,7 +197,8 @@ def _row(claim: Claim, data: str, percent: float, ours: pd.DataFrame, rival: pd.
 
 def _verdict(low: float, high: float, allowed: float = 0.0) -> dict[str, str]:
     why = ("" if low > -allowed else
-           "the opposite" if high < -allowed else "no difference shown")
+           "the opposite" if high < -allowed else
+           "not shown to be as good" if allowed else "no difference shown")
     return {"verdict": HOLDS if low > -allowed else FAILS, "why": why}
 
 
@@ -328,19 +329,11 @@ def markdown(claims: pd.DataFrame) -> list[str]:
     """The claims as lines of a Markdown table."""
     rows = [["claim", "compared with", "data", "seeds × images", "theirs → ours",
              "effect [95% interval]", "seeds for it", "verdict"]]
-    groups = ["claim", "data", "why"]
-    untested = claims[claims["verdict"] == UNTESTED]
-    together = dict(iter(untested.groupby(groups, sort=False)))  # one row for all of these
-    for row in claims.to_dict("records"):
-        labels, rivals = [row["labels"]], [row["rival"]]
-        if row["verdict"] == UNTESTED:
-            alike = together.pop(tuple(row[name] for name in groups), None)
-            if alike is None:
-                continue
-            labels, rivals = (list(dict.fromkeys(alike[name].dropna()))
-                              for name in ("labels", "rival"))
-        rival = ", ".join(runs.VARIANTS.get(name, name) for name in rivals)
-        percents = ", ".join(f"{label:g}" for label in labels if not pd.isna(label))
+    alone = np.where(claims["verdict"] == UNTESTED, -1, np.arange(len(claims)))
+    for _, alike in claims.groupby([alone, "claim", "data", "why"], sort=False, dropna=False):
+        row = alike.iloc[0]  # one row for all that cannot be tested for the same reason
+        rival = ", ".join(runs.VARIANTS.get(n, n) for n in alike["rival"].dropna().unique())
+        percents = ", ".join(f"{label:g}" for label in alike["labels"].dropna().unique())
         cells = ["", "", "", ""]
         if row["verdict"] != UNTESTED:
             cells = [f"{row['seeds']:g} × {row['images']:g}" if row["trained"] else
